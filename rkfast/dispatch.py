@@ -1,0 +1,206 @@
+"""Who computes: one ordered list of implementations per op, and the only place that chooses among them.
+
+An explicit choice (``with rkfast.use("cpu"):`` or ``RKFAST_BACKEND=cpu``) that cannot serve a call raises the reason; the
+automatic choice takes the first implementation that can, and remembers why the ones before it could not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from rkfast import native
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+library = torch.library.Library("rkfast", "DEF")
+
+
+class Implementation(NamedTuple):
+    """One way to compute an op.
+
+    ``module`` is imported at the first call it serves; ``supports(*args)`` answers None, or the reason why not.
+    """
+
+    backend: str
+    module: str
+    function: str
+    supports: Callable[..., str | None] | None = None
+    deterministic: bool = True
+
+
+class Record(NamedTuple):
+    """What happened at the last call of an op."""
+
+    backend: str
+    rejected: tuple[tuple[str, str], ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+
+
+OPS: dict[str, Op] = {}
+_forced: list[str] = []  # process-wide, so that it also holds in autograd's threads
+_lock = threading.Lock()
+_served: Counter[tuple[str, str]] = Counter()
+
+
+class Op:
+    """An op's implementations in the order in which they are tried. Calling it chooses and runs one."""
+
+    def __init__(self, name: str, implementations: tuple[Implementation, ...]) -> None:
+        OPS[name] = self
+        self.name = name
+        self.implementations = implementations
+        self.last: Record | None = None
+        self._functions: dict[Implementation, Callable[..., Any]] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        first = args[0]
+        lead = first if isinstance(first, torch.Tensor) else first[0]
+        chosen, rejected = self._choose(lead, args)
+        function = self._functions.get(chosen)
+        if function is None:
+            function = self._functions[chosen] = getattr(importlib.import_module(chosen.module), chosen.function)
+        result = function(*args)
+        with _lock:
+            _served[self.name, chosen.backend] += 1
+        self.last = Record(chosen.backend, rejected, tuple(lead.shape), lead.dtype, lead.device.type)
+        return result
+
+    def _choose(self, lead: torch.Tensor, args: tuple[Any, ...]) -> tuple[Implementation, tuple[tuple[str, str], ...]]:
+        explicit = forced()
+        if explicit is not None:
+            found = [i for i in self.implementations if i.backend == explicit]
+            reason = self._reason(found[0], lead, args, explicit=True) if found else "it has no such implementation"
+            if reason is not None:
+                raise RuntimeError(
+                    f"rkfast.{self.name}: backend {explicit!r} was asked for and cannot serve this call: {reason}"
+                )
+            return found[0], ()
+        rejected = []
+        for implementation in self.implementations:
+            reason = self._reason(implementation, lead, args, explicit=False)
+            if reason is None:
+                return implementation, tuple(rejected)
+            rejected.append((implementation.backend, reason))
+        raise RuntimeError(f"rkfast.{self.name}: no implementation can serve this call: {rejected}")
+
+    def _reason(
+        self, implementation: Implementation, lead: torch.Tensor, args: tuple[Any, ...], explicit: bool
+    ) -> str | None:
+        reason = backend_reason(implementation.backend, lead.device.type, explicit)
+        if reason is not None:
+            return reason
+        if implementation.backend != "reference" and lead.dtype not in KERNEL_DTYPES:
+            return f"dtype {lead.dtype} has no kernel; supported are float32, float64, bfloat16, float16"
+        if not implementation.deterministic and torch.are_deterministic_algorithms_enabled():
+            reason = "it is not deterministic and torch.use_deterministic_algorithms is on"
+            if not (explicit and torch.is_deterministic_algorithms_warn_only_enabled()):
+                return reason
+            warnings.warn(f"rkfast.{self.name}: {implementation.backend}: {reason}", stacklevel=4)
+        return implementation.supports(*args) if implementation.supports is not None else None
+
+
+def backend_reason(backend: str, device: str, explicit: bool = False) -> str | None:
+    """Why ``backend`` cannot serve tensors on ``device`` (a device type) in this process; None where it can."""
+    if backend == "reference":
+        return None
+    if backend == "cpu":
+        return native.cpu_reason() if device == "cpu" else f"serves CPU tensors, not {device} ones"
+    if backend == "triton" and device == "cpu" and native.triton_interprets():
+        return None if explicit else "Triton's interpreter serves CPU tensors only where it is asked for by name"
+    if device != "cuda":
+        return f"serves CUDA tensors, not {device} ones"
+    return native.cuda_reason() if backend == "cuda" else native.triton_reason()
+
+
+def ordered(home: str, function: str) -> tuple[Implementation, ...]:
+    """The usual list: ``function`` of ``home.cuda``, ``home.triton``, ``home.cpu`` and ``home.reference``, in this order."""
+    return tuple(Implementation(backend, f"{home}.{backend}", function) for backend in BACKENDS)
+
+
+def register(schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Register an entry point with torch.library, at import, once.
+
+    Args:
+        schema: torch schema, the name first.
+        body: computes it; usually an Op.
+        fake: allocates what ``body`` returns, for tracing.
+
+    Returns:
+        The torch operator.
+    """
+    name = schema.split("(", 1)[0]
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rkfast::{name}", fake, lib=library)
+    return getattr(torch.ops.rkfast, name).default
+
+
+def forced() -> str | None:
+    """The backend asked for by ``use`` or RKFAST_BACKEND; None leaves the choice automatic."""
+    if _forced:
+        return _forced[-1]
+    asked = os.environ.get("RKFAST_BACKEND")
+    if not asked or asked == "auto":
+        return None
+    return _known(asked, "RKFAST_BACKEND")
+
+
+def _known(backend: str, what: str) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"{what}: {backend!r} is not a backend; choose one of {', '.join(BACKENDS)}")
+    return backend
+
+
+@contextlib.contextmanager
+def use(backend: str) -> Iterator[None]:
+    """Run every op on one backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``.
+
+    It holds for the whole process (autograd's threads included) until the block ends. A call that the backend cannot
+    serve raises RuntimeError with the reason.
+
+    Raises:
+        ValueError: ``backend`` is none of the four.
+    """
+    _forced.append(_known(backend, "backend"))
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def served() -> Counter[tuple[str, str]]:
+    """How many calls each (op, backend) has served in this process."""
+    with _lock:
+        return Counter(_served)
+
+
+def explain(op: str | None = None) -> str:
+    """What served the last call of each op (or of ``op``), and why the implementations before it did not.
+
+    Raises:
+        ValueError: there is no such op.
+    """
+    if op is not None and op not in OPS:
+        raise ValueError(f"op: {op!r} is not an op; there are {', '.join(OPS)}")
+    lines = []
+    for name in [op] if op else OPS:
+        last = OPS[name].last
+        if last is None:
+            lines.append(f"{name}: not called yet")
+            continue
+        shape = "x".join(map(str, last.shape))
+        lines.append(f"{name}: {last.backend} ({shape} {str(last.dtype).removeprefix('torch.')} on {last.device})")
+        lines.extend(f"  not {backend}: {reason}" for backend, reason in last.rejected)
+    return "\n".join(lines)

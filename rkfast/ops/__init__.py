@@ -1,0 +1,8 @@
+"""The fused operations. Each stands in a folder of its own: contract and autograd, then one file per backend."""
+
+from rkfast.ops.bn_rk_sum import bn_rk_sum as bn_rk_sum
+from rkfast.ops.channel_moments import Moments as Moments
+from rkfast.ops.channel_moments import channel_moments as channel_moments
+from rkfast.ops.rk_sum import rk_sum as rk_sum
+
+__all__ = ["Moments", "bn_rk_sum", "channel_moments", "rk_sum"]

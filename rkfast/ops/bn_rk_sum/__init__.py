@@ -1,0 +1,336 @@
+"""BatchNorm inside the sum: ResNet's join, TSC's step, plain BatchNorm with ReLU, in two passes over the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rkfast import dispatch
+from rkfast.ops import checks, layout
+from rkfast.ops.bn_rk_sum import reference
+from rkfast.ops.channel_moments import Moments, moments_dtype, update_running_stats
+from rkfast.ops.channel_moments import reference as channel_moments
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    terms: list[Tensor],
+    coeffs: list[float],
+    step: Tensor | None,
+    channels_last: bool,
+    relu: bool,
+    eps: float,
+    moments: bool,
+    mask: bool,
+) -> list[Tensor]:
+    result = [layout.empty(x, channels_last)]
+    if mask:
+        result.append(x.new_empty(layout.mask_shape(x, channels_last), dtype=torch.uint8))
+    vectors = 2 * ((mean is None) + moments)
+    return [*result, *(x.new_empty(x.shape[1], dtype=moments_dtype(x.dtype)) for _ in range(vectors))]
+
+
+def _fake_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    step: Tensor | None,
+    mask: Tensor | None,
+    coeffs: list[float],
+    channels_last: bool,
+    relu: bool,
+    batch_stats: bool,
+    eps: float,
+    need_x: bool,
+    need_affine: bool,
+    need_step: bool,
+) -> list[Tensor]:
+    dtype = moments_dtype(x.dtype)
+    return [
+        *([layout.empty(x, channels_last)] if need_x else []),
+        *([x.new_empty(x.shape[1], dtype=dtype) for _ in range(2)] if need_affine else []),
+        *([x.new_empty(step.shape, dtype=dtype)] if need_step and step is not None else []),
+        *(layout.empty(x, channels_last) for _ in coeffs),
+    ]
+
+
+_op = dispatch.Op("bn_rk_sum", dispatch.ordered("rkfast.ops.bn_rk_sum", "forward"))
+_ARGS = (
+    "Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, Tensor[] terms, float[] coeffs, Tensor? step, "
+    "bool channels_last, bool relu, float eps, bool moments"
+)
+
+# Normalises with the given mean and variance, else with those of x. Returns [out], then the ReLU mask where asked for
+# (layout.mask_shape), then x's mean and variance where they were not given, then those of out where asked for.
+_forward = dispatch.register(f"bn_rk_sum({_ARGS}, bool mask) -> Tensor[]", _op, _fake)
+# Writes out and returns the rest.
+_forward_out = dispatch.register(
+    f"bn_rk_sum_out({_ARGS}, Tensor(a!) out) -> Tensor[]",
+    lambda *args: _op(*args[:-1], False, args[-1])[1:],
+    lambda *args: _fake(*args[:-1], False)[1:],
+)
+# With g' the gradient where the mask is set (relu without a mask: where the output recomputed from x, which then has no
+# terms beside it, is not <= 0), returns [dx], [dweight, dbias], [dstep], each where needed, then [coeffs[i] * g' ...].
+_backward = dispatch.register(
+    "bn_rk_sum_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, Tensor? step, "
+    "Tensor? mask, float[] coeffs, bool channels_last, bool relu, bool batch_stats, float eps, bool need_x, "
+    "bool need_affine, bool need_step) -> Tensor[]",
+    dispatch.Op("bn_rk_sum_backward", dispatch.ordered("rkfast.ops.bn_rk_sum", "backward")),
+    _fake_backward,
+)
+
+
+class _BnRkSum(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        coeffs: list[float],
+        channels_last: bool,
+        relu: bool,
+        batch_stats: bool,
+        eps: float,
+        moments: bool,
+        mean: Tensor | None,
+        var: Tensor | None,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        step: Tensor | None,
+        *terms: Tensor,
+    ) -> Any:
+        # Without terms the sign of the output follows from x, so that nothing need be kept for it.
+        mask = relu and len(terms) > 0
+        result = _forward(
+            x, weight, bias, mean, var, list(terms), coeffs, step, channels_last, relu, eps, moments, mask
+        )
+        vectors = result[2 if mask else 1 :]
+        if mean is None:
+            mean, var = vectors[:2]
+        ctx.saved = (coeffs, channels_last, relu, batch_stats, eps)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, bias, mean, var, step, result[1] if mask else None)
+        ctx.mark_non_differentiable(*vectors)
+        return (result[0], *vectors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
+        needed = ctx.needs_input_grad[8:]
+        if grad is None:
+            return (None,) * (8 + len(needed))
+        # A gradient of the gradient is asked for: the same in plain, differentiable PyTorch.
+        gradients = reference.gradients if torch.is_grad_enabled() else _gradients
+        return (None,) * 8 + tuple(gradients(grad, *ctx.saved_tensors, *ctx.saved, needed))
+
+
+def _gradients(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    step: Tensor | None,
+    mask: Tensor | None,
+    coeffs: list[float],
+    channels_last: bool,
+    relu: bool,
+    batch_stats: bool,
+    eps: float,
+    needed: tuple[bool, ...],
+) -> list[Tensor | None]:
+    need_x, need_weight, need_bias, need_step, *need_terms = needed
+    # Terms with the same coefficient share one gradient; a unit coefficient passes grad itself on.
+    wanted: dict[float, int] = {}
+    for c, need in zip(coeffs, need_terms, strict=True):
+        if need and (mask is not None or c != 1.0):
+            wanted.setdefault(c, len(wanted))
+    need_affine = need_weight or need_bias
+    result: list[Tensor] = []
+    if need_x or need_affine or need_step or wanted:
+        result = list(
+            _backward(
+                grad, x, weight, bias, mean, var, step, mask, list(wanted),
+                channels_last, relu, batch_stats, eps, need_x, need_affine, need_step,
+            )
+        )  # fmt: skip
+    dx = result.pop(0) if need_x else None
+    dweight, dbias = (result.pop(0), result.pop(0)) if need_affine else (None, None)
+    dstep = result.pop(0) if need_step else None
+    return [
+        dx,
+        dweight.to(weight.dtype) if need_weight and weight is not None and dweight is not None else None,
+        dbias.to(bias.dtype) if need_bias and bias is not None and dbias is not None else None,
+        dstep.to(step.dtype) if step is not None and dstep is not None else None,
+        *(
+            (result[wanted[c]] if c in wanted else grad) if need else None
+            for c, need in zip(coeffs, need_terms, strict=True)
+        ),
+    ]
+
+
+def bn_rk_sum(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    terms: Sequence[Tensor] = (),
+    coeffs: Sequence[float] = (),
+    step: Tensor | None = None,
+    relu: bool = False,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    num_batches_tracked: Tensor | None = None,
+    moments: Moments | None = None,
+    return_moments: bool = False,
+    out: Tensor | None = None,
+) -> Any:
+    """BatchNorm scaled and joined with other tensors, ``out = act(sum_j coeffs[j] * terms[j] + step * BN(x))``.
+
+    With terms and ReLU this is ResNet's ``relu(identity + bn(conv))``; with a step the join of a learned time step,
+    ``y' = y + step * F(y)`` (TSC, equation 3); with neither, plain BatchNorm and ReLU. Backward reduces once and applies
+    once: ``dx = h * w * rstd * (g' - mean(g') - x_hat * mean(g' * x_hat))`` with ``g'`` the gradient behind the ReLU.
+
+    Equivalent to::
+
+        normed = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+        total = sum(c * t for c, t in zip(coeffs, terms)) + step.view(-1, C, 1, 1) * normed
+        out = torch.relu(total) if relu else total
+
+    Args:
+        x: Tensor [N, C], [N, C, L], [N, C, H, W] or [N, C, D, H, W]; float32, float64, bfloat16 or float16.
+        weight, bias: [C] of any floating dtype, or None.
+        running_mean, running_var: [C], updated in place by PyTorch's rules in training; or both None.
+        terms: at most 16 tensors like x. Under autocast, mixed dtypes are promoted to the widest.
+        coeffs: one float per term.
+        step: None, a factor per channel [C], or per sample and channel [N, C] (attention).
+        relu: apply max(0, .) to the sum; NaN stays NaN.
+        training: normalise with the batch's own moments (True) or with the running ones (False).
+        momentum: weight of the new moments in the running ones; None takes the cumulative average, 1 / counter.
+        eps: added to the variance.
+        num_batches_tracked: the counter, advanced by one in training where there are running statistics.
+        moments: the moments of x, if they are known already (``channel_moments(x)``, or ``return_moments`` of the op
+            that wrote x); the gradient takes their dependence on x into account. Ignored unless training.
+        return_moments: also return the moments of ``out``, as stored, from the same pass; not differentiable.
+        out: a tensor to write into, dense or a channel slice; not differentiable.
+
+    Returns:
+        Tensor [N, C, ...] in the memory format of ``out`` or else of x; with ``return_moments`` a pair (Tensor, Moments).
+
+    Differentiable any number of times in x, weight, bias, step and terms. Deterministic.
+
+    Raises:
+        TypeError: an argument is no tensor, not floating, or the dtypes are mixed.
+        ValueError: a shape, length or device that does not fit; one value per channel in training; no running
+            statistics where they are needed; an ``out`` whose memory cannot be written. Nothing is modified then.
+        RuntimeError: ``out`` is given and an argument requires grad; or a backend was asked for that cannot serve this.
+    """
+    x, terms, coeffs = _checked(x, weight, bias, running_mean, running_var, terms, coeffs, step)
+    tracked = training and running_mean is not None
+    count = _count(x, moments) if training else 0
+    if training:
+        if tracked and momentum is None and num_batches_tracked is None:
+            raise ValueError("num_batches_tracked: momentum=None averages over all batches and needs the counter")
+        mean, var = (None, None) if moments is None else moments[:2]
+    elif running_mean is None:
+        raise ValueError("running_mean: expected running statistics when training=False; pass training=True to use x's own")
+    else:
+        mean, var = running_mean, running_var
+    inputs = (x, weight, bias, step, *terms)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    if torch._C._are_functorch_transforms_active() and out is None:
+        total, *vectors = reference.composite(
+            x, weight, bias, mean, var, terms, coeffs, step, relu, eps, return_moments
+        )
+        update = channel_moments.update_running_stats
+    else:
+        update = update_running_stats
+        if out is not None:
+            channels_last = checks.slot(out, x, [x, *terms], needs_grad)
+            vectors = _forward_out(
+                x, weight, bias, mean, var, terms, coeffs, step, channels_last, relu, eps, return_moments, out
+            )
+            total = out
+        else:
+            channels_last = layout.is_channels_last(x)
+            if needs_grad:
+                total, *vectors = _BnRkSum.apply(
+                    coeffs, channels_last, relu, training, eps, return_moments, mean, var, x, weight, bias, step, *terms
+                )
+            else:
+                total, *vectors = _forward(
+                    x, weight, bias, mean, var, terms, coeffs, step, channels_last, relu, eps, return_moments, False
+                )
+    if tracked:
+        assert running_mean is not None and running_var is not None
+        if mean is None:
+            mean, var = vectors[:2]
+        with torch.no_grad():
+            counters = [] if num_batches_tracked is None else [num_batches_tracked]
+            update(mean, var, count, [running_mean], [running_var], counters, momentum)
+    if not return_moments:
+        return total
+    return total, Moments(vectors[-2], vectors[-1], x.numel() // max(x.shape[1], 1))
+
+
+def _checked(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    terms: Sequence[Tensor],
+    coeffs: Sequence[float],
+    step: Tensor | None,
+) -> tuple[Tensor, list[Tensor], list[float]]:
+    if isinstance(terms, Tensor) or not isinstance(terms, Sequence):
+        raise TypeError(f"terms: expected a list of tensors, got {type(terms).__name__}")
+    terms = list(terms)
+    if len(terms) > checks.MAX_TERMS:
+        raise ValueError(f"terms: expected at most {checks.MAX_TERMS} tensors, got {len(terms)}; sum some of them first")
+    coeffs = checks.coefficients(coeffs, terms)
+    checks.activation(x, "x")
+    for i in range(len(terms)):
+        t = terms[i]
+        if isinstance(t, Tensor) and t.dtype != x.dtype:
+            x, *terms = checks.promoted([x, *terms])
+        checks.like(terms[i], x, f"terms[{i}]", "x")
+    checks.vector(weight, x, "weight")
+    checks.vector(bias, x, "bias")
+    checks.vector(step, x, "step", per_sample=True)
+    if (running_mean is None) != (running_var is None):
+        missing = "running_mean" if running_mean is None else "running_var"
+        raise ValueError(f"{missing}: one of the running statistics is missing; give both or neither")
+    checks.vector(running_mean, x, "running_mean")
+    checks.vector(running_var, x, "running_var")
+    return x, terms, coeffs
+
+
+def _count(x: Tensor, moments: Moments | None) -> int:
+    """How many values of a channel the batch's moments are taken over."""
+    if moments is None:
+        count = x.numel() // max(x.shape[1], 1)
+    else:
+        if len(moments) != 3:
+            raise TypeError(f"moments: expected Moments(mean, var, count), got {len(moments)} values")
+        checks.vector(moments[0], x, "moments.mean")
+        checks.vector(moments[1], x, "moments.var")
+        count = moments[2]
+    if count == 1:
+        raise ValueError(
+            f"x: expected more than 1 value per channel when training, got input size {tuple(x.shape)}; "
+            "use a larger batch, or training=False"
+        )
+    return count

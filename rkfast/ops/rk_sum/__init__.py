@@ -1,0 +1,272 @@
+"""The weighted sum of Runge-Kutta stages: one pass over the memory instead of one per term."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rkfast import dispatch
+from rkfast.ops import checks, layout
+from rkfast.ops.channel_moments import Moments, moments_dtype
+from rkfast.ops.rk_sum import reference
+
+
+def _fake(
+    terms: list[Tensor],
+    coeffs: list[float],
+    steps: list[Tensor | None],
+    shift: Tensor | None,
+    channels_last: bool,
+    relu: bool,
+    moments: bool,
+    mask: bool,
+) -> list[Tensor]:
+    x = terms[0]
+    result = [layout.empty(x, channels_last)]
+    if mask:
+        result.append(x.new_empty(layout.mask_shape(x, channels_last), dtype=torch.uint8))
+    if moments:
+        result.extend(x.new_empty(x.shape[1], dtype=moments_dtype(x.dtype)) for _ in range(2))
+    return result
+
+
+def _fake_backward(
+    grad: Tensor,
+    mask: Tensor | None,
+    coeffs: list[float],
+    steps: list[Tensor | None],
+    step_terms: list[Tensor],
+    step_coeffs: list[float],
+    per_sample: list[bool],
+    shift: bool,
+    channels_last: bool,
+) -> list[Tensor]:
+    n, c = grad.shape[:2]
+    dtype = moments_dtype(grad.dtype)
+    return [
+        *(layout.empty(grad, channels_last) for _ in coeffs),
+        *(grad.new_empty((n, c) if each else (c,), dtype=dtype) for each in per_sample),
+        *([grad.new_empty(c, dtype=dtype)] if shift else []),
+    ]
+
+
+_op = dispatch.Op("rk_sum", dispatch.ordered("rkfast.ops.rk_sum", "forward"))
+_ARGS = "Tensor[] terms, float[] coeffs, Tensor?[] steps, Tensor? shift, bool channels_last, bool relu, bool moments"
+
+# Returns [out], then the ReLU mask where asked for (layout.mask_shape), then mean and variance where asked for.
+_forward = dispatch.register(f"rk_sum({_ARGS}, bool mask) -> Tensor[]", _op, _fake)
+# Writes out and returns the rest.
+_forward_out = dispatch.register(
+    f"rk_sum_out({_ARGS}, Tensor(a!) out) -> Tensor[]",
+    lambda *args: _op(*args[:-1], False, args[-1])[1:],
+    lambda *args: _fake(*args[:-1], False)[1:],
+)
+# With g' the gradient where the mask is set, returns [coeffs[i] * steps[i] * g' ...], then [step_coeffs[j] *
+# sum(g' * step_terms[j]) ...] over each channel (of each sample, where per_sample[j]), then [sum(g')] where shift is set.
+_backward = dispatch.register(
+    "rk_sum_backward(Tensor grad, Tensor? mask, float[] coeffs, Tensor?[] steps, Tensor[] step_terms, "
+    "float[] step_coeffs, bool[] per_sample, bool shift, bool channels_last) -> Tensor[]",
+    dispatch.Op("rk_sum_backward", dispatch.ordered("rkfast.ops.rk_sum", "backward")),
+    _fake_backward,
+)
+
+
+class _RkSum(torch.autograd.Function):
+    """tensors: the terms, the steps of the terms in step_at, the shift if there is one."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        coeffs: list[float],
+        step_at: tuple[int, ...],
+        channels_last: bool,
+        relu: bool,
+        moments: bool,
+        *tensors: Tensor,
+    ) -> Any:
+        n = len(coeffs)
+        terms = list(tensors[:n])
+        steps = _placed(tensors[n:], step_at, n)
+        shift = tensors[-1] if len(tensors) > n + len(step_at) else None
+        result = _forward(terms, coeffs, steps, shift, channels_last, relu, moments, relu)
+        needed = ctx.needs_input_grad[5:]
+        ctx.saved = (coeffs, step_at, channels_last, relu, shift is not None)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            result[1] if relu else None,
+            *tensors[n : n + len(step_at)],
+            *(terms[i] if needed[n + k] else None for k, i in enumerate(step_at)),
+        )
+        if not moments:
+            return result[0]
+        ctx.mark_non_differentiable(*result[-2:])
+        return result[0], result[-2], result[-1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
+        needed = ctx.needs_input_grad[5:]
+        if grad is None:
+            return (None,) * (5 + len(needed))
+        coeffs, step_at, channels_last, relu, has_shift = ctx.saved
+        mask, *saved = ctx.saved_tensors
+        steps, step_terms = saved[: len(step_at)], saved[len(step_at) :]
+        # A gradient of the gradient is asked for: the same in plain, differentiable PyTorch.
+        gradients = reference.gradients if torch.is_grad_enabled() else _gradients
+        return (None,) * 5 + tuple(
+            gradients(grad, mask, coeffs, step_at, steps, step_terms, has_shift, needed, channels_last)
+        )
+
+
+def _placed(tensors: Sequence[Tensor], at: tuple[int, ...], n: int) -> list[Tensor | None]:
+    placed: list[Tensor | None] = [None] * n
+    for tensor, i in zip(tensors, at, strict=False):
+        placed[i] = tensor
+    return placed
+
+
+def _gradients(
+    grad: Tensor,
+    mask: Tensor | None,
+    coeffs: list[float],
+    step_at: tuple[int, ...],
+    steps: list[Tensor],
+    step_terms: list[Tensor | None],
+    has_shift: bool,
+    needed: tuple[bool, ...],
+    channels_last: bool,
+) -> list[Tensor | None]:
+    n = len(coeffs)
+    step_of: dict[int, Tensor] = dict(zip(step_at, steps, strict=True))
+    # Terms with the same coefficient and step share one gradient; a unit coefficient passes grad itself on.
+    wanted: dict[tuple[float, int | None], int] = {}
+    key_of = {}
+    for i in range(n):
+        if needed[i]:
+            key_of[i] = key = (coeffs[i], i if i in step_of else None)
+            if mask is not None or key != (1.0, None):
+                wanted.setdefault(key, len(wanted))
+    reduced = [k for k, term in enumerate(step_terms) if term is not None]
+    shift = has_shift and needed[-1]
+    result: list[Tensor] = []
+    if wanted or reduced or shift:
+        result = _backward(
+            grad,
+            mask,
+            [c for c, _ in wanted],
+            [None if i is None else step_of[i] for _, i in wanted],
+            [step_terms[k] for k in reduced],
+            [coeffs[step_at[k]] for k in reduced],
+            [steps[k].dim() == 2 for k in reduced],
+            shift,
+            channels_last,
+        )
+    gradients: list[Tensor | None] = [None] * len(needed)
+    for i, key in key_of.items():
+        gradients[i] = result[wanted[key]] if key in wanted else grad
+    for j, k in enumerate(reduced):
+        gradients[n + k] = result[len(wanted) + j].to(steps[k].dtype)
+    if shift:
+        gradients[-1] = result[-1]
+    return gradients
+
+
+def rk_sum(
+    terms: Sequence[Tensor],
+    coeffs: Sequence[float],
+    *,
+    steps: Sequence[Tensor | None] | None = None,
+    shift: Tensor | None = None,
+    relu: bool = False,
+    return_moments: bool = False,
+    out: Tensor | None = None,
+) -> Any:
+    """Weighted sum of tensors, ``out = act(sum_j coeffs[j] * steps[j] * terms[j] + shift)``, in one pass.
+
+    This is the combination of stages in every explicit Runge-Kutta step, ``y' = y + h * sum_i b_i * k_i`` (HO-ResNet,
+    section 3; TSC, equation 3 with a step size per channel).
+
+    Equivalent to::
+
+        total = sum(c * (t if h is None else h.view(-1, C, 1, 1) * t) for c, h, t in zip(coeffs, steps, terms))
+        total = total + shift.view(1, C, 1, 1)
+        out = torch.relu(total) if relu else total
+
+    Args:
+        terms: 1 to 16 tensors [N, C], [N, C, L], [N, C, H, W] or [N, C, D, H, W] of one shape, dtype (float32, float64,
+            bfloat16, float16) and device. Under autocast, mixed dtypes are promoted to the widest.
+        coeffs: one float per term.
+        steps: per term None or a factor per channel [C], or per sample and channel [N, C], of any floating dtype.
+        shift: None or a vector [C] added to every channel.
+        relu: apply max(0, .) to the sum; NaN stays NaN.
+        return_moments: also return the mean and the biased variance of each channel of ``out``, as stored, computed in
+            the same pass. They are not differentiable: the op that uses them carries their dependence on its input.
+        out: a tensor of the result's shape and dtype to write into, dense or a channel slice ``buffer[:, i:j]``; not
+            differentiable, so no argument may require grad.
+
+    Returns:
+        Tensor [N, C, ...], dense in the memory format of ``out`` or else of the first term; with ``return_moments`` a
+        pair (Tensor, Moments). Sums accumulate in float32 (float64 for float64 terms) and round once.
+
+    Differentiable any number of times in terms, steps and shift. Deterministic.
+
+    Raises:
+        TypeError: an argument is no tensor, not floating, or the dtypes are mixed.
+        ValueError: no terms or more than 16, a shape, length or device that does not fit, or an ``out`` whose memory
+            cannot be written.
+        RuntimeError: ``out`` is given and an argument requires grad; or a backend was asked for that cannot serve this.
+    """
+    terms, coeffs, steps, step_at = _checked(terms, coeffs, steps, shift)
+    first = terms[0]
+    tensors = (*terms, *(steps[i] for i in step_at))
+    if shift is not None:
+        tensors = (*tensors, shift)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if out is not None:
+        channels_last = checks.slot(out, first, terms, needs_grad)
+        result = _forward_out(terms, coeffs, steps, shift, channels_last, relu, return_moments, out)
+        return (out, Moments(*result, first.numel() // max(first.shape[1], 1))) if return_moments else out
+    if torch._C._are_functorch_transforms_active():
+        total = reference.weighted_sum(terms, coeffs, steps, shift, relu)
+        return (total, reference.moments(total)) if return_moments else total
+    channels_last = layout.is_channels_last(first)
+    if needs_grad:
+        result = _RkSum.apply(coeffs, step_at, channels_last, relu, return_moments, *tensors)
+        if not return_moments:
+            return result
+    else:
+        result = _forward(terms, coeffs, steps, shift, channels_last, relu, return_moments, False)
+        if not return_moments:
+            return result[0]
+    total, mean, var = result
+    return total, Moments(mean, var, total.numel() // max(total.shape[1], 1))
+
+
+def _checked(
+    terms: Sequence[Tensor], coeffs: Sequence[float], steps: Sequence[Tensor | None] | None, shift: Tensor | None
+) -> tuple[list[Tensor], list[float], list[Tensor | None], tuple[int, ...]]:
+    if isinstance(terms, Tensor) or not isinstance(terms, Sequence):
+        raise TypeError(f"terms: expected a list of tensors, got {type(terms).__name__}")
+    terms = list(terms)
+    n = len(terms)
+    if not 1 <= n <= checks.MAX_TERMS:
+        raise ValueError(f"terms: expected 1 to {checks.MAX_TERMS} tensors, got {n}; sum the rest in a second call")
+    coeffs = checks.coefficients(coeffs, terms)
+    first = checks.activation(terms[0], "terms[0]")
+    for i in range(1, n):
+        t = terms[i]
+        if isinstance(t, Tensor) and t.dtype != first.dtype:
+            terms = checks.promoted(terms)
+            first = terms[0]
+        checks.like(terms[i], first, f"terms[{i}]", "terms[0]")
+    checks.vector(shift, first, "shift")
+    if steps is None:
+        return terms, coeffs, [None] * n, ()
+    steps = list(steps)
+    if len(steps) != n:
+        raise ValueError(f"steps: {len(steps)} entries for {n} terms; give None for a term without one")
+    for i, step in enumerate(steps):
+        checks.vector(step, first, f"steps[{i}]", per_sample=True)
+    return terms, coeffs, steps, tuple(i for i, step in enumerate(steps) if step is not None)
