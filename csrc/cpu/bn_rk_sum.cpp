@@ -1,0 +1,215 @@
+#include "common/arithmetic.h"
+#include "cpu/host.h"
+
+namespace rkfast {
+namespace {
+
+// step * BN(x) = scale * (x - mean) + shift, as vectors for the kernels.
+struct Folded {
+  Factor scale, shift, center;
+};
+
+class Norm {
+ public:
+  Norm(const Rows& rows, const Optional& weight, const Optional& bias, const Tensor& mean, const Tensor& var,
+       const Optional& step, double eps)
+      : weight_(weight, rows.channels, 1.0),
+        bias_(bias, rows.channels, 0.0),
+        mean_(mean, rows.channels, 0.0),
+        var_(var, rows.channels, 1.0),
+        step_(step, rows.channels, 1.0),
+        has_bias_(bias.has_value()),
+        samples_(step_.by_sample() ? rows.samples : 1),
+        eps_(eps) {}
+
+  bool by_sample() const { return step_.by_sample(); }
+  double weight(int64_t c) const { return weight_.at(0, c); }
+  double bias(int64_t c) const { return bias_.at(0, c); }
+  double step(int64_t n, int64_t c) const { return step_.at(n, c); }
+  double rstd(int64_t c) const { return inverse_std(var_.at(0, c), eps_); }
+
+  Folded fold(Vectors& vectors) const {
+    Folded f;
+    f.scale = vectors.add(samples_, [&](int64_t n, int64_t c) { return affine(n, c).scale; });
+    if (has_bias_) {
+      f.shift = vectors.add(samples_, [&](int64_t n, int64_t c) { return affine(n, c).shift; });
+    } else {
+      f.shift.scalar = 0;
+    }
+    f.center = vectors.add(1, [&](int64_t, int64_t c) { return mean_.at(0, c); });
+    return f;
+  }
+
+ private:
+  Affine<double> affine(int64_t n, int64_t c) const {
+    return rkfast::fold(rstd(c), weight(c), bias(c), step(n, c));
+  }
+
+  Vector weight_, bias_, mean_, var_, step_;
+  bool has_bias_;
+  int64_t samples_;
+  double eps_;
+};
+
+}  // namespace
+
+std::vector<Tensor> bn_rk_sum(const Tensor& x, const Optional& weight, const Optional& bias, const Optional& mean,
+                              const Optional& var, const std::vector<Tensor>& terms, const std::vector<double>& coeffs,
+                              const Optional& step, bool channels_last, bool relu, double eps, bool moments, bool mask,
+                              const Optional& out) {
+  WithoutAutocast guard;
+  TORCH_CHECK_VALUE(terms.size() < kMaxTerms, "terms: at most 16, got ", terms.size());
+  const Rows rows(x, channels_last);
+  Operands operands(rows);
+  const Operand normalised = operands.add(x);
+  std::vector<Tensor> result{out ? *out : empty_rows(x, channels_last)};
+  std::vector<Tensor> statistics;
+  if (!mean) {
+    MomentsOf m{shape_of(rows, false), dtype_of(x), normalised, {}};
+    Partials partials(m.shape, 2);
+    m.moments = partials.moments();
+    if (x.numel() > 0) moments_of(m);
+    else std::fill_n(partials.data(), 2 * m.shape.partials() * m.shape.padded(), 0.0);
+    auto [own_mean, own_var] = partials.merge_moments(x);
+    statistics = {own_mean, own_var};
+  }
+  const Norm norm(rows, weight, bias, mean ? *mean : statistics[0], mean ? *var : statistics[1], step, eps);
+
+  Combine a{};
+  a.shape = shape_of(rows, norm.by_sample());
+  a.dtype = dtype_of(x);
+  a.n = static_cast<int>(terms.size()) + 1;
+  a.relu = relu;
+  a.out = output(result[0], rows);
+  for (int j = 0; j < a.n - 1; ++j) {
+    a.terms[j] = operands.add(terms[j]);
+    a.factors[j].scalar = coeffs.at(j);
+  }
+  Vectors vectors(a.shape, moments_dtype(x.scalar_type()));
+  const Folded folded = norm.fold(vectors);
+  a.terms[a.n - 1] = normalised;
+  a.factors[a.n - 1] = folded.scale;
+  a.shift = folded.shift;
+  a.center = folded.center.vector;
+  if (mask) {
+    result.push_back(empty_mask(x, rows));
+    a.mask = result.back().mutable_data_ptr<uint8_t>();
+  }
+  result.insert(result.end(), statistics.begin(), statistics.end());
+  Partials partials(a.shape, moments ? 2 : 0);
+  if (moments) {
+    a.moments = partials.moments();
+    if (x.numel() == 0) std::fill_n(partials.data(), 2 * a.shape.partials() * a.shape.padded(), 0.0);
+  }
+  if (x.numel() > 0) combine(a);
+  if (moments) {
+    auto [out_mean, out_var] = partials.merge_moments(x);
+    result.push_back(out_mean);
+    result.push_back(out_var);
+  }
+  return result;
+}
+
+std::vector<Tensor> bn_rk_sum_backward(const Tensor& grad, const Tensor& x, const Optional& weight,
+                                       const Optional& bias, const Tensor& mean, const Tensor& var,
+                                       const Optional& step, const Optional& mask, const std::vector<double>& coeffs,
+                                       bool channels_last, bool relu, bool batch_stats, double eps, bool need_x,
+                                       bool need_affine, bool need_step) {
+  WithoutAutocast guard;
+  TORCH_CHECK_VALUE(coeffs.size() < kMaxTerms, "terms: at most 16");
+  const Rows rows(x, channels_last);
+  const int64_t channels = rows.channels;
+  const Norm norm(rows, weight, bias, mean, var, step, eps);
+  Operands operands(rows);
+  const Operand input = operands.add(x);
+
+  Combine sign{};
+  Backward a{};
+  a.shape = shape_of(rows, norm.by_sample());
+  a.dtype = dtype_of(x);
+  a.grad = operands.add(grad);
+  Vectors vectors(a.shape, moments_dtype(x.scalar_type()));
+  const Folded folded = norm.fold(vectors);
+  a.center = folded.center.vector;
+  if (mask) {
+    a.mask = mask->const_data_ptr<uint8_t>();
+  } else if (relu) {
+    sign.shape = a.shape;
+    sign.dtype = a.dtype;
+    sign.n = 1;
+    sign.terms[0] = input;
+    sign.factors[0] = folded.scale;
+    sign.shift = folded.shift;
+    sign.center = a.center;
+    sign.relu = true;
+    a.sign = &sign;
+  }
+
+  const bool reduce = need_affine || need_step || (need_x && batch_stats);
+  Partials partials(a.shape, reduce ? 2 : 0);
+  if (reduce) {
+    Backward r = a;
+    r.sum_grad = true;
+    r.n_summed = 1;
+    r.summed[0] = input;
+    r.sums = partials.data();
+    if (x.numel() > 0) backward(r);
+    else std::fill_n(partials.data(), 2 * a.shape.partials() * a.shape.padded(), 0.0);
+  }
+  // s0 = sum g' and s1 = sum g' x_hat, over the channel or over the channel of each sample; hs0 and hs1 with the step.
+  const int64_t samples = norm.by_sample() ? rows.samples : 1;
+  std::vector<double> s0(samples * channels), s1(samples * channels), hs0(channels), hs1(channels);
+  if (reduce) {
+    for (int64_t c = 0; c < channels; ++c) {
+      const double rstd = norm.rstd(c);
+      for (int64_t n = 0; n < samples; ++n) {
+        const int64_t i = n * channels + c;
+        s0[i] = samples > 1 ? partials.sum(0, c, n) : partials.sum(0, c);
+        s1[i] = rstd * (samples > 1 ? partials.sum(1, c, n) : partials.sum(1, c));
+        hs0[c] += norm.step(n, c) * s0[i];
+        hs1[c] += norm.step(n, c) * s1[i];
+      }
+    }
+  }
+
+  std::vector<Tensor> result;
+  if (need_x) {
+    result.push_back(empty_rows(x, channels_last));
+    a.outputs[a.n_outputs] = output(result.back(), rows);
+    a.factors[a.n_outputs++] = folded.scale;
+    if (batch_stats) {
+      const double count = static_cast<double>(rows.count());
+      auto correction = [&](int64_t c) { return correct(norm.rstd(c), norm.weight(c), hs0[c], hs1[c], count); };
+      a.x = input;
+      a.slope = vectors.add(1, [&](int64_t, int64_t c) { return correction(c).slope; }).vector;
+      a.offset = vectors.add(1, [&](int64_t, int64_t c) { return correction(c).offset; }).vector;
+    }
+  }
+  if (need_affine) {
+    Tensor dweight = empty_vector(x, {channels}), dbias = empty_vector(x, {channels});
+    for (int64_t c = 0; c < channels; ++c) {
+      store(dweight, c, hs1[c]);
+      store(dbias, c, hs0[c]);
+    }
+    result.push_back(dweight);
+    result.push_back(dbias);
+  }
+  if (need_step) {
+    Tensor dstep = empty_vector(x, step->sizes());
+    for (int64_t n = 0; n < samples; ++n)
+      for (int64_t c = 0; c < channels; ++c) {
+        const int64_t i = n * channels + c;
+        store(dstep, i, norm.weight(c) * s1[i] + norm.bias(c) * s0[i]);
+      }
+    result.push_back(dstep);
+  }
+  for (double c : coeffs) {
+    result.push_back(empty_rows(x, channels_last));
+    a.outputs[a.n_outputs] = output(result.back(), rows);
+    a.factors[a.n_outputs++].scalar = c;
+  }
+  if (a.n_outputs > 0 && x.numel() > 0) backward(a);
+  return result;
+}
+
+}  // namespace rkfast

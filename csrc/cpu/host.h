@@ -1,0 +1,208 @@
+// Between tensors and kernels: shapes, operands, and vectors per channel in the type and padding that the kernels read.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "common/layout.h"
+#include "cpu/kernels.h"
+
+namespace rkfast {
+
+using at::Tensor;
+using Optional = std::optional<Tensor>;
+
+// Inside an op autocast is over: its copies and conversions mean what they say.
+struct WithoutAutocast {
+  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
+};
+
+inline DType dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kFloat: return DType::kFloat;
+    case at::kDouble: return DType::kDouble;
+    case at::kBFloat16: return DType::kBFloat16;
+    default:
+      TORCH_CHECK_TYPE(x.scalar_type() == at::kHalf, "rkfast: no CPU kernel for dtype ", x.scalar_type());
+      return DType::kHalf;
+  }
+}
+
+constexpr int64_t kUnit = 16384;  // elements per unit of work
+
+// `by_sample`: something differs from sample to sample, so that samples cannot be walked as one.
+inline Shape shape_of(const Rows& r, bool by_sample) {
+  Shape s{};
+  s.channels_last = r.channels_last;
+  s.outer = r.outer();
+  s.inner = r.inner();
+  s.length = s.last = r.length();
+  if (r.channels_last && !by_sample) {
+    s.inner *= s.outer;
+    s.outer = 1;
+  }
+  // A unit is long enough for its sums to be worth merging, and there are at most 64 of them to a channel.
+  const int64_t fill = (kUnit + s.length - 1) / std::max<int64_t>(s.length, 1);
+  s.unit = r.channels_last ? std::max({fill, int64_t(128), (s.inner + 63) / 64}) : std::max<int64_t>(fill, 1);
+  s.unit = std::min(s.unit, s.inner);
+  return s;
+}
+
+// Everything dense and nothing per channel: rows are cut where it suits the cache.
+inline Shape flat_shape(int64_t numel) {
+  Shape s{};
+  s.outer = 1;
+  s.length = std::min<int64_t>(std::max<int64_t>(numel, 1), 4096);
+  s.inner = (numel + s.length - 1) / s.length;
+  s.last = numel - (s.inner - 1) * s.length;
+  s.unit = std::min<int64_t>(s.inner, kUnit / 4096);
+  return s;
+}
+
+inline bool is_dense(const Pitch& p, const Rows& r) { return p.inner == r.length() && (r.outer() <= 1 || p.outer == r.inner() * r.length()); }
+
+// Conforming operands stay alive here while a kernel runs.
+class Operands {
+ public:
+  explicit Operands(const Rows& r) : rows_(r) {}
+
+  Operand add(const Tensor& x) {
+    Pitch p;
+    kept_.push_back(conform(x, rows_, p));
+    dense_ = dense_ && is_dense(p, rows_);
+    return {kept_.back().const_data_ptr(), p.outer, p.inner};
+  }
+
+  bool all_dense() const { return dense_; }
+
+ private:
+  const Rows& rows_;
+  bool dense_ = true;
+  std::vector<Tensor> kept_;
+};
+
+inline Operand output(const Tensor& x, const Rows& r) {
+  Pitch p;
+  TORCH_CHECK_VALUE(find_pitch(x, r, p), "out: neither dense nor a channel slice in the layout of the call");
+  return {x.data_ptr(), p.outer, p.inner};
+}
+
+inline void flatten(Operand& x, const Shape& s) { x.outer = 0, x.inner = s.length; }
+
+// A vector [C], or [N, C], in double: there are few of them and they are short.
+class Vector {
+ public:
+  Vector(const Optional& v, int64_t channels, double otherwise) : channels_(channels) {
+    if (!v) {
+      values_.assign(channels, otherwise);
+      return;
+    }
+    const Tensor wide = v->to(at::kDouble).contiguous();
+    by_sample_ = wide.dim() == 2;
+    values_.assign(wide.const_data_ptr<double>(), wide.const_data_ptr<double>() + wide.numel());
+  }
+  bool by_sample() const { return by_sample_; }
+  double at(int64_t n, int64_t c) const { return values_[by_sample_ ? n * channels_ + c : c]; }
+
+ private:
+  int64_t channels_;
+  bool by_sample_ = false;
+  std::vector<double> values_;
+};
+
+// Vectors for the kernels, [samples or 1][padded] in float or double.
+class Vectors {
+ public:
+  Vectors(const Shape& s, at::ScalarType dtype) : padded_(s.padded()), channels_(s.channels()), wide_(dtype == at::kDouble) {}
+
+  template <typename F>
+  Factor add(int64_t samples, F&& value) {
+    if (wide_) return fill<double>(doubles_.emplace_back(samples * padded_), samples, value);
+    return fill<float>(floats_.emplace_back(samples * padded_), samples, value);
+  }
+
+ private:
+  template <typename T, typename F>
+  Factor fill(std::vector<T>& to, int64_t samples, F&& value) {
+    for (int64_t n = 0; n < samples; ++n)
+      for (int64_t c = 0; c < channels_; ++c) to[n * padded_ + c] = static_cast<T>(value(n, c));
+    return {to.data(), samples > 1 ? padded_ : 0, 1};
+  }
+
+  int64_t padded_, channels_;
+  bool wide_;
+  std::vector<std::vector<float>> floats_;
+  std::vector<std::vector<double>> doubles_;
+};
+
+// What the units of a reduction leave behind, merged in a fixed order.
+class Partials {
+ public:
+  Partials(const Shape& s, int64_t vectors) : s_(s), data_(new double[std::max<int64_t>(1, vectors * s.partials() * s.padded())]) {}
+
+  double* data() { return data_.get(); }
+  double* vector(int64_t which) { return data() + which * s_.partials() * s_.padded(); }
+  Moments moments() { return {vector(0), vector(1)}; }
+
+  // [C] mean and variance from moments().
+  std::pair<Tensor, Tensor> merge_moments(const Tensor& x);
+
+  // Sum number `which` over channel c of sample n, or of all samples.
+  double sum(int64_t which, int64_t c, int64_t n) {
+    const int64_t each = s_.partials() / std::max<int64_t>(s_.outer, 1);
+    return add(which, c, n * each, (n + 1) * each);
+  }
+  double sum(int64_t which, int64_t c) { return add(which, c, 0, s_.partials()); }
+
+ private:
+  double add(int64_t which, int64_t c, int64_t begin, int64_t end) {
+    const double* v = vector(which) + c;
+    double total = 0;
+    for (int64_t k = begin; k < end; ++k) total += v[k * s_.padded()];
+    return total;
+  }
+
+  Shape s_;
+  std::unique_ptr<double[]> data_;
+};
+
+inline void store(Tensor& v, int64_t i, double value) {
+  if (v.scalar_type() == at::kDouble) {
+    v.mutable_data_ptr<double>()[i] = value;
+  } else {
+    v.mutable_data_ptr<float>()[i] = static_cast<float>(value);
+  }
+}
+
+inline Tensor empty_vector(const Tensor& x, at::IntArrayRef sizes) {
+  return at::empty(sizes, x.options().dtype(moments_dtype(x.scalar_type())).memory_format(at::MemoryFormat::Contiguous));
+}
+
+// The functions that Python sees: what each returns stands in rkfast/ops/<op>/__init__.py.
+std::vector<Tensor> rk_sum(const std::vector<Tensor>& terms, const std::vector<double>& coeffs,
+                           const std::vector<Optional>& steps, const Optional& shift, bool channels_last, bool relu,
+                           bool moments, bool mask, const Optional& out);
+std::vector<Tensor> rk_sum_backward(const Tensor& grad, const Optional& mask, const std::vector<double>& coeffs,
+                                    const std::vector<Optional>& steps, const std::vector<Tensor>& step_terms,
+                                    const std::vector<double>& step_coeffs, const std::vector<bool>& per_sample,
+                                    bool shift, bool channels_last);
+std::vector<Tensor> bn_rk_sum(const Tensor& x, const Optional& weight, const Optional& bias, const Optional& mean,
+                              const Optional& var, const std::vector<Tensor>& terms, const std::vector<double>& coeffs,
+                              const Optional& step, bool channels_last, bool relu, double eps, bool moments, bool mask,
+                              const Optional& out);
+std::vector<Tensor> bn_rk_sum_backward(const Tensor& grad, const Tensor& x, const Optional& weight,
+                                       const Optional& bias, const Tensor& mean, const Tensor& var,
+                                       const Optional& step, const Optional& mask, const std::vector<double>& coeffs,
+                                       bool channels_last, bool relu, bool batch_stats, double eps, bool need_x,
+                                       bool need_affine, bool need_step);
+std::pair<Tensor, Tensor> channel_moments(const Tensor& x, bool channels_last);
+void update_running_stats(const Tensor& mean, const Tensor& var, int64_t count, const std::vector<Tensor>& running_mean,
+                          const std::vector<Tensor>& running_var, const std::vector<Tensor>& num_batches_tracked,
+                          std::optional<double> momentum);
+
+}  // namespace rkfast

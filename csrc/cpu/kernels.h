@@ -1,0 +1,109 @@
+// What the host code asks of the vectorised kernels. A *_kernel.cpp file is compiled once per instruction set and enters
+// itself into the table below; the host picks the best that the processor has. Free of torch headers.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+namespace rkfast {
+
+constexpr int kMaxTerms = 17;  // 16 and, in bn_rk_sum, the normalised one
+constexpr int64_t kPad = 32;   // vectors per channel are padded to whole registers of every type
+
+enum class DType { kFloat, kDouble, kBFloat16, kHalf };
+
+// The rows a kernel walks, split into units of work by the shape alone, so that no result depends on the thread count.
+struct Shape {
+  int64_t outer, inner, length;
+  int64_t last;  // length of the last row; differs only where rows cut a flat tensor
+  bool channels_last;
+  int64_t unit;  // rows per unit; a unit never spans two samples
+
+  int64_t splits() const { return unit == 0 ? 0 : (inner + unit - 1) / unit; }
+  int64_t units() const { return outer * splits(); }
+  int64_t channels() const { return channels_last ? length : inner; }
+  int64_t padded() const { return (channels() + kPad - 1) / kPad * kPad; }
+  // Reductions leave one vector per unit (channels_last) or per sample (contiguous).
+  int64_t partials() const { return channels_last ? units() : outer; }
+};
+
+struct Operand {
+  const void* data = nullptr;
+  int64_t outer = 0, inner = 0;  // pitches in elements
+};
+
+// A factor per channel [padded] or per sample and channel [outer][padded], in float (double), or one for all.
+struct Factor {
+  const void* vector = nullptr;
+  int64_t outer = 0;  // elements from sample to sample; 0 where it is the same for all
+  double scalar = 1;
+};
+
+struct Moments {  // of each unit or sample, in double, [partials][padded]
+  double* mean = nullptr;
+  double* m2 = nullptr;
+};
+
+// out = act(sum_j factor_j * (term_j - center_j) + shift); a center belongs to the last term only.
+struct Combine {
+  Shape shape;
+  DType dtype;
+  int n = 0;
+  std::array<Operand, kMaxTerms> terms;
+  std::array<Factor, kMaxTerms> factors;
+  const void* center = nullptr;  // [padded]
+  Factor shift{nullptr, 0, 0};
+  bool relu = false;
+  Operand out;              // none: only the mask is written
+  uint8_t* mask = nullptr;  // [rows][(length + 7) / 8]
+  Moments moments;
+};
+
+// With g' = grad where the mask is set:
+// sums[0] = sum g' (where sum_grad), sums[1 + j] = sum g' * (summed_j - center), outputs_k = factor_k * g'; to output 0
+// slope * (x - center) + offset is added where there is an x.
+struct Backward {
+  Shape shape;
+  DType dtype;
+  Operand grad;
+  const uint8_t* mask = nullptr;
+  const Combine* sign = nullptr;  // computes the mask from x where none was kept
+  bool sum_grad = false;
+  int n_summed = 0;
+  std::array<Operand, kMaxTerms> summed;
+  double* sums = nullptr;  // [1 + n_summed][partials][padded]
+  int n_outputs = 0;
+  std::array<Operand, kMaxTerms> outputs;
+  std::array<Factor, kMaxTerms> factors;
+  Operand x;
+  const void* center = nullptr;
+  const void* slope = nullptr;
+  const void* offset = nullptr;
+};
+
+template <typename Args>
+struct Dispatch {
+  using Kernel = void (*)(const Args&);
+  Kernel by_capability[3] = {};  // DEFAULT, AVX2, AVX512
+  void operator()(const Args& args) const;
+};
+
+struct MomentsOf {
+  Shape shape;
+  DType dtype;
+  Operand x;
+  Moments moments;
+};
+
+extern Dispatch<Combine> combine;
+extern Dispatch<Backward> backward;
+extern Dispatch<MomentsOf> moments_of;
+
+template <typename Args>
+struct Enter {
+  Enter(Dispatch<Args>& table, int capability, typename Dispatch<Args>::Kernel kernel) {
+    table.by_capability[capability] = kernel;
+  }
+};
+
+}  // namespace rkfast

@@ -1,0 +1,174 @@
+// Vectors of storage type T as registers of the type it is computed in. Included by *_kernel.cpp files only, which are
+// compiled once per instruction set.
+#pragma once
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <cstring>
+#include <type_traits>
+
+#include "cpu/kernels.h"
+
+namespace rkfast {
+inline namespace CPU_CAPABILITY {
+
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int kCapability = 2;
+#elif defined(CPU_CAPABILITY_AVX2)
+constexpr int kCapability = 1;
+#else
+constexpr int kCapability = 0;
+#endif
+
+using at::vec::Vectorized;
+
+// v where the bit is set, else 0.
+inline Vectorized<float> keep(const Vectorized<float>& v, uint32_t bits) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), v);
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane), lane);
+  return _mm256_and_ps(v, _mm256_castsi256_ps(set));
+#else
+  Vectorized<float> result = v;
+  for (int i = 0; i < Vectorized<float>::size(); ++i)
+    if (!(bits >> i & 1)) result[i] = 0;
+  return result;
+#endif
+}
+
+inline Vectorized<double> keep(const Vectorized<double>& v, uint32_t bits) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_maskz_mov_pd(static_cast<__mmask8>(bits), v);
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m256i lane = _mm256_setr_epi64x(1, 2, 4, 8);
+  const __m256i set = _mm256_cmpeq_epi64(_mm256_and_si256(_mm256_set1_epi64x(static_cast<int64_t>(bits)), lane), lane);
+  return _mm256_and_pd(v, _mm256_castsi256_pd(set));
+#else
+  Vectorized<double> result = v;
+  for (int i = 0; i < Vectorized<double>::size(); ++i)
+    if (!(bits >> i & 1)) result[i] = 0;
+  return result;
+#endif
+}
+
+template <typename T>
+struct Pack {
+  static constexpr bool kReduced = !std::is_floating_point_v<T>;
+  using Acc = std::conditional_t<kReduced, float, T>;
+  using Vec = Vectorized<Acc>;
+  static constexpr int kVecs = std::is_same_v<T, float> ? 1 : 2;
+  static constexpr int kWidth = Vec::size();
+  static constexpr int kLanes = kVecs * kWidth;  // a multiple of 8, so that mask bits come in whole bytes
+  static constexpr uint32_t kAll = kLanes == 32 ? ~0u : (1u << kLanes) - 1;
+
+  Vec v[kVecs];
+
+  static Pack load(const T* p) {
+    if constexpr (kReduced) {
+      auto [low, high] = at::vec::convert_to_float<T>(Vectorized<T>::loadu(p));
+      return {low, high};
+    } else if constexpr (kVecs == 1) {
+      return {Vec::loadu(p)};
+    } else {
+      return {Vec::loadu(p), Vec::loadu(p + kWidth)};
+    }
+  }
+
+  static Pack load(const T* p, int n) {
+    alignas(64) T buffer[kLanes] = {};
+    std::memcpy(static_cast<void*>(buffer), p, n * sizeof(T));
+    return load(buffer);
+  }
+
+  void store(T* p) const {
+    if constexpr (kReduced) {
+      at::vec::convert_from_float<T>(v[0], v[1]).store(p);
+    } else {
+      for (int k = 0; k < kVecs; ++k) v[k].store(p + k * kWidth);
+    }
+  }
+
+  void store(T* p, int n) const {
+    alignas(64) T buffer[kLanes];
+    store(buffer);
+    std::memcpy(static_cast<void*>(p), buffer, n * sizeof(T));
+  }
+
+  // The value as it is read back after a store.
+  Pack rounded() const {
+    if constexpr (!kReduced) return *this;
+    alignas(64) T buffer[kLanes];
+    store(buffer);
+    return load(buffer);
+  }
+
+  Pack masked(uint32_t bits) const {
+    Pack result = *this;
+    for (int k = 0; k < kVecs; ++k) result.v[k] = keep(v[k], bits >> (k * kWidth));
+    return result;
+  }
+
+  // After a ReLU: a bit per element that passed it. NaN passes.
+  uint32_t passed() const {
+    uint32_t zero = 0;
+    for (int k = 0; k < kVecs; ++k) zero |= static_cast<uint32_t>(v[k].zero_mask()) << (k * kWidth);
+    return ~zero & kAll;
+  }
+
+  Pack relu() const {
+    Pack result;
+    for (int k = 0; k < kVecs; ++k) result.v[k] = at::vec::clamp_min(v[k], Vec(Acc(0)));
+    return result;
+  }
+};
+
+inline uint32_t load_bits(const uint8_t* p, int lanes) {
+  uint32_t bits = 0;
+  std::memcpy(&bits, p, (lanes + 7) / 8);
+  return bits;
+}
+
+inline void store_bits(uint8_t* p, uint32_t bits, int lanes) {
+  if (lanes < 32) bits &= (1u << lanes) - 1;
+  std::memcpy(p, &bits, (lanes + 7) / 8);
+}
+
+template <typename F>
+void with_type(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat: return f(float{});
+    case DType::kDouble: return f(double{});
+    case DType::kBFloat16: return f(c10::BFloat16{});
+    case DType::kHalf: return f(c10::Half{});
+  }
+}
+
+template <typename T>
+T* row(const Operand& x, int64_t o, int64_t i) {
+  return static_cast<T*>(const_cast<void*>(x.data)) + o * x.outer + i * x.inner;
+}
+
+// The same factor for one row: a vector along it (channels_last), or one number.
+template <typename Acc>
+struct RowFactor {
+  const Acc* vector = nullptr;
+  Acc scalar = 0;
+
+  RowFactor() = default;
+  RowFactor(const Factor& f, const Shape& s, int64_t o, int64_t i) : scalar(static_cast<Acc>(f.scalar)) {
+    if (f.vector == nullptr) return;
+    const Acc* sample = static_cast<const Acc*>(f.vector) + o * f.outer;
+    if (s.channels_last) {
+      vector = sample;
+    } else {
+      scalar = sample[i];
+    }
+  }
+  Vectorized<Acc> at(int64_t p) const { return vector ? Vectorized<Acc>::loadu(vector + p) : Vectorized<Acc>(scalar); }
+};
+
+}  // namespace CPU_CAPABILITY
+}  // namespace rkfast
