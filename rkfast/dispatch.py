@@ -43,12 +43,19 @@ class Record(NamedTuple):
 
     backend: str
     rejected: tuple[tuple[str, str], ...]
-    shape: tuple[int, ...]
+    shape: torch.Size
     dtype: torch.dtype
-    device: str
+    device: torch.device
+
+
+class Choice(NamedTuple):
+    backend: str
+    function: Callable[..., Any]
+    rejected: tuple[tuple[str, str], ...]
 
 
 OPS: dict[str, Op] = {}
+_environment = os.environ.get("RKFAST_BACKEND") or "auto"
 _forced: list[str] = []  # process-wide, so that it also holds in autograd's threads
 _lock = threading.Lock()
 _served: Counter[tuple[str, str]] = Counter()
@@ -61,23 +68,35 @@ class Op:
         OPS[name] = self
         self.name = name
         self.implementations = implementations
-        self.last: Record | None = None
-        self._functions: dict[Implementation, Callable[..., Any]] = {}
+        self._last: tuple[Choice, torch.Size, torch.dtype, torch.device] | None = None
+        # Where the choice depends on device and dtype alone it is made once.
+        self._static = all(i.supports is None and i.deterministic for i in implementations)
+        self._chosen: dict[tuple[str | None, str, torch.dtype], Choice] = {}
 
     def __call__(self, *args: Any) -> Any:
         first = args[0]
         lead = first if isinstance(first, torch.Tensor) else first[0]
-        chosen, rejected = self._choose(lead, args)
-        function = self._functions.get(chosen)
-        if function is None:
-            function = self._functions[chosen] = getattr(importlib.import_module(chosen.module), chosen.function)
-        result = function(*args)
+        key = (forced(), lead.device.type, lead.dtype)
+        choice = self._chosen.get(key)
+        if choice is None:
+            choice = self._choose(lead, args)
+            if self._static:
+                self._chosen[key] = choice
+        result = choice.function(*args)
         with _lock:
-            _served[self.name, chosen.backend] += 1
-        self.last = Record(chosen.backend, rejected, tuple(lead.shape), lead.dtype, lead.device.type)
+            _served[self.name, choice.backend] += 1
+        self._last = (choice, lead.shape, lead.dtype, lead.device)
         return result
 
-    def _choose(self, lead: torch.Tensor, args: tuple[Any, ...]) -> tuple[Implementation, tuple[tuple[str, str], ...]]:
+    @property
+    def last(self) -> Record | None:
+        """The last call served; None before the first."""
+        if self._last is None:
+            return None
+        choice, *seen = self._last
+        return Record(choice.backend, choice.rejected, *seen)
+
+    def _choose(self, lead: torch.Tensor, args: tuple[Any, ...]) -> Choice:
         explicit = forced()
         if explicit is not None:
             found = [i for i in self.implementations if i.backend == explicit]
@@ -86,12 +105,12 @@ class Op:
                 raise RuntimeError(
                     f"rkfast.{self.name}: backend {explicit!r} was asked for and cannot serve this call: {reason}"
                 )
-            return found[0], ()
+            return _loaded(found[0], [])
         rejected = []
         for implementation in self.implementations:
             reason = self._reason(implementation, lead, args, explicit=False)
             if reason is None:
-                return implementation, tuple(rejected)
+                return _loaded(implementation, rejected)
             rejected.append((implementation.backend, reason))
         raise RuntimeError(f"rkfast.{self.name}: no implementation can serve this call: {rejected}")
 
@@ -109,6 +128,11 @@ class Op:
                 return reason
             warnings.warn(f"rkfast.{self.name}: {implementation.backend}: {reason}", stacklevel=4)
         return implementation.supports(*args) if implementation.supports is not None else None
+
+
+def _loaded(implementation: Implementation, rejected: list[tuple[str, str]]) -> Choice:
+    function = getattr(importlib.import_module(implementation.module), implementation.function)
+    return Choice(implementation.backend, function, tuple(rejected))
 
 
 def backend_reason(backend: str, device: str, explicit: bool = False) -> str | None:
@@ -151,10 +175,7 @@ def forced() -> str | None:
     """The backend asked for by ``use`` or RKFAST_BACKEND; None leaves the choice automatic."""
     if _forced:
         return _forced[-1]
-    asked = os.environ.get("RKFAST_BACKEND")
-    if not asked or asked == "auto":
-        return None
-    return _known(asked, "RKFAST_BACKEND")
+    return None if _environment == "auto" else _known(_environment, "RKFAST_BACKEND")
 
 
 def _known(backend: str, what: str) -> str:
@@ -201,6 +222,6 @@ def explain(op: str | None = None) -> str:
             lines.append(f"{name}: not called yet")
             continue
         shape = "x".join(map(str, last.shape))
-        lines.append(f"{name}: {last.backend} ({shape} {str(last.dtype).removeprefix('torch.')} on {last.device})")
+        lines.append(f"{name}: {last.backend} ({shape} {str(last.dtype).removeprefix('torch.')} on {last.device.type})")
         lines.extend(f"  not {backend}: {reason}" for backend, reason in last.rejected)
     return "\n".join(lines)

@@ -56,18 +56,21 @@ std::pair<Tensor, Tensor> channel_moments(const Tensor& x, bool channels_last) {
 
 namespace {
 
-// Reads and writes elements of a vector of any floating dtype.
-class Stat {
- public:
-  explicit Stat(const Tensor& v) : tensor_(v), wide_(v.to(at::kDouble).contiguous()) {}
-  double* data() { return wide_.mutable_data_ptr<double>(); }
-  void write() {
-    if (!wide_.is_same(tensor_)) tensor_.copy_(wide_);
+// The running value of one channel after another, of any floating dtype.
+template <typename F>
+void update(const Tensor& running, double weight, F&& batch) {
+  auto step = [&](double old, int64_t c) { return old + weight * (batch(c) - old); };
+  if (running.scalar_type() == at::kFloat && running.is_contiguous()) {
+    float* r = running.mutable_data_ptr<float>();
+    for (int64_t c = 0; c < running.numel(); ++c) r[c] = static_cast<float>(step(r[c], c));
+    running.unsafeGetTensorImpl()->bump_version();
+    return;
   }
-
- private:
-  Tensor tensor_, wide_;
-};
+  const Tensor wide = running.to(at::kDouble).contiguous();
+  double* r = wide.mutable_data_ptr<double>();
+  for (int64_t c = 0; c < running.numel(); ++c) r[c] = step(r[c], c);
+  if (!wide.is_same(running)) running.copy_(wide);
+}
 
 }  // namespace
 
@@ -75,19 +78,14 @@ void update_running_stats(const Tensor& mean, const Tensor& var, int64_t count, 
                           const std::vector<Tensor>& running_var, const std::vector<Tensor>& num_batches_tracked,
                           std::optional<double> momentum) {
   WithoutAutocast guard;
-  for (Tensor n : num_batches_tracked) n.add_(1);
+  for (const Tensor& n : num_batches_tracked) n.add_(1);
   if (count == 0) return;
-  Stat batch_mean(mean), batch_var(var);
+  const Vector batch_mean(mean, mean.numel(), 0), batch_var(var, var.numel(), 0);
   const double unbiased = static_cast<double>(count) / static_cast<double>(std::max<int64_t>(count - 1, 1));
   for (size_t i = 0; i < running_mean.size(); ++i) {
     const double weight = momentum ? *momentum : 1.0 / num_batches_tracked[i].item<double>();
-    Stat r_mean(running_mean[i]), r_var(running_var[i]);
-    for (int64_t c = 0; c < running_mean[i].numel(); ++c) {
-      r_mean.data()[c] += weight * (batch_mean.data()[c] - r_mean.data()[c]);
-      r_var.data()[c] += weight * (unbiased * batch_var.data()[c] - r_var.data()[c]);
-    }
-    r_mean.write();
-    r_var.write();
+    update(running_mean[i], weight, [&](int64_t c) { return batch_mean.at(0, c); });
+    update(running_var[i], weight, [&](int64_t c) { return unbiased * batch_var.at(0, c); });
   }
 }
 

@@ -94,25 +94,33 @@ inline Operand output(const Tensor& x, const Rows& r) {
 
 inline void flatten(Operand& x, const Shape& s) { x.outer = 0, x.inner = s.length; }
 
-// A vector [C], or [N, C], in double: there are few of them and they are short.
+// A vector [C], or [N, C], read in double whatever its type.
 class Vector {
  public:
-  Vector(const Optional& v, int64_t channels, double otherwise) : channels_(channels) {
-    if (!v) {
-      values_.assign(channels, otherwise);
-      return;
+  Vector(const Optional& v, int64_t channels, double otherwise) : channels_(channels), otherwise_(otherwise) {
+    if (!v) return;
+    by_sample_ = v->dim() == 2;
+    if (v->scalar_type() == at::kFloat && v->is_contiguous()) {
+      kept_ = *v;
+      float_ = kept_.const_data_ptr<float>();
+    } else {
+      kept_ = v->to(at::kDouble).contiguous();
+      double_ = kept_.const_data_ptr<double>();
     }
-    const Tensor wide = v->to(at::kDouble).contiguous();
-    by_sample_ = wide.dim() == 2;
-    values_.assign(wide.const_data_ptr<double>(), wide.const_data_ptr<double>() + wide.numel());
   }
   bool by_sample() const { return by_sample_; }
-  double at(int64_t n, int64_t c) const { return values_[by_sample_ ? n * channels_ + c : c]; }
+  double at(int64_t n, int64_t c) const {
+    const int64_t i = by_sample_ ? n * channels_ + c : c;
+    return float_ ? float_[i] : double_ ? double_[i] : otherwise_;
+  }
 
  private:
   int64_t channels_;
+  double otherwise_;
   bool by_sample_ = false;
-  std::vector<double> values_;
+  Tensor kept_;
+  const float* float_ = nullptr;
+  const double* double_ = nullptr;
 };
 
 // Vectors for the kernels, [samples or 1][padded] in float or double.
@@ -182,6 +190,16 @@ inline void store(Tensor& v, int64_t i, double value) {
 inline Tensor empty_vector(const Tensor& x, at::IntArrayRef sizes) {
   return at::empty(sizes, x.options().dtype(moments_dtype(x.scalar_type())).memory_format(at::MemoryFormat::Contiguous));
 }
+
+// What Python asks before it calls an op, answered in one go: bits of
+enum Survey : int64_t {
+  kUniform = 1,       // tensors an op takes, of one shape, dtype and device, and vectors that fit them
+  kChannelsLast = 2,  // the layout of the first
+  kNeedsGrad = 4,     // grad mode is on and one of them requires grad
+  kPlain = 8,         // nobody watches the dispatcher: no mode, no subclass, no transform, no profiler
+};
+int64_t survey(const std::vector<Optional>& tensors, const std::vector<Optional>& vectors,
+               const std::vector<Optional>& gates);  // [C]; [C] or [N, C]
 
 // The functions that Python sees: what each returns stands in rkfast/ops/<op>/__init__.py.
 std::vector<Tensor> rk_sum(const std::vector<Tensor>& terms, const std::vector<double>& coeffs,

@@ -15,7 +15,7 @@ std::vector<Tensor> rk_sum(const std::vector<Tensor>& terms, const std::vector<d
   bool by_sample = false, per_channel = shift.has_value() || moments;
   factors.reserve(steps.size());
   for (const Optional& step : steps) {
-    factors.emplace_back(step, step ? rows.channels : 0, 1.0);
+    factors.emplace_back(step, rows.channels, 1.0);
     by_sample |= factors.back().by_sample();
     per_channel |= step.has_value();
   }
@@ -77,7 +77,7 @@ std::vector<Tensor> rk_sum_backward(const Tensor& grad, const Optional& mask, co
   factors.reserve(steps.size());
   bool by_sample = false, per_channel = shift || !step_terms.empty();
   for (const Optional& step : steps) {
-    factors.emplace_back(step, step ? rows.channels : 0, 1.0);
+    factors.emplace_back(step, rows.channels, 1.0);
     by_sample |= factors.back().by_sample();
     per_channel |= step.has_value();
   }

@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from rkfast import native
 from rkfast.ops import layout
 
 MAX_TERMS = 16
 MAX_DIMS = 5
+
+# Bits of what ``survey`` answers, as in csrc/cpu/host.h.
+UNIFORM, CHANNELS_LAST, NEEDS_GRAD, PLAIN = 1, 2, 4, 8
+
+_survey: Callable[..., int] | None = None
+
+
+def survey(tensors: Sequence[object], vectors: Sequence[object], gates: Sequence[object]) -> int:
+    """All that the checks below ask, in one call of the C++ extension; a call costs as much as one check in Python.
+
+    0 means nothing is known, and the checks are to be asked one by one: they name what is wrong.
+    """
+    global _survey
+    if torch.compiler.is_compiling():
+        return 0
+    if _survey is None:
+        _survey = native.cpu().survey if native.cpu_reason() is None else lambda *_: 0
+    try:
+        return _survey(tensors, vectors, gates)
+    except TypeError:
+        return 0
 
 
 def activation(x: object, name: str) -> Tensor:

@@ -88,6 +88,11 @@ def rows(x: Tensor, channels_last: bool) -> tuple[int, int, int]:
     return (n, positions, c) if channels_last else (n, c, positions)
 
 
+def count(x: Tensor) -> int:
+    """Values per channel, N * P."""
+    return x.numel() // max(x.shape[1], 1)
+
+
 def pitches(x: Tensor, channels_last: bool) -> tuple[int, int]:
     """Elements between neighbouring samples and between neighbouring rows of a conforming x."""
     n, c, *spatial = x.shape

@@ -11,7 +11,7 @@ from torch import Tensor
 from rkfast import dispatch
 from rkfast.ops import checks, layout
 from rkfast.ops.bn_rk_sum import reference
-from rkfast.ops.channel_moments import Moments, moments_dtype, update_running_stats
+from rkfast.ops.channel_moments import Moments, moments_dtype, update_running_stats, update_running_stats_op
 from rkfast.ops.channel_moments import reference as channel_moments
 
 
@@ -100,6 +100,7 @@ class _BnRkSum(torch.autograd.Function):
         batch_stats: bool,
         eps: float,
         moments: bool,
+        plain: bool,
         mean: Tensor | None,
         var: Tensor | None,
         x: Tensor,
@@ -110,7 +111,7 @@ class _BnRkSum(torch.autograd.Function):
     ) -> Any:
         # Without terms the sign of the output follows from x, so that nothing need be kept for it.
         mask = relu and len(terms) > 0
-        result = _forward(
+        result = (_op if plain else _forward)(
             x, weight, bias, mean, var, list(terms), coeffs, step, channels_last, relu, eps, moments, mask
         )
         vectors = result[2 if mask else 1 :]
@@ -124,12 +125,12 @@ class _BnRkSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
-        needed = ctx.needs_input_grad[8:]
+        needed = ctx.needs_input_grad[9:]
         if grad is None:
-            return (None,) * (8 + len(needed))
+            return (None,) * (9 + len(needed))
         # A gradient of the gradient is asked for: the same in plain, differentiable PyTorch.
         gradients = reference.gradients if torch.is_grad_enabled() else _gradients
-        return (None,) * 8 + tuple(gradients(grad, *ctx.saved_tensors, *ctx.saved, needed))
+        return (None,) * 9 + tuple(gradients(grad, *ctx.saved_tensors, *ctx.saved, needed))
 
 
 def _gradients(
@@ -237,7 +238,9 @@ def bn_rk_sum(
             statistics where they are needed; an ``out`` whose memory cannot be written. Nothing is modified then.
         RuntimeError: ``out`` is given and an argument requires grad; or a backend was asked for that cannot serve this.
     """
-    x, terms, coeffs = _checked(x, weight, bias, running_mean, running_var, terms, coeffs, step)
+    vectors = (weight, bias, running_mean, running_var)
+    seen = checks.survey((x, *terms) if isinstance(terms, (list, tuple)) else (), vectors, (step,))
+    x, terms, coeffs = _checked(x, vectors, terms, coeffs, step, seen)
     tracked = training and running_mean is not None
     count = _count(x, moments) if training else 0
     if training:
@@ -248,52 +251,45 @@ def bn_rk_sum(
         raise ValueError("running_mean: expected running statistics when training=False; pass training=True to use x's own")
     else:
         mean, var = running_mean, running_var
-    inputs = (x, weight, bias, step, *terms)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    if torch._C._are_functorch_transforms_active() and out is None:
-        total, *vectors = reference.composite(
-            x, weight, bias, mean, var, terms, coeffs, step, relu, eps, return_moments
-        )
-        update = channel_moments.update_running_stats
+    if seen:
+        needs_grad, channels_last = bool(seen & checks.NEEDS_GRAD), bool(seen & checks.CHANNELS_LAST)
     else:
-        update = update_running_stats
-        if out is not None:
-            channels_last = checks.slot(out, x, [x, *terms], needs_grad)
-            vectors = _forward_out(
-                x, weight, bias, mean, var, terms, coeffs, step, channels_last, relu, eps, return_moments, out
-            )
-            total = out
-        else:
-            channels_last = layout.is_channels_last(x)
-            if needs_grad:
-                total, *vectors = _BnRkSum.apply(
-                    coeffs, channels_last, relu, training, eps, return_moments, mean, var, x, weight, bias, step, *terms
-                )
-            else:
-                total, *vectors = _forward(
-                    x, weight, bias, mean, var, terms, coeffs, step, channels_last, relu, eps, return_moments, False
-                )
+        inputs = (x, weight, bias, step, *terms)
+        needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+        channels_last = layout.is_channels_last(x)
+    plain = bool(seen & checks.PLAIN)
+    update: Any = update_running_stats if not plain else update_running_stats_op
+    tail = (relu, eps, return_moments)
+    if out is not None:
+        channels_last = checks.slot(out, x, [x, *terms], needs_grad)
+        found = _forward_out(x, weight, bias, mean, var, terms, coeffs, step, channels_last, *tail, out)
+        total = out
+    elif not plain and torch._C._are_functorch_transforms_active():
+        total, *found = reference.composite(x, weight, bias, mean, var, terms, coeffs, step, *tail)
+        update = channel_moments.update_running_stats
+    elif needs_grad:
+        total, *found = _BnRkSum.apply(
+            coeffs, channels_last, relu, training, eps, return_moments, plain, mean, var, x, weight, bias, step, *terms
+        )
+    else:
+        run = _op if plain else _forward
+        total, *found = run(x, weight, bias, mean, var, terms, coeffs, step, channels_last, *tail, False)
     if tracked:
-        assert running_mean is not None and running_var is not None
         if mean is None:
-            mean, var = vectors[:2]
+            mean, var = found[:2]
         with torch.no_grad():
             counters = [] if num_batches_tracked is None else [num_batches_tracked]
             update(mean, var, count, [running_mean], [running_var], counters, momentum)
-    if not return_moments:
-        return total
-    return total, Moments(vectors[-2], vectors[-1], x.numel() // max(x.shape[1], 1))
+    return (total, Moments(found[-2], found[-1], layout.count(x))) if return_moments else total
 
 
 def _checked(
     x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
+    vectors: tuple[Tensor | None, ...],
     terms: Sequence[Tensor],
     coeffs: Sequence[float],
     step: Tensor | None,
+    seen: int,
 ) -> tuple[Tensor, list[Tensor], list[float]]:
     if isinstance(terms, Tensor) or not isinstance(terms, Sequence):
         raise TypeError(f"terms: expected a list of tensors, got {type(terms).__name__}")
@@ -301,27 +297,26 @@ def _checked(
     if len(terms) > checks.MAX_TERMS:
         raise ValueError(f"terms: expected at most {checks.MAX_TERMS} tensors, got {len(terms)}; sum some of them first")
     coeffs = checks.coefficients(coeffs, terms)
-    checks.activation(x, "x")
-    for i in range(len(terms)):
-        t = terms[i]
-        if isinstance(t, Tensor) and t.dtype != x.dtype:
-            x, *terms = checks.promoted([x, *terms])
-        checks.like(terms[i], x, f"terms[{i}]", "x")
-    checks.vector(weight, x, "weight")
-    checks.vector(bias, x, "bias")
-    checks.vector(step, x, "step", per_sample=True)
-    if (running_mean is None) != (running_var is None):
-        missing = "running_mean" if running_mean is None else "running_var"
+    names = ("weight", "bias", "running_mean", "running_var")
+    if not seen:
+        checks.activation(x, "x")
+        for i in range(len(terms)):
+            if isinstance(terms[i], Tensor) and terms[i].dtype != x.dtype:
+                x, *terms = checks.promoted([x, *terms])
+            checks.like(terms[i], x, f"terms[{i}]", "x")
+        for vector, name in zip(vectors, names, strict=True):
+            checks.vector(vector, x, name)
+        checks.vector(step, x, "step", per_sample=True)
+    if (vectors[2] is None) != (vectors[3] is None):
+        missing = names[2] if vectors[2] is None else names[3]
         raise ValueError(f"{missing}: one of the running statistics is missing; give both or neither")
-    checks.vector(running_mean, x, "running_mean")
-    checks.vector(running_var, x, "running_var")
     return x, terms, coeffs
 
 
 def _count(x: Tensor, moments: Moments | None) -> int:
     """How many values of a channel the batch's moments are taken over."""
     if moments is None:
-        count = x.numel() // max(x.shape[1], 1)
+        count = layout.count(x)
     else:
         if len(moments) != 3:
             raise TypeError(f"moments: expected Moments(mean, var, count), got {len(moments)} values")

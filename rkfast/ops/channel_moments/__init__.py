@@ -33,11 +33,14 @@ _forward = dispatch.register(
     dispatch.Op("channel_moments", dispatch.ordered("rkfast.ops.channel_moments", "forward")),
     _fake,
 )
+update_running_stats_op = dispatch.Op(
+    "update_running_stats", dispatch.ordered("rkfast.ops.channel_moments", "update_running_stats")
+)
 # running_mean[i] and running_var[i] take their first channels' share of mean and var; count 0 counts and changes nothing else.
 update_running_stats = dispatch.register(
     "update_running_stats(Tensor mean, Tensor var, int count, Tensor(a!)[] running_mean, Tensor(b!)[] running_var, "
     "Tensor(c!)[] num_batches_tracked, float? momentum) -> ()",
-    dispatch.Op("update_running_stats", dispatch.ordered("rkfast.ops.channel_moments", "update_running_stats")),
+    update_running_stats_op,
     lambda *_: None,
 )
 
@@ -64,4 +67,4 @@ def channel_moments(x: Tensor) -> Moments:
         mean, var = reference.forward(x, False)
     else:
         mean, var = _forward(x.detach(), layout.is_channels_last(x))
-    return Moments(mean, var, x.numel() // max(x.shape[1], 1))
+    return Moments(mean, var, layout.count(x))

@@ -85,21 +85,24 @@ class _RkSum(torch.autograd.Function):
         channels_last: bool,
         relu: bool,
         moments: bool,
+        plain: bool,
         *tensors: Tensor,
     ) -> Any:
         n = len(coeffs)
         terms = list(tensors[:n])
         steps = _placed(tensors[n:], step_at, n)
-        shift = tensors[-1] if len(tensors) > n + len(step_at) else None
-        result = _forward(terms, coeffs, steps, shift, channels_last, relu, moments, relu)
-        needed = ctx.needs_input_grad[5:]
-        ctx.saved = (coeffs, step_at, channels_last, relu, shift is not None)
+        has_shift = len(tensors) > n + len(step_at)
+        shift = tensors[-1] if has_shift else None
+        result = (_op if plain else _forward)(terms, coeffs, steps, shift, channels_last, relu, moments, relu)
+        ctx.saved = (coeffs, step_at, channels_last, has_shift)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            result[1] if relu else None,
-            *tensors[n : n + len(step_at)],
-            *(terms[i] if needed[n + k] else None for k, i in enumerate(step_at)),
-        )
+        if relu or step_at:
+            needed = ctx.needs_input_grad[6 + n :]
+            ctx.save_for_backward(
+                result[1] if relu else None,
+                *tensors[n : n + len(step_at)],
+                *(terms[i] if needed[k] else None for k, i in enumerate(step_at)),
+            )
         if not moments:
             return result[0]
         ctx.mark_non_differentiable(*result[-2:])
@@ -107,15 +110,15 @@ class _RkSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
-        needed = ctx.needs_input_grad[5:]
+        needed = ctx.needs_input_grad[6:]
         if grad is None:
-            return (None,) * (5 + len(needed))
-        coeffs, step_at, channels_last, relu, has_shift = ctx.saved
-        mask, *saved = ctx.saved_tensors
+            return (None,) * (6 + len(needed))
+        coeffs, step_at, channels_last, has_shift = ctx.saved
+        mask, *saved = ctx.saved_tensors or (None,)
         steps, step_terms = saved[: len(step_at)], saved[len(step_at) :]
         # A gradient of the gradient is asked for: the same in plain, differentiable PyTorch.
         gradients = reference.gradients if torch.is_grad_enabled() else _gradients
-        return (None,) * 5 + tuple(
+        return (None,) * 6 + tuple(
             gradients(grad, mask, coeffs, step_at, steps, step_terms, has_shift, needed, channels_last)
         )
 
@@ -218,34 +221,44 @@ def rk_sum(
             cannot be written.
         RuntimeError: ``out`` is given and an argument requires grad; or a backend was asked for that cannot serve this.
     """
-    terms, coeffs, steps, step_at = _checked(terms, coeffs, steps, shift)
+    seen = checks.survey(terms, (shift,), steps or ())
+    terms, coeffs, steps, step_at = _checked(terms, coeffs, steps, shift, seen)
     first = terms[0]
-    tensors = (*terms, *(steps[i] for i in step_at))
+    tensors = (*terms, *(steps[i] for i in step_at)) if step_at else terms
     if shift is not None:
         tensors = (*tensors, shift)
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if seen:
+        needs_grad, channels_last = bool(seen & checks.NEEDS_GRAD), bool(seen & checks.CHANNELS_LAST)
+    else:
+        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        channels_last = layout.is_channels_last(first)
+    plain = bool(seen & checks.PLAIN)
     if out is not None:
         channels_last = checks.slot(out, first, terms, needs_grad)
         result = _forward_out(terms, coeffs, steps, shift, channels_last, relu, return_moments, out)
-        return (out, Moments(*result, first.numel() // max(first.shape[1], 1))) if return_moments else out
-    if torch._C._are_functorch_transforms_active():
+        return (out, Moments(*result, layout.count(first))) if return_moments else out
+    if not plain and torch._C._are_functorch_transforms_active():
         total = reference.weighted_sum(terms, coeffs, steps, shift, relu)
-        return (total, reference.moments(total)) if return_moments else total
-    channels_last = layout.is_channels_last(first)
+        return (total, Moments(*reference.channel_moments.forward(total, False), layout.count(total))) if return_moments else total
     if needs_grad:
-        result = _RkSum.apply(coeffs, step_at, channels_last, relu, return_moments, *tensors)
+        result = _RkSum.apply(coeffs, step_at, channels_last, relu, return_moments, plain, *tensors)
         if not return_moments:
             return result
     else:
-        result = _forward(terms, coeffs, steps, shift, channels_last, relu, return_moments, False)
+        run = _op if plain else _forward
+        result = run(terms, coeffs, steps, shift, channels_last, relu, return_moments, False)
         if not return_moments:
             return result[0]
     total, mean, var = result
-    return total, Moments(mean, var, total.numel() // max(total.shape[1], 1))
+    return total, Moments(mean, var, layout.count(total))
 
 
 def _checked(
-    terms: Sequence[Tensor], coeffs: Sequence[float], steps: Sequence[Tensor | None] | None, shift: Tensor | None
+    terms: Sequence[Tensor],
+    coeffs: Sequence[float],
+    steps: Sequence[Tensor | None] | None,
+    shift: Tensor | None,
+    seen: int,
 ) -> tuple[list[Tensor], list[float], list[Tensor | None], tuple[int, ...]]:
     if isinstance(terms, Tensor) or not isinstance(terms, Sequence):
         raise TypeError(f"terms: expected a list of tensors, got {type(terms).__name__}")
@@ -254,19 +267,19 @@ def _checked(
     if not 1 <= n <= checks.MAX_TERMS:
         raise ValueError(f"terms: expected 1 to {checks.MAX_TERMS} tensors, got {n}; sum the rest in a second call")
     coeffs = checks.coefficients(coeffs, terms)
-    first = checks.activation(terms[0], "terms[0]")
-    for i in range(1, n):
-        t = terms[i]
-        if isinstance(t, Tensor) and t.dtype != first.dtype:
-            terms = checks.promoted(terms)
-            first = terms[0]
-        checks.like(terms[i], first, f"terms[{i}]", "terms[0]")
-    checks.vector(shift, first, "shift")
+    if not seen:
+        checks.activation(terms[0], "terms[0]")
+        for i in range(1, n):
+            if isinstance(terms[i], Tensor) and terms[i].dtype != terms[0].dtype:
+                terms = checks.promoted(terms)
+            checks.like(terms[i], terms[0], f"terms[{i}]", "terms[0]")
+        checks.vector(shift, terms[0], "shift")
     if steps is None:
         return terms, coeffs, [None] * n, ()
     steps = list(steps)
     if len(steps) != n:
         raise ValueError(f"steps: {len(steps)} entries for {n} terms; give None for a term without one")
-    for i, step in enumerate(steps):
-        checks.vector(step, first, f"steps[{i}]", per_sample=True)
+    if not seen:
+        for i, step in enumerate(steps):
+            checks.vector(step, terms[0], f"steps[{i}]", per_sample=True)
     return terms, coeffs, steps, tuple(i for i, step in enumerate(steps) if step is not None)

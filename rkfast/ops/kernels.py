@@ -1,0 +1,393 @@
+"""What the Triton kernels share: the tiling of both layouts, the rules for a single element, and two-stage reductions.
+
+A tile is ROWS x COLS elements with the innermost dimension along its columns. Contiguous: rows are channels, columns
+positions of one sample. channels_last: rows are positions, columns channels. AXIS is the tile's axis of positions, along
+which reductions run; what is per channel lies along the other one. A program owns one block of channels and a run of
+tiles of one group: the whole batch, or one sample where a factor differs from sample to sample.
+
+Lengths and pitches reach the kernels in units of UNIT elements, which tells the compiler that it may load UNIT at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rkfast.ops import layout
+
+THREAD_BYTES = 16  # of one tensor, loaded by one thread at once
+PROGRAMS = 4096  # enough for a small tail on any GPU, few enough for a cheap second stage
+GEOMETRY = ("channels", "length", "chunks", "blocks", "splits", "pieces", "span", "share", "tiles")
+
+# Alignment is told by UNIT; without this, every new shape could compile again. (A value of 1 is still a constant.)
+jit = functools.partial(triton.jit, do_not_specialize_on_alignment=[*GEOMETRY, "pitch", "rows"])
+
+
+class Tiling(NamedTuple):
+    """How a kernel's work is cut; the first nine fields are the kernels' trailing arguments of these names."""
+
+    channels: int
+    length: int  # positions of a row (contiguous) or rows of a group (channels_last)
+    chunks: int  # tiles that cover one row (contiguous)
+    blocks: int  # of channels
+    splits: int  # programs per group and block
+    pieces: int  # programs that share a span
+    span: int
+    share: int  # tiles of one program
+    tiles: int  # of one group
+    groups: int
+    warps: int
+    constants: dict[str, int]
+
+    @property
+    def partials(self) -> int:
+        """Partial results per channel."""
+        return self.groups * self.splits
+
+    def launch(self, kernel: Any, lead: Tensor, *args: Any, **constants: Any) -> None:
+        with torch.cuda.device_of(lead):
+            kernel[(self.blocks * self.partials,)](
+                *args, *self[: len(GEOMETRY)], **self.constants, **constants, num_warps=self.warps
+            )
+
+
+class View(NamedTuple):
+    """Tensors of one shape as the kernels see them."""
+
+    samples: int
+    channels: int
+    positions: int
+    channels_last: bool
+    pitches: tuple[int, ...]  # between samples (contiguous) or positions (channels_last)
+
+    def tiling(self, itemsize: int, operands: int, per_sample: bool = False, reduces: bool = False) -> Tiling:
+        row = self.channels if self.channels_last else self.positions
+        unit = math.gcd(THREAD_BYTES // itemsize, row, *self.pitches)
+        return _tiling(*self[:4], itemsize, unit, operands, per_sample, reduces)
+
+    def units(self, tiling: Tiling) -> tuple[int, ...]:
+        return tuple(pitch // tiling.constants["UNIT"] for pitch in self.pitches)
+
+
+def view(tensors: Sequence[Tensor], channels_last: bool, per_channel: bool, mask: bool) -> View:
+    """The longest rows that conforming ``tensors`` allow: where nothing is per channel, whole samples or everything."""
+    n, c, *spatial = tensors[0].shape
+    p = math.prod(spatial)
+    if p == 1 and not mask:
+        channels_last = True
+    pitches = tuple(layout.pitches(t, channels_last)[channels_last] for t in tensors)
+    row, dense = (c, c) if channels_last else (p, c * p)
+    if not per_channel and not (mask and row % 8):
+        if all(pitch == dense for pitch in pitches):
+            return View(1, 1, n * c * p, False, (n * c * p,) * len(pitches))
+        if not channels_last:
+            return View(n, 1, c * p, False, pitches)
+    return View(n, c, p, channels_last, pitches)
+
+
+@functools.lru_cache(maxsize=4096)
+def _tiling(
+    samples: int,
+    channels: int,
+    positions: int,
+    channels_last: bool,
+    itemsize: int,
+    unit: int,
+    operands: int,
+    per_sample: bool,
+    reduces: bool,
+) -> Tiling:
+    elements = 128 * THREAD_BYTES // itemsize * (2 if operands <= 4 else 1)
+    groups = samples if per_sample else 1
+    if channels_last:
+        length = positions * samples // groups
+        cols = _width(channels, 128 // itemsize, 256)
+        rows = min(elements // cols, triton.next_power_of_2(length))
+        chunks, tiles = 1, _cdiv(length, rows)
+        block = cols
+    else:
+        length = positions
+        cols = _width(length, max(256, elements // triton.next_power_of_2(channels)), elements)
+        rows = min(elements // cols, triton.next_power_of_2(channels))
+        chunks = _cdiv(length, cols)
+        tiles = chunks * samples // groups
+        block = rows
+    blocks = _cdiv(channels, block)
+    total = tiles * groups * blocks
+    share = max(1, total // PROGRAMS, min(4, total // 512)) if reduces else min(8, max(1, total // (4 * PROGRAMS)))
+    # The first tile of a program must not be smaller than its others (see add_moments): start at the start of a row.
+    if channels_last or share < chunks:
+        span = tiles if channels_last else chunks
+        share = _cdiv(span, _cdiv(span, share))
+        pieces = _cdiv(span, share)
+    else:
+        span = share = share // chunks * chunks
+        pieces = 1
+    return Tiling(
+        channels=channels // unit if channels_last else channels,
+        length=length if channels_last else length // unit,
+        chunks=chunks,
+        blocks=blocks,
+        splits=_cdiv(tiles, span) * pieces,
+        pieces=pieces,
+        span=span,
+        share=share,
+        tiles=tiles,
+        groups=groups,
+        warps=max(1, min(4, rows * cols * itemsize // (32 * THREAD_BYTES))),
+        constants={"AXIS": 0 if channels_last else 1, "ROWS": rows, "COLS": cols, "UNIT": unit},
+    )
+
+
+def _width(length: int, least: int, most: int) -> int:
+    """The widest power of two that pads ``length`` by at most an eighth, else the one that pads it least."""
+    most = max(8, min(most, triton.next_power_of_2(length)))  # 8: a byte of the mask
+    widths = [most >> i for i in range(most.bit_length()) if most >> i >= min(least, most)]
+    padded = {width: _cdiv(length, width) * width for width in widths}
+    return next((width for width in widths if 8 * padded[width] <= 9 * length), min(padded, key=lambda w: padded[w]))
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def scalar(value: float, dtype: torch.dtype) -> Any:
+    """value as a kernel argument. Triton passes floats as float32, so that a double travels as three of them."""
+    if dtype != torch.float64:
+        return value
+    parts = []
+    for _ in range(3):
+        part = float(numpy.float32(value))
+        parts.append(part)
+        value -= part
+    return tuple(parts)
+
+
+def vector(v: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if v is None else v.to(dtype).contiguous()
+
+
+WIDE = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def second_stage(rows: int, channels: int) -> dict[str, int]:
+    """Launch configuration of a kernel that reduces ``rows`` partial results per channel."""
+    height = min(triton.next_power_of_2(rows), 1024)
+    width = min(triton.next_power_of_2(channels), max(4, 2048 // height), 32)
+    return {"ROWS": height, "COLS": width, "num_warps": max(1, min(8, height * width // 256))}
+
+
+def merge_moments(partials: Tensor) -> list[Tensor]:
+    """Mean and biased variance from partials [3, rows, C]: counts, means and sums of squared deviations."""
+    _, rows, c = partials.shape
+    mean, var = partials.new_empty(c), partials.new_empty(c)
+    config = second_stage(rows, c)
+    with torch.cuda.device_of(partials):
+        _merge_kernel[(_cdiv(c, config["COLS"]),)](
+            partials, mean, var, rows, c, WIDE=WIDE[partials.dtype], **config
+        )
+    return [mean, var]
+
+
+def empty_partials(x: Tensor, planes: int, tiling: Tiling, dtype: torch.dtype) -> Tensor:
+    return x.new_empty((planes, tiling.partials, x.shape[1]), dtype=dtype)
+
+
+# ---- device functions
+
+
+@triton.jit
+def scalar_of(value, WIDE: tl.constexpr):
+    if WIDE == tl.float64:
+        return tl.full((), 0.0, tl.float64) + value[0] + value[1] + value[2]
+    else:
+        return value
+
+
+@triton.jit
+def assignment(blocks, splits, pieces, span, share, tiles, AXIS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """This program's channels, group, row among the partial results, and first and last tile."""
+    BLOCK: tl.constexpr = COLS if AXIS == 0 else ROWS
+    pid = tl.program_id(0)
+    c = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
+    row = pid // blocks
+    split = row % splits
+    first = split // pieces * span + split % pieces * share
+    last = tl.minimum(tl.minimum(first + share, (split // pieces + 1) * span), tiles)
+    return c, row // splits, row, first, last
+
+
+@triton.jit
+def place(
+    t, group, c, channels, length, chunks, AXIS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, UNIT: tl.constexpr
+):
+    """Where tile t lies.
+
+    Returns (major, minor), which put its elements at major * pitch + minor; which of them exist; how many of each
+    channel; and the same for the bytes of its mask.
+    """
+    BYTES: tl.constexpr = COLS // 8
+    if AXIS == 1:
+        chunk = (t % chunks).to(tl.int64)
+        sample = group.to(tl.int64) + t // chunks
+        count = tl.minimum(length - chunk * (COLS // UNIT), COLS // UNIT) * UNIT
+        start = chunk * COLS
+        row_exists = (c < channels)[:, None]
+        exists = row_exists & (tl.arange(0, COLS) < count)[None, :]
+        bytes_exist = row_exists & (tl.arange(0, BYTES) * 8 < count)[None, :]
+        line = c.to(tl.int64)[:, None]
+        minor = (line * length * UNIT + start) + tl.arange(0, COLS)[None, :]
+        at = ((sample * channels + line) * tl.cdiv(length * UNIT, 8) + chunk * BYTES) + tl.arange(0, BYTES)[None, :]
+        return sample, minor, exists, count, at, bytes_exist
+    else:
+        start = t.to(tl.int64) * ROWS
+        count = tl.minimum(length - start, ROWS)
+        row_exists = (tl.arange(0, ROWS) < count)[:, None]
+        exists = row_exists & (c < channels * UNIT)[None, :]
+        line = ((group.to(tl.int64) * length + start) + tl.arange(0, ROWS))[:, None]
+        byte = (tl.min(c, 0) // 8 + tl.arange(0, BYTES))[None, :]
+        width = tl.cdiv(channels * UNIT, 8)
+        return line, c[None, :], exists, count, line * width + byte, row_exists & (byte < width)
+
+
+@triton.jit
+def per_channel(v, c, channels, AXIS: tl.constexpr, UNIT: tl.constexpr):
+    """v [C] along a tile's axis of channels."""
+    limit = channels * UNIT if AXIS == 0 else channels
+    return tl.expand_dims(tl.load(v + c, mask=c < limit, other=0.0), AXIS)
+
+
+@triton.jit
+def factor(coeff, step, gate, group, c, channels, AXIS: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr):
+    """coeff * step [C] * gate [N, C] of this program's channels."""
+    f = scalar_of(coeff, WIDE)
+    if step is not None:
+        f = f * per_channel(step, c, channels, AXIS, UNIT)
+    if gate is not None:
+        limit = channels * UNIT if AXIS == 0 else channels
+        f = f * per_channel(gate + group.to(tl.int64) * limit, c, channels, AXIS, UNIT)
+    return f
+
+
+@triton.jit
+def load(x, pitch, major, minor, exists, UNIT: tl.constexpr, WIDE: tl.constexpr):
+    return tl.load(x + (major * pitch * UNIT + minor), mask=exists, other=0.0).to(WIDE)
+
+
+@triton.jit
+def store(out, pitch, v, major, minor, exists, UNIT: tl.constexpr):
+    tl.store(out + (major * pitch * UNIT + minor), v.to(out.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def relu(v):
+    return tl.where(v <= 0, 0.0, v)  # NaN passes
+
+
+@triton.jit
+def stored(v, out):
+    """v after rounding to the dtype of out."""
+    return v.to(out.dtype.element_ty).to(v.dtype)
+
+
+@triton.jit
+def pack(keep, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Bits of booleans, lowest first."""
+    bits = tl.reshape(keep.to(tl.int32), (ROWS, COLS // 8, 8)) << tl.arange(0, 8)[None, None, :]
+    return tl.sum(bits, 2).to(tl.uint8)
+
+
+@triton.jit
+def unpack(packed, ROWS: tl.constexpr, COLS: tl.constexpr):
+    bits = packed.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]
+    return tl.reshape(bits & 1, (ROWS, COLS)) != 0
+
+
+@triton.jit
+def add_moments(
+    v, exists, count, is_first, n, center, total, squares, AXIS: tl.constexpr
+):
+    """Add a tile to the sums of (v - center) and (v - center)^2, kept per element of a tile.
+
+    The center is the mean of the program's first tile. That tile is at least 1 / share of the program's values, so that
+    its distance from their mean cannot outweigh their variance more than share times: nothing cancels.
+    """
+    if is_first:
+        center = tl.sum(tl.where(exists, v, 0.0), AXIS) / count
+    apart = tl.where(exists, v - tl.expand_dims(center, AXIS), 0.0)
+    return n + count, center, total + apart, squares + apart * apart
+
+
+@triton.jit
+def store_moments(
+    partials, row, rows, n, center, total, squares, c, channels, AXIS: tl.constexpr, UNIT: tl.constexpr
+):
+    """Count, mean and sum of squared deviations of this program's values -> partials [3, rows, C]."""
+    limit = channels * UNIT if AXIS == 0 else channels
+    at = partials + row.to(tl.int64) * limit + c
+    plane = rows.to(tl.int64) * limit
+    total = tl.sum(total, AXIS)
+    offset = total / n
+    squares = tl.sum(squares, AXIS) - total * offset
+    tl.store(at, tl.zeros_like(offset) + n, mask=c < limit)
+    tl.store(at + plane, center + offset, mask=c < limit)
+    tl.store(at + 2 * plane, tl.where(squares < 0, 0.0, squares), mask=c < limit)
+
+
+@triton.jit
+def column_sum(
+    partials, rows, channels, c, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr
+):
+    """Sum of partials [rows, C] over its rows, for channels c."""
+    acc = tl.zeros((ROWS, COLS), WIDE)
+    for start in range(0, rows, ROWS):
+        r = (start + tl.arange(0, ROWS))[:, None]
+        at = r.to(tl.int64) * channels + c[None, :]
+        acc += tl.load(partials + at, mask=(r < rows) & (c < channels)[None, :], other=0.0)
+    return tl.sum(acc, 0)
+
+
+@jit
+def _merge_kernel(
+    partials,  # [3, rows, C]
+    mean,  # [C]
+    var,  # [C]
+    rows,
+    channels,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    c = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    plane = rows.to(tl.int64) * channels
+    n = tl.zeros((COLS,), WIDE)
+    m = tl.zeros((COLS,), WIDE)
+    m2 = tl.zeros((COLS,), WIDE)
+    for start in range(0, rows, ROWS):
+        r = (start + tl.arange(0, ROWS))[:, None]
+        at = partials + (r.to(tl.int64) * channels + c[None, :])
+        exists = (r < rows) & (c < channels)[None, :]
+        part_n = tl.load(at, mask=exists, other=0.0)
+        part_mean = tl.load(at + plane, mask=exists, other=0.0)
+        part_m2 = tl.load(at + 2 * plane, mask=exists, other=0.0)
+        # Chan's merging of all rows at once; the second sum takes the first one's rounding error out of the mean.
+        tile_n = tl.sum(part_n, 0)
+        tile_mean = tl.sum(part_n * part_mean, 0) / tile_n
+        tile_mean += tl.sum(part_n * (part_mean - tile_mean[None, :]), 0) / tile_n
+        apart = part_mean - tile_mean[None, :]
+        tile_m2 = tl.sum(part_m2 + part_n * apart * apart, 0)
+        delta = tile_mean - m
+        share = tile_n / (n + tile_n)
+        m += delta * share
+        m2 += tile_m2 + delta * delta * n * share
+        n += tile_n
+    tl.store(mean + c, m, mask=c < channels)
+    tl.store(var + c, m2 / n, mask=c < channels)
