@@ -1,7 +1,11 @@
 """Runge-Kutta stage combination for convolutional networks, fused."""
 
+from rkfast import nn as nn
 from rkfast import ops as ops
+from rkfast import tableau as tableau
 from rkfast.dispatch import explain as explain
 from rkfast.dispatch import use as use
+from rkfast.models import create_model as create_model
+from rkfast.models import list_models as list_models
 
 __version__ = "0.1.0"

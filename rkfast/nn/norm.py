@@ -1,0 +1,66 @@
+"""A BatchNorm that its owner follows with a ReLU, in one op.
+
+The module stays a plain nn.BatchNorm2d and the ReLU stays with its owner, so that whoever replaces the BatchNorm
+(convert_sync_batchnorm, quantisation, a hook) gets what he asked for: the stock path.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from rkfast.ops import Moments, bn_rk_sum
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether something besides the module's forward runs when it is called."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def fusible(norm: nn.Module) -> bool:
+    """Whether bn_rk_sum does what calling ``norm`` would do."""
+    return type(norm) is nn.BatchNorm2d and not hooked(norm)
+
+
+def reads_moments(norm: nn.Module) -> bool:
+    """Whether ``batch_norm_relu(norm, x, moments)`` would read the moments of x."""
+    return fusible(norm) and (norm.training or norm.running_mean is None)
+
+
+def batch_norm_relu(norm: nn.Module, x: Tensor, moments: Moments | None = None, *, fused: bool = True) -> Tensor:
+    """``relu(norm(x))``, fused where norm is an nn.BatchNorm2d without hooks, and the stock modules elsewhere.
+
+    Args:
+        norm: usually nn.BatchNorm2d, in any of its modes (training, frozen by .eval(), without statistics, ...).
+        x: Tensor [N, C, H, W].
+        moments: x's moments, where they are known already.
+        fused: False takes the stock path.
+
+    Returns:
+        Tensor [N, C, H, W]. Running statistics and counter advance as in ``norm(x)``.
+    """
+    if not (fused and fusible(norm)):
+        # In place only on what is certainly a fresh tensor: norm may have been replaced by an Identity.
+        return F.relu(norm(x), inplace=isinstance(norm, _BatchNorm))
+    assert isinstance(norm, nn.BatchNorm2d)
+    norm._check_input_dim(x)
+    tracked = not norm.training or norm.track_running_stats
+    running_mean = norm.running_mean if tracked else None
+    counter = norm.num_batches_tracked
+    return bn_rk_sum(
+        x,
+        norm.weight,
+        norm.bias,
+        running_mean,
+        norm.running_var if tracked else None,
+        relu=True,
+        training=norm.training or running_mean is None,
+        # Without a counter nn.BatchNorm2d leaves a cumulative average where it is.
+        momentum=0.0 if norm.momentum is None and counter is None else norm.momentum,
+        eps=norm.eps,
+        num_batches_tracked=counter,
+        moments=moments,
+    )
