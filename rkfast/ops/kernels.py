@@ -10,12 +10,12 @@ Lengths and pitches reach the kernels in units of UNIT elements, which tells the
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy
 import torch
 import triton
 import triton.language as tl
@@ -28,7 +28,7 @@ PROGRAMS = 4096  # enough for a small tail on any GPU, few enough for a cheap se
 GEOMETRY = ("channels", "length", "chunks", "blocks", "splits", "pieces", "span", "share", "tiles")
 
 # Alignment is told by UNIT; without this, every new shape could compile again. (A value of 1 is still a constant.)
-jit = functools.partial(triton.jit, do_not_specialize_on_alignment=[*GEOMETRY, "pitch", "rows"])
+jit = functools.partial(triton.jit, do_not_specialize_on_alignment=[*GEOMETRY, "pitch"], do_not_specialize=["rows"])
 
 
 class Tiling(NamedTuple):
@@ -68,10 +68,18 @@ class View(NamedTuple):
     channels_last: bool
     pitches: tuple[int, ...]  # between samples (contiguous) or positions (channels_last)
 
-    def tiling(self, itemsize: int, operands: int, per_sample: bool = False, reduces: bool = False) -> Tiling:
+    def tiling(
+        self, itemsize: int, operands: int, held: int = 0, per_sample: bool = False, reduces: bool = False
+    ) -> Tiling:
+        """operands: tensors that a tile is read from. held: values that stay in registers per element of a tile."""
         row = self.channels if self.channels_last else self.positions
         unit = math.gcd(THREAD_BYTES // itemsize, row, *self.pitches)
-        return _tiling(*self[:4], itemsize, unit, operands, per_sample, reduces)
+        elements = 128 * THREAD_BYTES // itemsize  # of a tile
+        if operands <= 4:
+            elements *= 2
+        elif held > 6 * itemsize:
+            elements //= 2
+        return _tiling(*self[:4], itemsize, unit, elements, per_sample, reduces)
 
     def units(self, tiling: Tiling) -> tuple[int, ...]:
         return tuple(pitch // tiling.constants["UNIT"] for pitch in self.pitches)
@@ -101,11 +109,10 @@ def _tiling(
     channels_last: bool,
     itemsize: int,
     unit: int,
-    operands: int,
+    elements: int,
     per_sample: bool,
     reduces: bool,
 ) -> Tiling:
-    elements = 128 * THREAD_BYTES // itemsize * (2 if operands <= 4 else 1)
     groups = samples if per_sample else 1
     if channels_last:
         length = positions * samples // groups
@@ -122,7 +129,10 @@ def _tiling(
         block = rows
     blocks = _cdiv(channels, block)
     total = tiles * groups * blocks
-    share = max(1, total // PROGRAMS, min(4, total // 512)) if reduces else min(8, max(1, total // (4 * PROGRAMS)))
+    if reduces:
+        share = max(1, total // PROGRAMS, min(4, total // 512))
+    else:  # channels_last: a program's vectors per channel are as long as its rows, so that it should use them often
+        share = max(1, min(8, total // (4 * PROGRAMS))) if channels_last else 1
     # The first tile of a program must not be smaller than its others (see add_moments): start at the start of a row.
     if channels_last or share < chunks:
         span = tiles if channels_last else chunks
@@ -143,7 +153,7 @@ def _tiling(
         tiles=tiles,
         groups=groups,
         warps=max(1, min(4, rows * cols * itemsize // (32 * THREAD_BYTES))),
-        constants={"AXIS": 0 if channels_last else 1, "ROWS": rows, "COLS": cols, "UNIT": unit},
+        constants={"AXIS": 0 if channels_last else 1, "ROWS": rows, "COLS": cols, "UNIT": unit, "STAGES": 3 if share > 1 else 1},
     )
 
 
@@ -165,7 +175,7 @@ def scalar(value: float, dtype: torch.dtype) -> Any:
         return value
     parts = []
     for _ in range(3):
-        part = float(numpy.float32(value))
+        part = ctypes.c_float(value).value
         parts.append(part)
         value -= part
     return tuple(parts)
@@ -178,30 +188,32 @@ def vector(v: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 WIDE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-def second_stage(rows: int, channels: int) -> dict[str, int]:
-    """Launch configuration of a kernel that reduces ``rows`` partial results per channel."""
+def reduce(kernel: Any, lead: Tensor, groups: int, rows: int, channels: int, *args: Any) -> None:
+    """Launch a second stage, which reduces ``rows`` partial results per group and channel."""
     height = min(triton.next_power_of_2(rows), 1024)
     width = min(triton.next_power_of_2(channels), max(4, 2048 // height), 32)
-    return {"ROWS": height, "COLS": width, "num_warps": max(1, min(8, height * width // 256))}
+    with torch.cuda.device_of(lead):
+        kernel[(groups * _cdiv(channels, width),)](
+            *args,
+            rows,
+            channels,
+            ROWS=height,
+            COLS=width,
+            WIDE=WIDE[lead.dtype],
+            num_warps=max(1, min(8, height * width // 256)),
+        )
 
 
-def merge_moments(partials: Tensor) -> list[Tensor]:
+def merge_moments(partials: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance from partials [3, rows, C]: counts, means and sums of squared deviations."""
     _, rows, c = partials.shape
     mean, var = partials.new_empty(c), partials.new_empty(c)
-    config = second_stage(rows, c)
-    with torch.cuda.device_of(partials):
-        _merge_kernel[(_cdiv(c, config["COLS"]),)](
-            partials, mean, var, rows, c, WIDE=WIDE[partials.dtype], **config
-        )
-    return [mean, var]
+    reduce(_merge_kernel, partials, 1, rows, c, partials, mean, var)
+    return mean, var
 
 
 def empty_partials(x: Tensor, planes: int, tiling: Tiling, dtype: torch.dtype) -> Tensor:
     return x.new_empty((planes, tiling.partials, x.shape[1]), dtype=dtype)
-
-
-# ---- device functions
 
 
 @triton.jit
@@ -213,67 +225,66 @@ def scalar_of(value, WIDE: tl.constexpr):
 
 
 @triton.jit
-def assignment(blocks, splits, pieces, span, share, tiles, AXIS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """This program's channels, group, row among the partial results, and first and last tile."""
+def assignment(
+    channels, blocks, splits, pieces, span, share, tiles,
+    AXIS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """What this program works on: its first channel and all of them, C in elements, its group, its row among the partial
+    results, its first tile and the one after its last."""
     BLOCK: tl.constexpr = COLS if AXIS == 0 else ROWS
     pid = tl.program_id(0)
-    c = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
+    c0 = (pid % blocks) * BLOCK
     row = pid // blocks
     split = row % splits
     first = split // pieces * span + split % pieces * share
     last = tl.minimum(tl.minimum(first + share, (split // pieces + 1) * span), tiles)
-    return c, row // splits, row, first, last
+    return c0, c0 + tl.arange(0, BLOCK), channels * (UNIT if AXIS == 0 else 1), row // splits, row, first, last
 
 
 @triton.jit
 def place(
-    t, group, c, channels, length, chunks, AXIS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, UNIT: tl.constexpr
-):
-    """Where tile t lies.
-
-    Returns (major, minor), which put its elements at major * pitch + minor; which of them exist; how many of each
-    channel; and the same for the bytes of its mask.
-    """
+    t, group, c0, c, channels, length, chunks,
+    AXIS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """Where tile t lies: (major, minor), which put an element at major * pitch + minor; which elements exist; how many of
+    each channel; the bytes of the mask, and which of them exist."""
     BYTES: tl.constexpr = COLS // 8
+    t = tl.full((), 0, tl.int64) + t
     if AXIS == 1:
-        chunk = (t % chunks).to(tl.int64)
-        sample = group.to(tl.int64) + t // chunks
-        count = tl.minimum(length - chunk * (COLS // UNIT), COLS // UNIT) * UNIT
-        start = chunk * COLS
+        chunk = t % chunks
+        sample = t // chunks + group
+        count = tl.minimum(length - chunk * (COLS // UNIT), COLS // UNIT).to(tl.int32) * UNIT
         row_exists = (c < channels)[:, None]
         exists = row_exists & (tl.arange(0, COLS) < count)[None, :]
         bytes_exist = row_exists & (tl.arange(0, BYTES) * 8 < count)[None, :]
         line = c.to(tl.int64)[:, None]
-        minor = (line * length * UNIT + start) + tl.arange(0, COLS)[None, :]
+        minor = (line * length * UNIT + chunk * COLS) + tl.arange(0, COLS)[None, :]
         at = ((sample * channels + line) * tl.cdiv(length * UNIT, 8) + chunk * BYTES) + tl.arange(0, BYTES)[None, :]
         return sample, minor, exists, count, at, bytes_exist
     else:
-        start = t.to(tl.int64) * ROWS
-        count = tl.minimum(length - start, ROWS)
+        count = tl.minimum(length - t * ROWS, ROWS).to(tl.int32)
         row_exists = (tl.arange(0, ROWS) < count)[:, None]
-        exists = row_exists & (c < channels * UNIT)[None, :]
-        line = ((group.to(tl.int64) * length + start) + tl.arange(0, ROWS))[:, None]
-        byte = (tl.min(c, 0) // 8 + tl.arange(0, BYTES))[None, :]
-        width = tl.cdiv(channels * UNIT, 8)
+        exists = row_exists & (c < channels)[None, :]
+        line = ((t * ROWS + group * length) + tl.arange(0, ROWS))[:, None]
+        byte = (c0 // 8 + tl.arange(0, BYTES))[None, :]
+        width = tl.cdiv(channels, 8)
         return line, c[None, :], exists, count, line * width + byte, row_exists & (byte < width)
 
 
 @triton.jit
-def per_channel(v, c, channels, AXIS: tl.constexpr, UNIT: tl.constexpr):
+def per_channel(v, c, channels, AXIS: tl.constexpr):
     """v [C] along a tile's axis of channels."""
-    limit = channels * UNIT if AXIS == 0 else channels
-    return tl.expand_dims(tl.load(v + c, mask=c < limit, other=0.0), AXIS)
+    return tl.expand_dims(tl.load(v + c, mask=c < channels, other=0.0), AXIS)
 
 
 @triton.jit
-def factor(coeff, step, gate, group, c, channels, AXIS: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr):
-    """coeff * step [C] * gate [N, C] of this program's channels."""
+def factor(coeff, step, gate, group, c, channels, AXIS: tl.constexpr, WIDE: tl.constexpr):
+    """coeff * step [C] * gate [N, C]."""
     f = scalar_of(coeff, WIDE)
     if step is not None:
-        f = f * per_channel(step, c, channels, AXIS, UNIT)
+        f = f * per_channel(step, c, channels, AXIS)
     if gate is not None:
-        limit = channels * UNIT if AXIS == 0 else channels
-        f = f * per_channel(gate + group.to(tl.int64) * limit, c, channels, AXIS, UNIT)
+        f = f * per_channel(gate + group.to(tl.int64) * channels, c, channels, AXIS)
     return f
 
 
@@ -312,13 +323,18 @@ def unpack(packed, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
-def add_moments(
-    v, exists, count, is_first, n, center, total, squares, AXIS: tl.constexpr
-):
-    """Add a tile to the sums of (v - center) and (v - center)^2, kept per element of a tile.
+def no_moments(AXIS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr):
+    """Where add_moments starts from."""
+    zero = tl.zeros((ROWS, COLS), WIDE)
+    return 0, tl.zeros((COLS if AXIS == 0 else ROWS,), WIDE), zero, zero
+
+
+@triton.jit
+def add_moments(v, exists, count, is_first, n, center, total, squares, AXIS: tl.constexpr):
+    """Add a tile to the sums of (v - center) and (v - center)^2, which are kept per element of a tile.
 
     The center is the mean of the program's first tile. That tile is at least 1 / share of the program's values, so that
-    its distance from their mean cannot outweigh their variance more than share times: nothing cancels.
+    its distance from their mean outweighs their deviation at most share times, and little cancels.
     """
     if is_first:
         center = tl.sum(tl.where(exists, v, 0.0), AXIS) / count
@@ -327,25 +343,20 @@ def add_moments(
 
 
 @triton.jit
-def store_moments(
-    partials, row, rows, n, center, total, squares, c, channels, AXIS: tl.constexpr, UNIT: tl.constexpr
-):
+def store_moments(partials, row, rows, n, center, total, squares, c, channels, AXIS: tl.constexpr):
     """Count, mean and sum of squared deviations of this program's values -> partials [3, rows, C]."""
-    limit = channels * UNIT if AXIS == 0 else channels
-    at = partials + row.to(tl.int64) * limit + c
-    plane = rows.to(tl.int64) * limit
+    at = partials + (row.to(tl.int64) * channels + c)
+    plane = rows.to(tl.int64) * channels
     total = tl.sum(total, AXIS)
     offset = total / n
     squares = tl.sum(squares, AXIS) - total * offset
-    tl.store(at, tl.zeros_like(offset) + n, mask=c < limit)
-    tl.store(at + plane, center + offset, mask=c < limit)
-    tl.store(at + 2 * plane, tl.where(squares < 0, 0.0, squares), mask=c < limit)
+    tl.store(at, tl.zeros_like(offset) + n, mask=c < channels)
+    tl.store(at + plane, center + offset, mask=c < channels)
+    tl.store(at + 2 * plane, tl.where(squares < 0, 0.0, squares), mask=c < channels)
 
 
 @triton.jit
-def column_sum(
-    partials, rows, channels, c, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr
-):
+def column_sum(partials, rows, channels, c, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr):
     """Sum of partials [rows, C] over its rows, for channels c."""
     acc = tl.zeros((ROWS, COLS), WIDE)
     for start in range(0, rows, ROWS):

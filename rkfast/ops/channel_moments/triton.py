@@ -1,0 +1,127 @@
+"""channel_moments in Triton: one pass that leaves partial moments, a small one that merges them."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rkfast.ops import kernels, layout
+from rkfast.ops.channel_moments import reference
+from rkfast.ops.channel_moments.reference import moments_dtype
+
+STATS_BLOCK = 1024
+STATS_AT_ONCE = 32  # pairs of running statistics per launch; kernel arguments end at 4 KB
+
+
+@kernels.jit
+def _moments_kernel(
+    x,  # [N, C, ...]
+    pitch,
+    partials,  # [3, rows, C]
+    rows,
+    channels,
+    length,
+    chunks,
+    blocks,
+    splits,
+    pieces,
+    span,
+    share,
+    tiles,
+    AXIS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    UNIT: tl.constexpr,
+    STAGES: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    c0, c, channels, group, row, first, last = kernels.assignment(
+        channels, blocks, splits, pieces, span, share, tiles, AXIS, ROWS, COLS, UNIT
+    )
+    n, center, total, squares = kernels.no_moments(AXIS, ROWS, COLS, WIDE)
+    for t in tl.range(first, last, num_stages=STAGES):
+        major, minor, exists, count, at, bytes_exist = kernels.place(
+            t, group, c0, c, channels, length, chunks, AXIS, ROWS, COLS, UNIT
+        )
+        v = kernels.load(x, pitch, major, minor, exists, UNIT, WIDE)
+        n, center, total, squares = kernels.add_moments(v, exists, count, t == first, n, center, total, squares, AXIS)
+    kernels.store_moments(partials, row, rows, n, center, total, squares, c, channels, AXIS)
+
+
+def forward(x: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]:
+    if x.numel() == 0:
+        return reference.forward(x, channels_last)
+    x = layout.conform(x, channels_last)
+    dtype = moments_dtype(x.dtype)
+    view = kernels.view([x], channels_last, per_channel=True, mask=False)
+    tiling = view.tiling(x.element_size(), operands=1, reduces=True)
+    partials = kernels.empty_partials(x, 3, tiling, dtype)
+    tiling.launch(_moments_kernel, x, x, *view.units(tiling), partials, tiling.partials, WIDE=kernels.WIDE[dtype])
+    return kernels.merge_moments(partials)
+
+
+@triton.jit
+def _running_stats_kernel(
+    mean,  # [C]
+    var,  # [C]
+    running_mean,  # of the first channels, each
+    running_var,
+    counters,
+    sizes,
+    unbias,
+    momentum,
+    CUMULATIVE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    for i in tl.static_range(len(running_mean)):
+        if CUMULATIVE:
+            weight = 1.0 / tl.load(counters[i]).to(tl.float64)
+        else:
+            weight = kernels.scalar_of(momentum, tl.float64)
+        exists = c < sizes[i]
+        m = tl.load(mean + c, mask=exists, other=0.0).to(tl.float64)
+        v = tl.load(var + c, mask=exists, other=0.0).to(tl.float64) * kernels.scalar_of(unbias, tl.float64)
+        old = tl.load(running_mean[i] + c, mask=exists, other=0.0).to(tl.float64)
+        tl.store(running_mean[i] + c, (old + weight * (m - old)).to(running_mean[i].dtype.element_ty), mask=exists)
+        old = tl.load(running_var[i] + c, mask=exists, other=0.0).to(tl.float64)
+        tl.store(running_var[i] + c, (old + weight * (v - old)).to(running_var[i].dtype.element_ty), mask=exists)
+
+
+def update_running_stats(
+    mean: Tensor,
+    var: Tensor,
+    count: int,
+    running_mean: list[Tensor],
+    running_var: list[Tensor],
+    num_batches_tracked: list[Tensor],
+    momentum: float | None,
+) -> None:
+    if num_batches_tracked:
+        torch._foreach_add_(num_batches_tracked, 1)
+    if count == 0 or mean.numel() == 0:
+        return
+    mean, var = mean.contiguous(), var.contiguous()
+    dense = [[r.contiguous() for r in each] for each in (running_mean, running_var)]
+    cumulative = momentum is None
+    for i in range(0, len(running_mean), STATS_AT_ONCE):
+        means, variances = (tuple(each[i : i + STATS_AT_ONCE]) for each in dense)
+        with torch.cuda.device_of(mean):
+            _running_stats_kernel[(triton.cdiv(max(r.shape[0] for r in means), STATS_BLOCK),)](
+                mean,
+                var,
+                means,
+                variances,
+                tuple(num_batches_tracked[i : i + STATS_AT_ONCE]) if cumulative else (),
+                tuple(r.shape[0] for r in means),
+                # PyTorch keeps the unbiased variance; one value per channel has none.
+                kernels.scalar(count / max(count - 1, 1), torch.float64),
+                kernels.scalar(0.0 if momentum is None else momentum, torch.float64),
+                CUMULATIVE=cumulative,
+                BLOCK=STATS_BLOCK,
+            )
+    for given, copy in zip((*running_mean, *running_var), (*dense[0], *dense[1]), strict=True):
+        if copy is not given:
+            given.copy_(copy)
