@@ -6,18 +6,21 @@ which torch, and why a part was left out.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import importlib
 import importlib.util
 import json
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-REBUILD = "rebuild with: pip install --force-reinstall --no-deps --no-cache-dir rkfast (or `pip install .` in its source)"
+REBUILD = "rebuild with `pip install --force-reinstall --no-deps --no-cache-dir .` in its source tree"
 
 
 @functools.cache
@@ -34,7 +37,8 @@ def _load(name: str) -> tuple[Any, str | None]:
     """The extension ``rkfast.<name>``, or the reason why it is not there."""
     recorded = build().get(name, {})
     if not recorded.get("built"):
-        return None, recorded.get("reason", f"rkfast.{name} was not built; build it with `pip install .`")
+        reason = recorded.get("reason", "build it with `pip install .` in the source tree")
+        return None, f"rkfast.{name} was not built: {reason}"
     built_for = build().get("torch")
     if built_for != torch.__version__:
         return None, f"rkfast.{name} was built for torch {built_for} and this is torch {torch.__version__}; {REBUILD}"
@@ -62,7 +66,7 @@ def cpu_reason() -> str | None:
 @functools.cache
 def cuda_reason() -> str | None:
     """Why the CUDA C++ kernels cannot run; None where they can."""
-    return _load("_cuda")[1] or _no_gpu()
+    return _no_gpu() or _load("_cuda")[1]
 
 
 @functools.cache
@@ -89,3 +93,24 @@ def _no_gpu() -> str | None:
     if torch.version.cuda is None:
         return "this torch is a CPU build"
     return None if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+@functools.cache
+def cache_dir() -> Path:
+    """The folder for what outlives a process; ask for it only to write, because this creates it.
+
+    RKFAST_CACHE_DIR, else ``rkfast`` in the user's cache folder. Where that cannot be written, a private folder that
+    goes when the process ends.
+    """
+    try:
+        asked = os.environ.get("RKFAST_CACHE_DIR")
+        base = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME")
+        folder = Path(asked) if asked else (Path(base) if base else Path.home() / ".cache") / "rkfast"
+        folder.mkdir(parents=True, exist_ok=True)
+        # Permission bits do not tell of a read-only mount, nor of root.
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except (OSError, RuntimeError):  # RuntimeError: there is no home
+        private = tempfile.mkdtemp(prefix="rkfast-")
+        atexit.register(shutil.rmtree, private, ignore_errors=True)
+        return Path(private)

@@ -1,0 +1,3 @@
+from rkfast.cli import main
+
+raise SystemExit(main())

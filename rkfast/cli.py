@@ -1,0 +1,37 @@
+"""The command line: ``rkfast info``, ``rkfast demo``, ``rkfast bench``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+import rkfast
+from rkfast.extras import MissingExtra
+
+# Each but info has add_arguments(parser) and run(args) -> exit status; a module is imported only when asked for.
+COMMANDS = {
+    "info": ("rkfast.info", "versions, build, devices, and which backend serves which op"),
+    "demo": ("rkfast.demo", "train a network of RK4 blocks on handwritten digits, stock and fused side by side"),
+    "bench": ("rkfast.bench.run", "measure the ops against eager and compiled PyTorch"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="rkfast", description=rkfast.__doc__)
+    parser.add_argument("--version", action="version", version=f"rkfast {rkfast.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    asked = next((argument for argument in argv if not argument.startswith("-")), None)
+    try:
+        for name, (module, summary) in COMMANDS.items():
+            subparser = commands.add_parser(name, help=summary, description=summary)
+            if name == asked and name != "info":
+                importlib.import_module(module).add_arguments(subparser)
+        args = parser.parse_args(argv)
+        command = importlib.import_module(COMMANDS[args.command][0])
+        return command.main() if args.command == "info" else command.run(args) or 0
+    except MissingExtra as error:
+        print(f"rkfast {asked}: {error}", file=sys.stderr)
+        return 1
