@@ -21,7 +21,7 @@ class ColumnMoments {
   using P = Pack<T>;
   using Acc = typename P::Acc;
   using Vec = typename P::Vec;
-  static constexpr int64_t kBlock = 128;  // rows
+  static constexpr int64_t kBlock = 64;  // rows
 
  public:
   ColumnMoments(const Shape& s, double* mean, double* m2)
@@ -80,14 +80,15 @@ class ColumnMoments {
     for (int k = 0; k < P::kVecs; ++k) {
       const int64_t at = c + k * P::kWidth;
       const Vec center = Vec::loadu(this->center() + at);
-      Vec sum = Vec::loadu(this->sum() + at), squares = Vec::loadu(this->squares() + at);
-      for (int r = 0; r < R; ++r) {
+      // The rows at hand are summed among themselves first, which keeps the chain of roundings short.
+      Vec sum = x[0].v[k] - center, squares = sum * sum;
+      for (int r = 1; r < R; ++r) {
         const Vec d = x[r].v[k] - center;
         sum = sum + d;
         squares = at::vec::fmadd(d, d, squares);
       }
-      sum.store(this->sum() + at);
-      squares.store(this->squares() + at);
+      (Vec::loadu(this->sum() + at) + sum).store(this->sum() + at);
+      (Vec::loadu(this->squares() + at) + squares).store(this->squares() + at);
     }
   }
 

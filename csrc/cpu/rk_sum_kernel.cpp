@@ -112,7 +112,7 @@ class BackwardUnit {
   using P = Pack<T>;
   using Acc = typename P::Acc;
   using Vec = typename P::Vec;
-  static constexpr int64_t kBlock = 128;  // rows that Acc sums before double takes over
+  static constexpr int64_t kBlock = 64;  // rows that Acc sums before double takes over
 
  public:
   BackwardUnit(const Backward& a, int64_t u, int64_t o)
@@ -184,21 +184,22 @@ class BackwardUnit {
     for (int r = 0; r < R; ++r) g[r] = load_grad(row<const T>(a_.grad, o_, i + r), mask_row(i + r), p, n);
     for (int k = 0; k < n_columns_; ++k) {
       Acc* sum = scratch_.data() + k * padded_ + p;
-      P total = P{};
-      for (int v = 0; v < P::kVecs; ++v) total.v[v] = Vec::loadu(sum + v * P::kWidth);
       const int j = column_[k];
+      // The rows at hand are summed among themselves first, which keeps the chain of roundings short.
+      P some = g[0];
       for (int r = 0; r < R; ++r) {
         if (j < 0) {
-          for (int v = 0; v < P::kVecs; ++v) total.v[v] = total.v[v] + g[r].v[v];
+          if (r > 0)
+            for (int v = 0; v < P::kVecs; ++v) some.v[v] = some.v[v] + g[r].v[v];
           continue;
         }
         P x = load(row<const T>(a_.summed[j], o_, i + r), p, n);
         for (int v = 0; v < P::kVecs; ++v) {
           if (a_.center) x.v[v] = x.v[v] - Vec::loadu(static_cast<const Acc*>(a_.center) + p + v * P::kWidth);
-          total.v[v] = at::vec::fmadd(g[r].v[v], x.v[v], total.v[v]);
+          some.v[v] = r == 0 ? g[r].v[v] * x.v[v] : at::vec::fmadd(g[r].v[v], x.v[v], some.v[v]);
         }
       }
-      for (int v = 0; v < P::kVecs; ++v) total.v[v].store(sum + v * P::kWidth);
+      for (int v = 0; v < P::kVecs; ++v) (Vec::loadu(sum + v * P::kWidth) + some.v[v]).store(sum + v * P::kWidth);
     }
   }
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from rkfast import dispatch
 from rkfast.ops import checks, layout
 from rkfast.ops.bn_rk_sum import reference
-from rkfast.ops.channel_moments import Moments, moments_dtype, update_running_stats, update_running_stats_op
+from rkfast.ops.channel_moments import Moments, moments_dtype, pairs, update_running_stats, update_running_stats_op
 from rkfast.ops.channel_moments import reference as channel_moments
 
 
@@ -73,11 +73,11 @@ _ARGS = (
 # Normalises with the given mean and variance, else with those of x. Returns [out], then the ReLU mask where asked for
 # (layout.mask_shape), then x's mean and variance where they were not given, then those of out where asked for.
 _forward = dispatch.register(f"bn_rk_sum({_ARGS}, bool mask) -> Tensor[]", _op, _fake)
-# Writes out and returns the rest.
+# Writes out and returns x's mean and variance, empty where they were given, and out's, empty where not asked for.
 _forward_out = dispatch.register(
-    f"bn_rk_sum_out({_ARGS}, Tensor(a!) out) -> Tensor[]",
-    lambda *args: _op(*args[:-1], False, args[-1])[1:],
-    lambda *args: _fake(*args[:-1], False)[1:],
+    f"bn_rk_sum_out({_ARGS}, Tensor(a!) out) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda *args: pairs(_op(*args[:-1], False, args[-1]), args[3] is None, args[11]),
+    lambda *args: pairs(_fake(*args[:-1], False), args[3] is None, args[11]),
 )
 # With g' the gradient where the mask is set (relu without a mask: where the output recomputed from x, which then has no
 # terms beside it, is not <= 0), returns [dx], [dweight, dbias], [dstep], each where needed, then [coeffs[i] * g' ...].

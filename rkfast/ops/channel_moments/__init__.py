@@ -23,6 +23,17 @@ class Moments(NamedTuple):
     count: int
 
 
+def pairs(result: list[Tensor], *present: bool) -> tuple[Tensor, ...]:
+    """(mean, variance, ...) from what follows result[0], two empty tensors for each pair that was not asked for: an
+    operator that writes one of its arguments cannot return a list."""
+    found = iter(result[1:])
+    return tuple(
+        next(found) if given else result[0].new_empty(0, dtype=moments_dtype(result[0].dtype))
+        for given in present
+        for _ in range(2)
+    )
+
+
 def _fake(x: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]:
     dtype = moments_dtype(x.dtype)
     return x.new_empty(x.shape[1], dtype=dtype), x.new_empty(x.shape[1], dtype=dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rkfast import dispatch
 from rkfast.ops import checks, layout
-from rkfast.ops.channel_moments import Moments, moments_dtype
+from rkfast.ops.channel_moments import Moments, moments_dtype, pairs
 from rkfast.ops.rk_sum import reference
 
 
@@ -58,11 +58,11 @@ _ARGS = "Tensor[] terms, float[] coeffs, Tensor?[] steps, Tensor? shift, bool ch
 
 # Returns [out], then the ReLU mask where asked for (layout.mask_shape), then mean and variance where asked for.
 _forward = dispatch.register(f"rk_sum({_ARGS}, bool mask) -> Tensor[]", _op, _fake)
-# Writes out and returns the rest.
+# Writes out and returns its mean and variance, empty where not asked for.
 _forward_out = dispatch.register(
-    f"rk_sum_out({_ARGS}, Tensor(a!) out) -> Tensor[]",
-    lambda *args: _op(*args[:-1], False, args[-1])[1:],
-    lambda *args: _fake(*args[:-1], False)[1:],
+    f"rk_sum_out({_ARGS}, Tensor(a!) out) -> (Tensor, Tensor)",
+    lambda *args: pairs(_op(*args[:-1], False, args[-1]), args[6]),
+    lambda *args: pairs(_fake(*args[:-1], False), args[6]),
 )
 # With g' the gradient where the mask is set, returns [coeffs[i] * steps[i] * g' ...], then [step_coeffs[j] *
 # sum(g' * step_terms[j]) ...] over each channel (of each sample, where per_sample[j]), then [sum(g')] where shift is set.

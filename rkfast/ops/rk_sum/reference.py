@@ -115,7 +115,7 @@ def pack(keep: Tensor, channels_last: bool) -> Tensor:
     """Booleans [N, C, ...] as bits, uint8 [rows, ceil(length / 8)], lowest bit first (layout.mask_shape)."""
     outer, inner, length = layout.rows(keep, channels_last)
     bits = (keep.movedim(1, -1) if channels_last else keep).reshape(outer * inner, length)
-    bits = torch.nn.functional.pad(bits.to(torch.uint8), (0, -length % 8)).reshape(outer * inner, (length + 7) // 8, 8)
+    bits = torch.nn.functional.pad(bits.to(torch.uint8), (0, -length % 8)).unflatten(1, ((length + 7) // 8, 8))
     return (bits << torch.arange(8, dtype=torch.uint8, device=keep.device)).sum(-1, dtype=torch.uint8)
 
 
@@ -123,6 +123,6 @@ def unpack(mask: Tensor, x: Tensor, channels_last: bool) -> Tensor:
     """The booleans that ``pack`` was given, in the shape of x."""
     _, _, length = layout.rows(x, channels_last)
     bits = (mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
-    bits = bits.reshape(mask.shape[0], -1)[:, :length].bool()
+    bits = bits.flatten(1)[:, :length].bool()
     n, c, *spatial = x.shape
     return bits.reshape(n, *spatial, c).movedim(-1, 1) if channels_last else bits.reshape(x.shape)

@@ -1,0 +1,25 @@
+import pytest
+import torch
+
+from rkfast import dispatch
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    cases = getattr(metafunc.cls, "CASES", None)
+    if cases is not None and "case" in metafunc.fixturenames:
+        metafunc.parametrize("case", list(cases.values()), ids=list(cases))
+    if "target" in metafunc.fixturenames:
+        from tests.ops.tester import TARGETS
+
+        metafunc.parametrize("target", TARGETS, ids=[f"{b}-{d}" for b, d in TARGETS])
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was() -> object:
+    """No test leaves a mode on."""
+    threads, default = torch.get_num_threads(), torch.get_default_dtype()
+    yield
+    assert dispatch.forced() == (None if dispatch._environment == "auto" else dispatch._environment)
+    assert not torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(default)
