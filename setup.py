@@ -233,8 +233,10 @@ if torch is not None:
                 name = extension.name.rpartition(".")[2]
                 extension.optional = True
                 Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
+                if missing := self.missing_compiler():
+                    leave_out(name, missing)
+                    continue
                 try:
-                    self.find_compiler()
                     self.extensions = [extension]
                     super().build_extensions()
                 except Exception as error:
@@ -243,13 +245,14 @@ if torch is not None:
                     record[name] = {"built": True}
             self.extensions = extensions
 
-        def find_compiler(self) -> None:
+        def missing_compiler(self) -> str | None:
             command = getattr(self.compiler, "compiler_cxx", None)
-            if not command:
-                return
+            if not command:  # MSVC, which finds itself
+                return None
             if shutil.which(command[0]) is None:
-                raise RuntimeError(f"no C++ compiler: {command[0]} is not there")
+                return f"no C++ compiler was found ({command[0]}); install one, or name it by CXX"
             record["compiler"] = (output_of(command[0], "--version") or command[0]).split("\n")[0]
+            return None
 
         def build_extension(self, extension: Extension) -> None:
             if kernels := getattr(extension, "kernels", []):

@@ -72,7 +72,10 @@ def cuda_reason() -> str | None:
 @functools.cache
 def triton_reason() -> str | None:
     """Why the Triton kernels cannot run; None where they can."""
-    return triton_missing() or (None if triton_interprets() else _no_gpu())
+    reason = triton_missing() or (None if triton_interprets() else _no_gpu())
+    if reason is None:
+        _place_triton_cache()
+    return reason
 
 
 def triton_missing() -> str | None:
@@ -93,6 +96,14 @@ def _no_gpu() -> str | None:
     if torch.version.cuda is None:
         return "this torch is a CPU build"
     return None if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+def _place_triton_cache() -> None:
+    """Triton keeps what it compiles in the home, unless told otherwise; but a home may be read-only."""
+    if "TRITON_CACHE_DIR" in os.environ or "TRITON_HOME" in os.environ:
+        return
+    if "RKFAST_CACHE_DIR" in os.environ or not os.access(os.path.expanduser("~"), os.W_OK):
+        os.environ["TRITON_CACHE_DIR"] = str(cache_dir() / "triton")
 
 
 @functools.cache
