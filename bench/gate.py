@@ -1,0 +1,80 @@
+"""The gate in front of every figure: results and gradients against fp64, beside eager's own error."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rkfast.bench.workload import Case, Function, Inputs
+
+# So many eps beside a kink, of the largest value, the ReLU of either side may flip; no gradient arrives there.
+KINK = 8
+ROUNDINGS = 2  # a rounding is half an eps
+
+
+class Verdict(NamedTuple):
+    ours: float  # largest error of any tensor, relative to its largest value
+    eager: float
+    failure: str | None
+
+
+class Results(NamedTuple):
+    outputs: list[Tensor]
+    gradients: list[Tensor]
+    buffers: list[Tensor]
+
+
+def compute(function: Function, inputs: Inputs, seed: Tensor | None) -> Results:
+    """Everything a computation gives back, on copies of its inputs."""
+    copy = inputs.map(torch.clone, torch.clone)
+    wanted = [*copy.activations, *copy.vectors]
+    if seed is not None:
+        for t in wanted:
+            t.requires_grad_()
+    outputs = function(*copy)
+    gradients = [] if seed is None else list(torch.autograd.grad(outputs[0], wanted, seed))
+    return Results([t.detach() for t in outputs], gradients, copy.buffers)
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    """Largest difference relative to the largest value; NaN where only one side is NaN or infinite."""
+    if found.shape != truth.shape:
+        return float("nan")
+    scale = truth.abs().max().item() if truth.numel() else 0.0
+    difference = (found.to(truth.dtype) - truth).abs().max().item() if truth.numel() else 0.0
+    return difference / scale if scale else difference
+
+
+def check(case: Case, inputs: Inputs, seed: Tensor) -> Verdict:
+    """Compare the case's op and its eager expression with the expression in fp64.
+
+    The op passes where no tensor's error exceeds twice eager's own plus ROUNDINGS of its dtype.
+    """
+    workload = case.workload
+    eager = workload.peers()["eager"]
+    wide = inputs.map(Tensor.double, Tensor.double)
+    eps = torch.finfo(case.dtype).eps
+    given: Tensor | None = None
+    if workload.differentiable:
+        given = seed
+        if workload.relu:
+            with torch.no_grad():
+                before = workload.before_relu()(*wide.map(torch.clone, torch.clone))[0]
+            given = torch.where(before.abs() > KINK * eps * before.abs().max(), seed, torch.zeros_like(seed))
+    truth = compute(eager, wide, None if given is None else given.double())
+    theirs = compute(eager, inputs, given)
+    ours = compute(workload.ours, inputs, given)
+    worst_ours = worst_eager = 0.0
+    failure = None
+    for kind, found, expected, reference in zip(Results._fields, ours, theirs, truth, strict=True):
+        if len(found) != len(reference):
+            return Verdict(float("nan"), float("nan"), f"{kind}: {len(found)} tensors instead of {len(reference)}")
+        for i, (a, b, t) in enumerate(zip(found, expected, reference, strict=True)):
+            ours_error, eager_error = error(a, t), error(b, t)
+            worst_ours, worst_eager = max(worst_ours, ours_error), max(worst_eager, eager_error)
+            allowed = 2 * eager_error + ROUNDINGS * torch.finfo(a.dtype).eps / 2
+            if not ours_error <= allowed and failure is None:  # a NaN fails
+                failure = f"{kind}[{i}]: error {ours_error:.2e} where {allowed:.2e} is allowed"
+    return Verdict(worst_ours, worst_eager, failure)

@@ -1,0 +1,293 @@
+"""``rkfast bench ops`` and ``python bench/run.py ops``: the ops beside eager and compiled PyTorch.
+
+Exit status: 0; 1 where a result was wrong or a measurement broke down; 75 where ``--budget`` ended the run early, which
+``--resume`` then continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+if not __package__:
+    import runpy
+
+    sys.path.pop(0)  # this folder, whose `ops` and `memory` are rkfast.bench's
+    runpy.run_path(str(Path(__file__).with_name("checkout.py")))
+
+import torch
+
+from rkfast import dispatch
+from rkfast.bench import contest, machine, report
+from rkfast.bench.contest import PEERS, Contest
+from rkfast.bench.ops import OPS
+from rkfast.bench.workload import Case
+
+UNFINISHED = 75
+# glibc gives large blocks back to the system at once, and each step then takes its pages anew; or it keeps them.
+MALLOC = {
+    "default": {},
+    "large": {
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
+        "MALLOC_TOP_PAD_": str(1 << 26),
+    },
+}
+DRIFT = 0.1  # a kept baseline holds while the copy beside it stays this close to what it was then
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("suite", choices=["ops"], help="what to measure")
+    add("names", nargs="*", metavar="OP", help=f"of {', '.join(OPS)}; all of them by default")
+    add("--size", choices=["tiny", "quick", "full"], default="full", help="how many cases, how large")
+    add("--quick", dest="size", action="store_const", const="quick", help="the same as --size quick: under two minutes")
+    add("--filter", default="", metavar="TEXT", help="only cases whose id contains it: OP/VARIANT/SHAPE/DTYPE/LAYOUT")
+    add("--list", action="store_true", help="print the ids of the cases and stop")
+    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--backend", action="append", choices=["auto", *dispatch.BACKENDS], help="of ours; may be repeated")
+    add("--peers", default=None, help=f"comma-separated, of {', '.join(PEERS)}; the last two are CUDA's")
+    add("--threads", type=int, action="append", help="may be repeated; by default all cores, and 1 for the main cases")
+    add("--seconds", type=float, default=None, help="per case and loop (default 1, quick 0.5)")
+    add(
+        "--malloc", nargs="+", choices=["current", *MALLOC], default=None,
+        help="settings to take the better of; by default both on CPU with glibc, and on CUDA the current one",
+    )  # fmt: skip
+    add("--budget", type=float, default=None, metavar="SECONDS", help="start no case after so long")
+    add("--resume", action="store_true", help="keep what --json already holds of this machine, commit and torch")
+    add("--baselines", type=Path, metavar="FILE", help="take peers from there instead of measuring them again")
+    add("--json", type=Path, metavar="FILE")
+    add("--csv", type=Path, metavar="FILE")
+    add("--markdown", type=Path, metavar="FILE", help="the table, which is also printed")
+    add("--plot", type=Path, metavar="FILE")
+    add("--job", type=Path, help=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.job is not None:
+        _work(json.loads(args.job.read_text()))
+        return 0
+    cases = select(args)
+    if args.list:
+        print("\n".join(case.id for case in cases))
+        return 0
+    if args.plot is not None:  # before minutes are spent
+        from rkfast.extras import require
+
+        require("matplotlib", "plots")
+    document = _document(args)
+    previous = _previous(args, document)
+    if previous is not None:
+        document = previous
+    deadline = None if args.budget is None else time.time() + args.budget
+    settings = _settings(args)
+    broken = unfinished = False
+    with tempfile.TemporaryDirectory() as folder:
+        for threads in args.threads or _threads(args.device):
+            wanted = [c for c in cases if args.threads or threads == _threads(args.device)[0] or c.main]
+            finished = {(g["id"], g["threads"]) for g in document["gate"]}
+            wanted = [c for c in wanted if (c.id, threads) not in finished]
+            reports: dict[str, dict[str, Any]] = {c.id: {} for c in wanted}
+            for i, setting in enumerate(settings):
+                until = None if deadline is None else time.time() + (deadline - time.time()) / (len(settings) - i)
+                job = _job(args, [c.id for c in wanted], threads, setting, until, Path(folder) / f"{setting}-{threads}")
+                broken |= not _measured(job, setting, reports)
+            for case in wanted:
+                if len(reports[case.id]) < len(settings):
+                    unfinished = True
+                    continue
+                document["gate"].extend(report.gates(case, reports[case.id], args.device))
+                document["rows"].extend(report.rows(case, reports[case.id], args.device))
+    document["load"][1] = machine.load()
+    table = report.markdown(document)
+    print(table)
+    if args.json is not None:
+        report.write_json(args.json, document)
+    if args.csv is not None:
+        report.write_csv(args.csv, document)
+    if args.markdown is not None:
+        args.markdown.parent.mkdir(parents=True, exist_ok=True)
+        args.markdown.write_text(table)
+    if args.plot is not None:
+        report.plot(args.plot, document)
+    if broken or any(g["failure"] for g in document["gate"]):
+        return 1
+    return UNFINISHED if unfinished else 0
+
+
+def select(args: argparse.Namespace) -> list[Case]:
+    unknown = [name for name in args.names if name not in OPS]
+    if unknown:
+        raise SystemExit(f"rkfast bench: {unknown[0]!r} is not an op; there are {', '.join(OPS)}")
+    return [
+        case for name in args.names or OPS for case in OPS[name](args.size) if args.filter in case.id
+    ]  # fmt: skip
+
+
+def _document(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "schema": report.SCHEMA,
+        **machine.describe(args.device),
+        "load": [machine.load(), None],
+        "size": args.size,
+        "malloc": {name: MALLOC.get(name, {}) for name in _settings(args)},
+        "gate": [],
+        "rows": [],
+    }
+
+
+def _previous(args: argparse.Namespace, document: dict[str, Any]) -> dict[str, Any] | None:
+    if not args.resume or args.json is None or not args.json.is_file():
+        return None
+    found = json.loads(args.json.read_text())
+    same = ("schema", "machine", "versions", "commit", "size", "malloc")
+    return found if all(found.get(key) == document[key] for key in same) else None
+
+
+def _settings(args: argparse.Namespace) -> list[str]:
+    if args.malloc:
+        return list(args.malloc)
+    return list(MALLOC) if args.device == "cpu" and sys.platform == "linux" else ["current"]
+
+
+def _threads(device: str) -> list[int]:
+    every = machine.cores()
+    return [every, 1] if device == "cpu" and every > 1 else [every]
+
+
+def _job(
+    args: argparse.Namespace, ids: list[str], threads: int, setting: str, until: float | None, out: Path
+) -> dict[str, Any]:
+    peers = tuple(args.peers.split(",")) if args.peers is not None else PEERS if args.device == "cuda" else PEERS[:4]
+    unknown = [peer for peer in peers if peer and peer not in PEERS]
+    if unknown:
+        raise SystemExit(f"rkfast bench: {unknown[0]!r} is not a peer; there are {', '.join(PEERS)}")
+    return {
+        "names": args.names,
+        "size": args.size,
+        "ids": ids,
+        "contest": {
+            "device": args.device,
+            "backends": args.backend or contest.backends(args.device),
+            "peers": [peer for peer in peers if peer],
+            "seconds": args.seconds if args.seconds is not None else 1.0 if args.size == "full" else 0.5,
+            "threads": threads,
+        },
+        "setting": setting,
+        "until": until,
+        "baselines": None if args.baselines is None else str(args.baselines),
+        "out": str(out),
+    }
+
+
+def _measured(job: dict[str, Any], setting: str, reports: dict[str, dict[str, Any]]) -> bool:
+    """Do a job, in this process or in one with the malloc setting it asks for, and collect its reports."""
+    if not job["ids"]:
+        return True
+    out = Path(job["out"])
+    status = 0
+    if setting == "current":
+        _work(job)
+    else:
+        file = out.with_suffix(".job")
+        file.write_text(json.dumps(job))
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+        environment = {**kept, **MALLOC[setting], "OMP_NUM_THREADS": str(job["contest"]["threads"])}
+        command = [sys.executable, str(Path(__file__).resolve()), "ops", "--job", str(file)]
+        status = subprocess.run(command, env=environment).returncode
+    if status:
+        print(f"rkfast bench: the process that measured at malloc setting {setting!r} exited {status}", file=sys.stderr)
+    for line in out.read_text().splitlines() if out.exists() else ():
+        found = json.loads(line)
+        reports[found["id"]][setting] = found
+    return status == 0
+
+
+def _work(job: dict[str, Any]) -> None:
+    """Measure the cases of a job, each result written as soon as it is there."""
+    settings = Contest(**{**job["contest"], "backends": tuple(job["contest"]["backends"])})
+    torch.set_num_threads(settings.threads)
+    # Part of what compiled code is cached under, where the number of threads is not.
+    torch._inductor.config.cpp.threads = settings.threads
+    baselines = Baselines(job["baselines"], settings.device)
+    with open(job["out"], "w") as out:
+        for i, case in enumerate(_named(job)):
+            if job["until"] is not None and time.time() > job["until"]:
+                return
+            _progress(job, i, case)
+            found = baselines.measure(case, settings)
+            out.write(json.dumps(found) + "\n")
+            out.flush()
+
+
+def _named(job: dict[str, Any]) -> Iterator[Case]:
+    every = {case.id: case for name in job["names"] or OPS for case in OPS[name](job["size"])}
+    return (every[id] for id in job["ids"])
+
+
+def _progress(job: dict[str, Any], i: int, case: Case) -> None:
+    where = f"{job['contest']['threads']} threads, malloc {job['setting']}"
+    print(f"[{i + 1}/{len(job['ids'])}] {case.id} ({where})", file=sys.stderr, flush=True)
+
+
+class Baselines:
+    """Peers measured in earlier runs on the same device with the same torch, so that none is measured twice."""
+
+    def __init__(self, path: str | None, device: str) -> None:
+        self.path = None if path is None else Path(path)
+        described = machine.describe(device)
+        versions = described["versions"]
+        self.key = f"{machine.kind(described)}, torch {versions['torch']}, triton {versions['triton']}"
+        self.all: dict[str, Any] = {}
+        if self.path is not None and self.path.is_file():
+            self.all = json.loads(self.path.read_text())
+        self.known = self.all.setdefault(self.key, {})
+
+    def measure(self, case: Case, settings: Contest) -> dict[str, Any]:
+        if self.path is None:
+            return contest.run(case, settings)
+        kept = self.known.get(f"{case.id}, {settings.threads} threads", {})
+        peers = tuple(peer for peer in settings.peers if peer not in kept)
+        found = contest.run(case, Contest(**{**settings.__dict__, "peers": peers}))
+        if not found["contenders"]:
+            return found
+        if kept and _drifted(kept["copy"], found["contenders"]["copy"]):
+            kept = {}
+            found = contest.run(case, settings)
+        for peer, samples in kept.items():
+            if peer in settings.peers:
+                found["contenders"].setdefault(peer, {**samples, "kept": True})
+        self._keep(f"{case.id}, {settings.threads} threads", found)
+        return found
+
+    def _keep(self, name: str, found: dict[str, Any]) -> None:
+        assert self.path is not None
+        self.known[name] = {
+            peer: {k: v for k, v in samples.items() if k != "kept"}
+            for peer, samples in found["contenders"].items()
+            if not samples["ours"]
+        }
+        report.write_json(self.path, self.all)
+
+
+def _drifted(then: dict[str, Any], now: dict[str, Any]) -> bool:
+    before, after = (sorted(c["ms"]["forward"])[len(c["ms"]["forward"]) // 2] for c in (then, now))
+    return abs(after / before - 1) > DRIFT
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="bench/run.py", description=__doc__)
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""Interleaved timing: every contender runs in every round, so that all of them see the same machine."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+
+try:
+    import resource
+except ImportError:  # Windows has no page-fault count
+    resource = None  # type: ignore[assignment]
+
+SHORTEST_NS = 200_000  # a sample repeats shorter steps until it lasts this long
+ROUNDS = (11, 200)
+
+
+class Step(Protocol):
+    """One step of a contender in two parts: ``first`` returns what ``second`` takes. Without ``second`` there is one part."""
+
+    first: Callable[[], object]
+    second: Callable[[object], object] | None
+
+
+class Sample(NamedTuple):
+    """Milliseconds and page faults of one step, in its two parts."""
+
+    ms: tuple[float, ...]
+    faults: tuple[float, ...]
+
+
+class Summary(NamedTuple):
+    p20: float
+    p50: float
+    p80: float
+
+
+def summary(values: Sequence[float]) -> Summary:
+    """20th, 50th and 80th percentile, interpolated between neighbours."""
+    if not values:
+        raise ValueError("values: there are none to summarise")
+    if len(values) == 1:
+        return Summary(values[0], values[0], values[0])
+    cuts = statistics.quantiles(values, n=10, method="inclusive")
+    return Summary(cuts[1], cuts[4], cuts[7])
+
+
+def ratios(theirs: Sequence[float], ours: Sequence[float]) -> Summary:
+    """How many times faster ours is: the ratio of the medians, between percentiles of the ratio round by round."""
+    pairwise = summary([a / b for a, b in zip(theirs, ours, strict=False)])
+    return Summary(pairwise.p20, statistics.median(theirs) / statistics.median(ours), pairwise.p80)
+
+
+def page_faults() -> int:
+    return 0 if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def _cpu_sample(step: Step, repeats: int) -> Sample:
+    clock = time.perf_counter_ns
+    ns, faults = [0, 0], [0, 0]
+    for _ in range(repeats):
+        before = page_faults()
+        start = clock()
+        kept = step.first()
+        if step.second is None:
+            del kept  # freeing is part of the step
+        ns[0] += clock() - start
+        between = page_faults()
+        faults[0] += between - before
+        if step.second is not None:
+            start = clock()
+            result = step.second(kept)
+            del kept, result
+            ns[1] += clock() - start
+            faults[1] += page_faults() - between
+    parts = 1 if step.second is None else 2
+    return Sample(
+        tuple(t / repeats / 1e6 for t in ns[:parts]),
+        tuple(f / repeats for f in faults[:parts]),
+    )
+
+
+def _cuda_sample(step: Step, repeats: int) -> Sample:
+    """Device time. A sleeping kernel first lets the host run ahead, so that the events time kernels and not launches."""
+    pairs = []
+    torch.cuda._sleep(2_000_000 * min(repeats, 10))
+    for _ in range(repeats):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2 if step.second is None else 3)]
+        torch.compiler.cudagraph_mark_step_begin()
+        events[0].record()
+        kept = step.first()
+        events[1].record()
+        if step.second is not None:
+            step.second(kept)
+            events[2].record()
+        del kept
+        pairs.append(events)
+    torch.cuda.synchronize()
+    parts = len(pairs[0]) - 1
+    return Sample(
+        tuple(statistics.fmean(events[i].elapsed_time(events[i + 1]) for events in pairs) for i in range(parts)),
+        (0.0,) * parts,
+    )
+
+
+def interleave(
+    steps: dict[str, Step],
+    seconds: float,
+    device: str,
+    entering: Callable[[str], object] = lambda name: None,
+    rounds: tuple[int, int] = ROUNDS,
+) -> dict[str, list[Sample]]:
+    """Sample every step round-robin, in an order that rotates, until ``seconds`` are spent.
+
+    Args:
+        steps: by contender, warmed up.
+        seconds: time to spend, as far as ``rounds`` (least, most) allows.
+        device: "cpu" or "cuda".
+        entering: called, untimed, before each sample with the contender's name.
+    """
+    take = _cuda_sample if device == "cuda" else _cpu_sample
+    repeats = {}
+    for name, step in steps.items():
+        entering(name)
+        once = min(sum(take(step, 1).ms) for _ in range(3)) * 1e6
+        repeats[name] = max(1, min(1000, round(SHORTEST_NS / max(once, 1.0))))
+    samples: dict[str, list[Sample]] = {name: [] for name in steps}
+    names = list(steps)
+    least, most = rounds
+    deadline = time.perf_counter() + seconds
+    for i in range(most):
+        if i >= least and time.perf_counter() > deadline:
+            break
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            entering(name)
+            samples[name].append(take(steps[name], repeats[name]))
+    return samples
