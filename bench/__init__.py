@@ -1,1 +1,1 @@
-"""What rkfast costs beside eager and compiled PyTorch: ``rkfast bench ops``, or ``python bench/run.py ops`` in a checkout."""
+"""The ops beside eager and compiled PyTorch: ``rkfast bench ops``, or in a checkout ``python bench/run.py ops``."""

@@ -13,7 +13,8 @@ if "rkfast.bench" not in sys.modules:
     spec = importlib.util.spec_from_file_location(
         "rkfast.bench", here / "__init__.py", submodule_search_locations=[str(here)]
     )
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     sys.modules["rkfast.bench"] = package = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(package)
-    rkfast.bench = package  # type: ignore[attr-defined]
+    vars(rkfast)["bench"] = package

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rkfast import dispatch
-from rkfast.bench import gate, memory, timing
-from rkfast.bench.workload import Case, Function, Inputs
+from rkfast import dispatch, measure
+
+from . import gate, timing
+from .workload import Case, Function, Inputs
 
 COMPILE = {
     "compile": "default",
@@ -48,8 +49,7 @@ class Contender:
         self.function, self.backend = function, backend
         self.plain = inputs
         self.seed = seed
-        leaves = [[t.detach().requires_grad_() for t in ts] for ts in (inputs.activations, inputs.vectors)]
-        self.inputs = Inputs(*leaves, inputs.buffers)
+        self.inputs = Inputs(_leaves(inputs.activations), _leaves(inputs.vectors), inputs.buffers)
         self.wanted = [*self.inputs.activations, *self.inputs.vectors]
 
     def forward(self) -> Any:
@@ -64,6 +64,10 @@ class Contender:
 
     def both(self) -> Any:
         return self.backward(self.forward_grad())
+
+
+def _leaves(tensors: list[Tensor]) -> list[Tensor]:
+    return [t.detach().requires_grad_() for t in tensors]
 
 
 class Copy:
@@ -94,12 +98,6 @@ class Copy:
         out.copy_(x)
 
 
-@dataclass(frozen=True)
-class _Step:
-    first: Callable[[], object]
-    second: Callable[[object], object] | None
-
-
 def run(case: Case, contest: Contest) -> dict[str, Any]:
     """Samples of every contender by mode, with what it keeps; or, where the gate fails, no figure at all."""
     torch.compiler.reset()
@@ -107,11 +105,11 @@ def run(case: Case, contest: Contest) -> dict[str, Any]:
     drawn, seed = case.draw(device), case.seed(device)
     report: dict[str, Any] = {"id": case.id, "threads": contest.threads, "gate": {}, "contenders": {}, "failed": {}}
     contenders: dict[str, Contender | Copy] = {}
-    arranged = _arranged(drawn, case.channels_last)
+    given = arranged(drawn, case.channels_last)
     for backend in contest.backends:
-        ours = Contender(case.workload.ours, arranged, _dense(seed, case.channels_last), backend)
-        with _backend(backend):
-            verdict = gate.check(case, arranged, _dense(seed, case.channels_last))
+        ours = Contender(case.workload.ours, given, dense(seed, case.channels_last), backend)
+        with forced(backend):
+            verdict = gate.check(case, given, dense(seed, case.channels_last))
         served = dispatch.OPS[case.workload.op].last
         name = served.backend if served is not None and backend == "auto" else backend
         report["gate"][name] = verdict._asdict()
@@ -120,48 +118,46 @@ def run(case: Case, contest: Contest) -> dict[str, Any]:
     if not contenders:
         return report
     ours_by = tuple(contenders)
-    for name, contender in _peers(case, contest, drawn, arranged, seed):
-        contenders[name] = contender
+    contenders.update(_peers(case, contest, drawn, given, seed))
     contenders["copy"] = Copy(case, device)
     _warm_up(case, contenders, ours_by, report["failed"])
-    for name, contender in contenders.items():
-        report["contenders"][name] = {"ms": {}, "faults": {}, "ours": name in ours_by, **_footprint(case, contender, device)}
+    for name, each in contenders.items():
+        footprint = _footprint(case, each, device)
+        report["contenders"][name] = {"ms": {}, "faults": {}, "ours": name in ours_by, **footprint}
     _measure(case, contest, contenders, report["contenders"])
     return report
 
 
-def _dense(t: Tensor, channels_last: bool) -> Tensor:
+def dense(t: Tensor, channels_last: bool) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-def _arranged(inputs: Inputs, channels_last: bool) -> Inputs:
-    return inputs.map(lambda t: _dense(t, channels_last), torch.clone)
+def arranged(inputs: Inputs, channels_last: bool) -> Inputs:
+    return inputs.map(lambda t: dense(t, channels_last), torch.clone)
 
 
-def _backend(name: str) -> contextlib.AbstractContextManager[None]:
+def forced(name: str) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if name == "auto" else dispatch.use(name)
 
 
-def _peers(
-    case: Case, contest: Contest, drawn: Inputs, arranged: Inputs, seed: Tensor
-) -> Iterator[tuple[str, Contender]]:
+def _peers(case: Case, contest: Contest, drawn: Inputs, given: Inputs, seed: Tensor) -> Iterator[tuple[str, Contender]]:
     functions = case.workload.peers()
     eager = functions["eager"]
     # Each has its own tensors, but for layout those of ours.
     for name in contest.peers:
         if name in COMPILE:
-            own = arranged.map(torch.clone, torch.clone)
-            contender = Contender(eager, own, _dense(seed, case.channels_last).clone())
+            own = given.map(torch.clone, torch.clone)
+            contender = Contender(eager, own, dense(seed, case.channels_last).clone())
             contender.function = torch.compile(eager, mode=COMPILE[name], dynamic=False)
             if name == "compile_cuda_graphs":  # a graph otherwise copies its inputs at every call
                 for t in (*own.activations, *own.vectors, *own.buffers, *contender.wanted):
                     torch._dynamo.mark_static_address(t)
             yield name, contender
         elif name == "eager_channels_last":
-            yield name, Contender(eager, _arranged(drawn, True), _dense(seed, True).clone())
+            yield name, Contender(eager, arranged(drawn, True), dense(seed, True).clone())
         elif name in functions:
             channels_last = case.channels_last and name != "eager"
-            yield name, Contender(functions[name], _arranged(drawn, channels_last), _dense(seed, channels_last).clone())
+            yield name, Contender(functions[name], arranged(drawn, channels_last), dense(seed, channels_last).clone())
 
 
 def _warm_up(
@@ -170,29 +166,33 @@ def _warm_up(
     """Compile and run every contender; a peer that cannot is left out, with the reason."""
     for name, contender in list(contenders.items()):
         try:
-            with _backend(contender.backend), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                for _ in range(3):
-                    torch.compiler.cudagraph_mark_step_begin()
-                    contender.forward()
-                    if case.workload.differentiable:
-                        contender.backward(contender.forward_grad())
-        except Exception as error:
+            _try(case, contender)
+        except Exception as error:  # noqa: PERF203
             if name in ours:
                 raise
             failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
             del contenders[name]
 
 
+def _try(case: Case, contender: Contender | Copy) -> None:
+    with forced(contender.backend), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(3):
+            torch.compiler.cudagraph_mark_step_begin()
+            contender.forward()
+            if case.workload.differentiable:
+                contender.backward(contender.forward_grad())
+
+
 def _footprint(case: Case, contender: Contender | Copy, device: str) -> dict[str, Any]:
     if isinstance(contender, Copy):
         return {"peak_bytes": {}, "saved_bytes": None}
-    with _backend(contender.backend):
-        peak = {"forward": memory.peak_bytes(contender.forward, device)}
+    with forced(contender.backend):
+        peak = {"forward": measure.peak_bytes(contender.forward, device)}
         saved = None
         if case.workload.differentiable:
-            peak["both"] = memory.peak_bytes(contender.both, device)
-            saved = memory.saved_bytes(contender.forward_grad, contender.inputs.vectors)
+            peak["both"] = measure.peak_bytes(contender.both, device)
+            saved = measure.saved_bytes(contender.forward_grad, contender.inputs.vectors)
     return {"peak_bytes": peak, "saved_bytes": saved}
 
 
@@ -203,16 +203,16 @@ def _measure(
 
     def entering(name: str) -> None:
         entered.close()
-        entered.enter_context(_backend(contenders[name].backend))
+        entered.enter_context(forced(contenders[name].backend))
 
     with entered:
-        plain = {name: _Step(c.forward, None) for name, c in contenders.items()}
+        plain = {name: timing.Step(c.forward, None) for name, c in contenders.items()}
         for name, samples in timing.interleave(plain, contest.seconds, contest.device, entering).items():
             found[name]["ms"]["forward"] = [s.ms[0] for s in samples]
             found[name]["faults"]["forward"] = timing.summary([s.faults[0] for s in samples]).p50
         if not case.workload.differentiable:
             return
-        training = {name: _Step(c.forward_grad, c.backward) for name, c in contenders.items()}
+        training = {name: timing.Step(c.forward_grad, c.backward) for name, c in contenders.items()}
         for name, samples in timing.interleave(training, 2 * contest.seconds, contest.device, entering).items():
             ms, faults = found[name]["ms"], found[name]["faults"]
             for part, mode in enumerate(("forward_grad", "backward")):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rkfast.bench.workload import Case, Function, Inputs
+from .workload import Case, Function, Inputs
 
 # So many eps beside a kink, of the largest value, the ReLU of either side may flip; no gradient arrives there.
 KINK = 8
@@ -27,15 +27,15 @@ class Results(NamedTuple):
 
 
 def compute(function: Function, inputs: Inputs, seed: Tensor | None) -> Results:
-    """Everything a computation gives back, on copies of its inputs."""
-    copy = inputs.map(torch.clone, torch.clone)
-    wanted = [*copy.activations, *copy.vectors]
+    """Everything a computation gives back; its inputs keep their strides, its buffers are copies."""
+    own = inputs.map(Tensor.detach, torch.clone)
+    wanted = [*own.activations, *own.vectors]
     if seed is not None:
         for t in wanted:
             t.requires_grad_()
-    outputs = function(*copy)
+    outputs = function(*own)
     gradients = [] if seed is None else list(torch.autograd.grad(outputs[0], wanted, seed))
-    return Results([t.detach() for t in outputs], gradients, copy.buffers)
+    return Results([t.detach() for t in outputs], gradients, own.buffers)
 
 
 def error(found: Tensor, truth: Tensor) -> float:

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rkfast.bench import timing
-from rkfast.bench.workload import BOUNDARY, MODES, Case
+from . import timing
+from .workload import BOUNDARY, MODES, Case
 
 SCHEMA = 1
 COLUMNS = (
@@ -59,8 +59,9 @@ def rows(case: Case, reports: Reports, device: str) -> Iterator[dict[str, Any]]:
 
 
 def _better(reports: Reports, name: str, mode: str) -> tuple[str, dict[str, Any]] | None:
-    found = [(s, r["contenders"][name]) for s, r in reports.items() if mode in r["contenders"].get(name, {}).get("ms", {})]
-    return min(found, key=lambda pair: statistics.median(pair[1]["ms"][mode]), default=None)
+    stood = [(setting, r["contenders"][name]) for setting, r in reports.items() if name in r["contenders"]]
+    measured = [(setting, contender) for setting, contender in stood if mode in contender["ms"]]
+    return min(measured, key=lambda pair: statistics.median(pair[1]["ms"][mode]), default=None)
 
 
 def _spread(ms: timing.Summary) -> dict[str, float]:
@@ -93,14 +94,15 @@ def gates(case: Case, reports: Reports, device: str) -> Iterator[dict[str, Any]]
     for backend in dict.fromkeys(b for r in reports.values() for b in r["gate"]):
         asked = [r["gate"][backend] for r in reports.values() if backend in r["gate"]]
         failure = next((verdict["failure"] for verdict in asked if verdict["failure"]), None)
-        worst = {side: max((v[side] for v in asked), key=lambda e: math.inf if math.isnan(e) else e) for side in ("ours", "eager")}
+        errors = {side: [verdict[side] for verdict in asked] for side in ("ours", "eager")}
+        worst = {side: None if any(map(math.isnan, found)) else max(found) for side, found in errors.items()}
         yield {
             "id": case.id,
             "backend": backend,
             "device": device,
             "threads": next(iter(reports.values()))["threads"],
-            "error": None if math.isnan(worst["ours"]) else worst["ours"],
-            "eager_error": None if math.isnan(worst["eager"]) else worst["eager"],
+            "error": worst["ours"],
+            "eager_error": worst["eager"],
             "failure": failure,
             "failed_peers": {name: why for r in reports.values() for name, why in r["failed"].items()},
         }
@@ -164,10 +166,10 @@ def markdown(document: dict[str, Any]) -> str:
         f"{where}. {named}. Commit {document['commit'] or 'unknown'}{' with changes' if document['dirty'] else ''}, "
         f"{document['date']}, load {document['load'][0]} to {document['load'][1]}.",
         "",
-        "Medians (20th to 80th percentile) of interleaved rounds, inputs left where the caches keep them. `×` columns are a "
-        "peer's median over ours, between percentiles of the ratio round by round; on CPU each side at its better malloc "
-        "setting. `copy` is the time of `out.copy_(x)` moving the same bytes over ours. `MB saved` is kept for backward, "
-        "`MB peak` taken above the inputs; eager's are in brackets."
+        "Medians (20th to 80th percentile) of interleaved rounds, inputs left where the caches keep them. `×` columns: "
+        "a peer's median over ours (percentiles of the ratio round by round); on CPU each side at its better malloc "
+        "setting. `GB/s` counts the bytes that cannot be avoided; `copy`: the time of an `out.copy_(x)` that moves as "
+        "many over ours. `MB saved` is kept for backward, `MB peak` taken above the inputs; eager's in brackets."
         + (" `*`: measured in an earlier run on this machine." if _any_kept(found) else ""),
         "",
     ]
@@ -190,7 +192,7 @@ def markdown(document: dict[str, Any]) -> str:
                         row["op"], row["case"], row["backend"], row["mode"], row["dtype"], row["layout"],
                         "×".join(map(str, row["shape"])), str(row["threads"]), _time(row), f"{row['gb_per_s']:.3g}",
                         "" if row["copy_share"] is None else f"{row['copy_share']:.0%}",
-                        beside("saved_bytes", _mb), beside("peak_bytes", _mb), beside("page_faults", lambda f: f"{f:.0f}"),
+                        beside("saved_bytes", _mb), beside("peak_bytes", _mb), beside("page_faults", "{:.0f}".format),
                         *(_speedup(row["peers"].get(p)) for p in peers),
                     ]
                 )
@@ -202,9 +204,8 @@ def markdown(document: dict[str, Any]) -> str:
         for g in document["gate"]
         if g["failure"]
     ]
-    lines += sorted(
-        {f"- {name} could not run {g['id']}: {why}" for g in document["gate"] for name, why in g["failed_peers"].items()}
-    )
+    broken = ((g["id"], name, why) for g in document["gate"] for name, why in g["failed_peers"].items())
+    lines += [f"- {name} could not run {id}: {why}" for id, name, why in dict.fromkeys(broken)]
     return "\n".join(lines).rstrip() + "\n"
 
 

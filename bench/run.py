@@ -20,16 +20,18 @@ from typing import Any
 if not __package__:
     import runpy
 
-    sys.path.pop(0)  # this folder, whose `ops` and `memory` are rkfast.bench's
+    sys.path.pop(0)  # this folder
     runpy.run_path(str(Path(__file__).with_name("checkout.py")))
+    __package__ = "rkfast.bench"
 
 import torch
 
 from rkfast import dispatch
-from rkfast.bench import contest, machine, report
-from rkfast.bench.contest import PEERS, Contest
-from rkfast.bench.ops import OPS
-from rkfast.bench.workload import Case
+
+from . import contest, machine, report
+from .contest import PEERS, Contest
+from .ops import OPS
+from .workload import Case
 
 UNFINISHED = 75
 # glibc gives large blocks back to the system at once, and each step then takes its pages anew; or it keeps them.
@@ -51,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--size", choices=["tiny", "quick", "full"], default="full", help="how many cases, how large")
     add("--quick", dest="size", action="store_const", const="quick", help="the same as --size quick: under two minutes")
     add("--filter", default="", metavar="TEXT", help="only cases whose id contains it: OP/VARIANT/SHAPE/DTYPE/LAYOUT")
+    add("--main", action="store_true", help="only the main variant of each op")
     add("--list", action="store_true", help="print the ids of the cases and stop")
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     add("--backend", action="append", choices=["auto", *dispatch.BACKENDS], help="of ours; may be repeated")
@@ -127,9 +130,9 @@ def select(args: argparse.Namespace) -> list[Case]:
     unknown = [name for name in args.names if name not in OPS]
     if unknown:
         raise SystemExit(f"rkfast bench: {unknown[0]!r} is not an op; there are {', '.join(OPS)}")
-    return [
-        case for name in args.names or OPS for case in OPS[name](args.size) if args.filter in case.id
-    ]  # fmt: skip
+    every = (case for name in args.names or OPS for case in OPS[name](args.size, args.device))
+    chosen = [case for case in every if args.filter in case.id and (case.main or not args.main)]
+    return sorted(chosen, key=lambda case: not case.main)
 
 
 def _document(args: argparse.Namespace) -> dict[str, Any]:
@@ -148,7 +151,7 @@ def _previous(args: argparse.Namespace, document: dict[str, Any]) -> dict[str, A
     if not args.resume or args.json is None or not args.json.is_file():
         return None
     found = json.loads(args.json.read_text())
-    same = ("schema", "machine", "versions", "commit", "size", "malloc")
+    same = ("schema", "machine", "versions", "commit", "dirty", "size", "malloc")
     return found if all(found.get(key) == document[key] for key in same) else None
 
 
@@ -229,7 +232,8 @@ def _work(job: dict[str, Any]) -> None:
 
 
 def _named(job: dict[str, Any]) -> Iterator[Case]:
-    every = {case.id: case for name in job["names"] or OPS for case in OPS[name](job["size"])}
+    device = job["contest"]["device"]
+    every = {case.id: case for name in job["names"] or OPS for case in OPS[name](job["size"], device)}
     return (every[id] for id in job["ids"])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,11 +18,11 @@ SHORTEST_NS = 200_000  # a sample repeats shorter steps until it lasts this long
 ROUNDS = (11, 200)
 
 
-class Step(Protocol):
-    """One step of a contender in two parts: ``first`` returns what ``second`` takes. Without ``second`` there is one part."""
+class Step(NamedTuple):
+    """One step of a contender, in one part or in two: ``second`` takes what ``first`` returns."""
 
-    first: Callable[[], object]
-    second: Callable[[object], object] | None
+    first: Callable[[], Any]
+    second: Callable[[Any], Any] | None = None
 
 
 class Sample(NamedTuple):
@@ -84,7 +84,7 @@ def _cpu_sample(step: Step, repeats: int) -> Sample:
 
 
 def _cuda_sample(step: Step, repeats: int) -> Sample:
-    """Device time. A sleeping kernel first lets the host run ahead, so that the events time kernels and not launches."""
+    """Device time: behind a sleeping kernel the host runs ahead, so that the events time kernels, not launches."""
     pairs = []
     torch.cuda._sleep(2_000_000 * min(repeats, 10))
     for _ in range(repeats):

@@ -13,8 +13,21 @@ from torch import Tensor
 
 # Forward without and with a graph, the backward that follows the latter, and those two together.
 MODES = ("forward", "forward_grad", "backward", "both")
-SHAPES = ((8, 16, 8, 8), (16, 36, 32, 32), (8, 64, 32, 32), (64, 64, 32, 32), (4, 64, 112, 112), (16, 256, 56, 56))
-CACHED, STREAMED = SHAPES[1], SHAPES[4]  # where the variants of an op are compared: within the caches, and beyond them
+# By device, small to large; the variants of an op are compared at two, one within the caches and one beyond them.
+SHAPES = {
+    "cpu": ((8, 16, 8, 8), (16, 36, 32, 32), (8, 64, 32, 32), (64, 64, 32, 32), (4, 64, 112, 112), (16, 256, 56, 56)),
+    "cuda": (
+        (64, 16, 32, 32),
+        (64, 36, 32, 32),
+        (64, 64, 32, 32),
+        (256, 64, 56, 56),
+        (128, 64, 112, 112),
+        (256, 256, 56, 56),
+    ),
+}
+CACHED, STREAMED = 1, 4
+DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16, torch.float32)}  # the first is the usual one
+TINY = (2, 3, 5, 3)
 BOUNDARY = (2, 8, 1, 1)  # too small for the memory to matter: what a call itself costs
 
 Function = Callable[..., tuple[Tensor, ...]]
@@ -59,12 +72,16 @@ class Workload(Protocol):
     """One variant of an op. Functions take ``(activations, vectors, buffers)``; the first tensor they return is
     differentiated (where ``differentiable``), and all of them are compared."""
 
-    op: str
-    name: str
-    differentiable: bool
-    relu: bool
-    traffic: Traffic
-
+    @property
+    def op(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def differentiable(self) -> bool: ...
+    @property
+    def relu(self) -> bool: ...
+    @property
+    def traffic(self) -> Traffic: ...
     def draw(self, shape: tuple[int, ...], randn: Callable[..., Tensor]) -> Inputs: ...
     def ours(self, activations: list[Tensor], vectors: list[Tensor], buffers: list[Tensor]) -> tuple[Tensor, ...]: ...
     def peers(self) -> dict[str, Function]: ...
@@ -77,7 +94,7 @@ class Case:
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     channels_last: bool = True
-    main: bool = field(default=False, compare=False)  # also measured on one thread
+    main: bool = field(default=False, compare=False)  # measured first, and also on one thread
 
     @property
     def layout(self) -> str:
@@ -98,34 +115,34 @@ class Case:
 
     def draw(self, device: str) -> Inputs:
         """Normally distributed data, the same in every process; contiguous, without gradients."""
-        generator = torch.Generator().manual_seed(zlib.crc32(self.id.encode()))
+        generator = torch.Generator(device).manual_seed(zlib.crc32(self.id.encode()))
 
         def randn(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator)
+            return torch.randn(*shape, generator=generator, device=device)
 
-        drawn = self.workload.draw(self.shape, randn)
-        return drawn.map(lambda t: t.to(device, self.dtype), lambda t: t.to(device))
+        return self.workload.draw(self.shape, randn).map(lambda t: t.to(self.dtype), lambda t: t)
 
     def seed(self, device: str) -> Tensor:
-        generator = torch.Generator().manual_seed(1)
-        return torch.randn(self.shape, generator=generator).to(device, self.dtype)
+        generator = torch.Generator(device).manual_seed(1)
+        return torch.randn(self.shape, generator=generator, device=device).to(self.dtype)
 
 
-def grid(
-    main: Workload, variants: Iterable[Workload], size: str, *, layouts: bool = True, boundary: bool = True
-) -> Iterator[Case]:
-    """The cases of an op: its main variant at every shape, the others at two, and what a call costs."""
-    every = [main, *variants]
+def grid(main: Workload, variants: Iterable[Workload], size: str, device: str, boundary: bool = True) -> Iterator[Case]:
+    """The cases of an op: what a call costs, its main variant at every shape, the others at two."""
+    usual, other = DTYPES[device]
+    shapes = SHAPES[device]
+    compared = (shapes[CACHED], shapes[STREAMED])
     if size == "tiny":
-        yield from (Case(w, (2, 3, 5, 3), dtype) for w in every for dtype in (torch.float32, torch.bfloat16))
+        yield Case(main, TINY, other)
+        yield Case(main, TINY, usual, main=True)
+        yield from (Case(w, TINY, usual) for w in variants)
         return
     if boundary:
-        yield Case(main, BOUNDARY, channels_last=False)
+        yield Case(main, BOUNDARY, usual, channels_last=False, main=True)
     if size == "quick":
-        yield from (Case(main, shape) for shape in (CACHED, STREAMED))
+        yield from (Case(main, shape, usual, main=True) for shape in compared)
         return
-    yield from (Case(main, shape, main=True) for shape in SHAPES)
-    yield from (Case(w, shape) for w in every[1:] for shape in (CACHED, STREAMED))
-    yield from (Case(main, shape, torch.bfloat16) for shape in (CACHED, *SHAPES[3:]))
-    if layouts:
-        yield from (Case(main, shape, channels_last=False) for shape in (CACHED, STREAMED))
+    yield from (Case(main, shape, usual, main=True) for shape in shapes)
+    yield from (Case(w, shape, usual) for w in variants for shape in compared)
+    yield from (Case(main, shape, other) for shape in (shapes[CACHED], *shapes[3:]))
+    yield from (Case(main, shape, usual, channels_last=False) for shape in compared)

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rkfast.bench.workload import Case, Function, Inputs, Traffic, grid
 from rkfast.ops import bn_rk_sum
+
+from ..workload import Case, Function, Inputs, Traffic, grid
 
 EPS, MOMENTUM = 1e-5, 0.1
 
@@ -53,7 +54,7 @@ class BnRkSum:
         return (out,)
 
     def before_relu(self) -> Function:
-        return lambda *inputs: (self._join(*inputs, relu=False),)
+        return lambda activations, vectors, buffers: (self._join(activations, vectors, buffers, False),)
 
     def peers(self) -> dict[str, Function]:
         def eager(activations: list[Tensor], vectors: list[Tensor], buffers: list[Tensor]) -> tuple[Tensor, ...]:
@@ -73,7 +74,7 @@ class BnRkSum:
         return out.relu_() if relu else out
 
 
-def cases(size: str) -> Iterator[Case]:
+def cases(size: str, device: str) -> Iterator[Case]:
     variants = [
         BnRkSum(),
         BnRkSum(relu=True),
@@ -81,4 +82,4 @@ def cases(size: str) -> Iterator[Case]:
         BnRkSum(relu=True, residual=True, training=False),
         BnRkSum(relu=True, training=False),
     ]
-    yield from grid(BnRkSum(relu=True, residual=True), variants, size)
+    yield from grid(BnRkSum(relu=True, residual=True), variants, size, device)

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from rkfast.bench.workload import Case, Function, Inputs, Traffic, grid
 from rkfast.ops import channel_moments
+
+from ..workload import Case, Function, Inputs, Traffic, grid
 
 
 class ChannelMoments:
@@ -36,5 +37,5 @@ class ChannelMoments:
         return {"eager": eager}
 
 
-def cases(size: str) -> Iterator[Case]:
-    yield from grid(ChannelMoments(), [], size, boundary=False)
+def cases(size: str, device: str) -> Iterator[Case]:
+    yield from grid(ChannelMoments(), [], size, device, boundary=False)

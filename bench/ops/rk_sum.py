@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rkfast.bench.workload import Case, Function, Inputs, Traffic, grid
 from rkfast.ops import rk_sum
+
+from ..workload import Case, Function, Inputs, Traffic, grid
 
 RK4 = (1.0, 1 / 6, 1 / 3, 1 / 3, 1 / 6)  # y + h * (k1 + 2 k2 + 2 k3 + k4) / 6, h = 1
 
@@ -38,8 +39,8 @@ class RkSum:
 
     @property
     def traffic(self) -> Traffic:
-        # The gradient of y is the incoming one unless a ReLU masks it; equal weights share a gradient; the gradient of a
-        # step reads its term.
+        # The gradient of y is the incoming one unless a ReLU masks it; equal weights share a gradient; the gradient of
+        # a step reads its term.
         written = self.n - 1 if self.steps else len({c for c in self.coeffs if c != 1.0})
         backward = 1 + written + self.relu + (self.n - 1) * self.steps
         return Traffic(self.n + 1, backward, (int(self.relu), int(self.relu)))
@@ -54,14 +55,14 @@ class RkSum:
         return (result[0], *result[1][:2]) if self.moments else (result,)
 
     def before_relu(self) -> Function:
-        return lambda *inputs: (self._chain(*inputs[:2], relu=False, in_place=False),)
+        return lambda activations, vectors, buffers: (self._chain(activations, vectors, False, False),)
 
     def peers(self) -> dict[str, Function]:
         def eager(activations: list[Tensor], vectors: list[Tensor], buffers: list[Tensor]) -> tuple[Tensor, ...]:
-            return self._with_moments(self._chain(activations, vectors, self.relu, in_place=False))
+            return self._with_moments(self._chain(activations, vectors, self.relu, False))
 
         def in_place(activations: list[Tensor], vectors: list[Tensor], buffers: list[Tensor]) -> tuple[Tensor, ...]:
-            return self._with_moments(self._chain(activations, vectors, self.relu, in_place=True))
+            return self._with_moments(self._chain(activations, vectors, self.relu, True))
 
         return {"eager": eager, "in_place": in_place} if self.n > 2 or self.relu else {"eager": eager}
 
@@ -87,7 +88,7 @@ class RkSum:
         return total, mean, var
 
 
-def cases(size: str) -> Iterator[Case]:
+def cases(size: str, device: str) -> Iterator[Case]:
     variants = [
         RkSum(5, weights=RK4),
         RkSum(2),
@@ -98,4 +99,4 @@ def cases(size: str) -> Iterator[Case]:
         RkSum(4, moments=True),
         RkSum(4, steps=True, relu=True, moments=True),
     ]
-    yield from grid(RkSum(4), variants, size)
+    yield from grid(RkSum(4), variants, size, device)

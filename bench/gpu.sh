@@ -1,0 +1,6 @@
+#!/bin/sh
+# Builds, tests, sanitizes and measures rkfast on a machine with an NVIDIA GPU, in slices; see bench/gpu.py for the flags.
+#   bench/gpu.sh --out FOLDER [--budget SECONDS]   run it again, with the same folder, until it says that nothing is left
+set -eu
+cd "$(dirname "$0")/.."
+exec "${PYTHON:-python3}" bench/gpu.py "$@"
