@@ -45,6 +45,6 @@ $(VENV)/.dev: $(VENV)/.torch $(BUILT_FROM)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info rkfast/_build.json rkfast/_C.*.so rkfast/_cuda.*.so
+	rm -rf $(VENV) build dist *.egg-info rkfast/_build.json rkfast/_C*.so rkfast/_cuda*.so
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

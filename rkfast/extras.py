@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any
 
 
@@ -16,10 +17,7 @@ def require(module: str, extra: str) -> Any:
     Raises:
         MissingExtra: it is not installed.
     """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        # Something else that is missing inside an installed module is another error.
-        if error.name is None or error.name != module.split(".")[0]:
-            raise
-        raise MissingExtra(f"{error.name} is not installed; install it with: pip install 'rkfast[{extra}]'") from error
+    package = module.partition(".")[0]
+    if importlib.util.find_spec(package) is None:
+        raise MissingExtra(f"{package} is not installed; install it with: pip install 'rkfast[{extra}]'")
+    return importlib.import_module(module)
