@@ -29,11 +29,18 @@ def test_against_float64(dtype: torch.dtype, how: str, mean_over_deviation: floa
         want_var = torch.from_numpy(np.square(exact - exact_mean).mean(1).astype(np.float64)).to(device)
         eps = torch.finfo(mean.dtype).eps
         scale = x.double().abs().max()
-        assert (mean.double() - want_mean).abs().max() <= 2 * eps * scale
+        if backend == "reference" and dtype == torch.float64:  # torch.var_mean itself, in a dtype with nothing wider
+            torch.testing.assert_close(mean, want_mean)
+            torch.testing.assert_close(var, want_var)
+            continue
+        merges = 16 if dtype == torch.float64 else 2  # roundings of the mean: nothing wider holds it in float64
+        assert (mean.double() - want_mean).abs().max() <= merges * eps * scale
         # The mean's rounding shifts the variance by its square; the deviations themselves are exact to a few roundings.
-        # Float64 tensors are summed in float64, where roundings add up like a random walk.
-        roundings = 8 + (count**0.5 if dtype == torch.float64 else 0)
-        slack = roundings * eps * want_var.max() + (2 * eps * scale) ** 2
+        slack = 8 * eps * want_var.max() + (2 * eps * scale) ** 2
+        if dtype == torch.float64:
+            # Nothing wider holds the sums and the mean: Welford's bound, count roundings times the condition number,
+            # for roundings that go either way.
+            slack += count**0.5 * eps * scale * want_var.max().sqrt()
         assert (var.double() - want_var).abs().max() <= slack
 
 

@@ -17,9 +17,9 @@ def per_channel(v: Tensor, x: Tensor) -> Tensor:
 
 
 def sums(x: Tensor, per_sample: bool) -> Tensor:
-    """Sum of x [N, C, ...] over each channel -> [C], or over each channel of each sample -> [N, C]."""
-    by_sample = x.flatten(2).sum(2) if x.dim() > 2 else x
-    return by_sample if per_sample else by_sample.sum(0)
+    """Sum of x [N, C, ...] over each channel -> [C], or over each channel of each sample -> [N, C]; added in float64."""
+    axes = [*([] if per_sample else [0]), *range(2, x.dim())]
+    return x.sum(axes, dtype=torch.float64).to(x.dtype) if axes else x
 
 
 def forward(x: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]:
