@@ -24,6 +24,8 @@ from torch import Tensor
 from rkfast.ops import layout
 
 THREAD_BYTES = 16  # of one tensor, loaded by one thread at once
+WARPS = 4
+MOST_HELD = 96  # registers of a thread that may stay occupied while tiles pass; a thread has 255
 PROGRAMS = 4096  # enough for a small tail on any GPU, few enough for a cheap second stage
 GEOMETRY = ("channels", "length", "chunks", "blocks", "splits", "pieces", "span", "share", "tiles")
 
@@ -69,17 +71,23 @@ class View(NamedTuple):
     pitches: tuple[int, ...]  # between samples (contiguous) or positions (channels_last)
 
     def tiling(
-        self, itemsize: int, operands: int, held: int = 0, per_sample: bool = False, reduces: bool = False
+        self,
+        itemsize: int,
+        operands: int,
+        vectors: int = 0,
+        sums: int = 0,
+        per_sample: bool = False,
+        reduces: bool = False,
     ) -> Tiling:
-        """operands: tensors that a tile is read from. held: values that stay in registers per element of a tile."""
+        """operands: tensors read and written; vectors: per channel; sums: kept for each element of a tile."""
         row = self.channels if self.channels_last else self.positions
         unit = math.gcd(THREAD_BYTES // itemsize, row, *self.pitches)
-        elements = 128 * THREAD_BYTES // itemsize  # of a tile
-        if operands <= 4:
-            elements *= 2
-        elif held > 6 * itemsize:
-            elements //= 2
-        return _tiling(*self[:4], itemsize, unit, elements, per_sample, reduces)
+        per_thread = THREAD_BYTES // itemsize
+        held = (sums + vectors * self.channels_last) * max(1, itemsize // 4)  # registers
+        while held * per_thread > MOST_HELD and per_thread > 1:
+            per_thread //= 2
+        elements = 32 * WARPS * per_thread * (2 if operands <= 4 else 1)
+        return _tiling(*self[:4], itemsize, unit, per_thread, elements, per_sample, reduces)
 
     def units(self, tiling: Tiling) -> tuple[int, ...]:
         return tuple(pitch // tiling.constants["UNIT"] for pitch in self.pitches)
@@ -109,6 +117,7 @@ def _tiling(
     channels_last: bool,
     itemsize: int,
     unit: int,
+    per_thread: int,
     elements: int,
     per_sample: bool,
     reduces: bool,
@@ -152,8 +161,14 @@ def _tiling(
         share=share,
         tiles=tiles,
         groups=groups,
-        warps=max(1, min(4, rows * cols * itemsize // (32 * THREAD_BYTES))),
-        constants={"AXIS": 0 if channels_last else 1, "ROWS": rows, "COLS": cols, "UNIT": unit, "STAGES": 3 if share > 1 else 1},
+        warps=max(1, min(WARPS, rows * cols // (32 * per_thread))),
+        constants={
+            "AXIS": 0 if channels_last else 1,
+            "ROWS": rows,
+            "COLS": cols,
+            "UNIT": unit,
+            "STAGES": 3 if share > 1 else 1,
+        },
     )
 
 
@@ -337,7 +352,7 @@ def add_moments(v, exists, count, is_first, n, center, total, squares, AXIS: tl.
     its distance from their mean outweighs their deviation at most share times, and little cancels.
     """
     if is_first:
-        center = tl.sum(tl.where(exists, v, 0.0), AXIS) / count
+        center = tl.sum(tl.where(exists, v, 0.0), AXIS) * (1.0 / count.to(tl.float32))  # near enough, and no double division
     apart = tl.where(exists, v - tl.expand_dims(center, AXIS), 0.0)
     return n + count, center, total + apart, squares + apart * apart
 

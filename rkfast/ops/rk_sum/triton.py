@@ -98,8 +98,9 @@ def forward(
     view = kernels.view([out, *terms], channels_last, per_channel, mask)
     tiling = view.tiling(
         x.element_size(),
-        operands=len(terms),
-        held=_count(steps) + 2 * moments,
+        operands=1 + len(terms),
+        vectors=_count(steps),
+        sums=2 * moments,
         per_sample=_any_per_sample(steps),
         reduces=moments,
     )
@@ -254,8 +255,9 @@ def backward(
     )
     tiling = view.tiling(
         grad.element_size(),
-        operands=1 + len(terms),
-        held=_count(steps) + len(by_sample),
+        operands=1 + len(terms) + len(outs),
+        vectors=_count(steps),
+        sums=len(by_sample),
         per_sample=any(by_sample) or _any_per_sample(steps),
         reduces=bool(by_sample),
     )

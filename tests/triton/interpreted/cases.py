@@ -1,0 +1,367 @@
+"""Each launcher of the Triton backend against the reference of its op, in Triton's interpreter.
+
+Run by tests/triton/test_interpreter.py, in a process of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rkfast
+from rkfast import dispatch, ops
+from rkfast.ops import kernels, layout
+from rkfast.ops.bn_rk_sum import reference as bn_reference
+from rkfast.ops.bn_rk_sum import triton as bn_triton
+from rkfast.ops.channel_moments import reference as moments_reference
+from rkfast.ops.channel_moments import triton as moments_triton
+from rkfast.ops.rk_sum import reference, triton
+from tests.ops.tester import DTYPES, assert_as_good_as, lay
+
+LAYOUTS = ("contiguous", "channels_last", "slice", "channels_last_slice")
+SHAPES = (
+    (2, 5, 3, 7),
+    (3, 20, 4, 4),  # whole samples are rows, and their masks whole bytes
+    (2, 3, 300),  # one row takes several tiles
+    (70, 3, 2, 2),
+    (2, 70, 1, 3),
+    (5, 7),
+    (2, 1, 3, 3, 2),
+    (1, 9, 1, 1),
+)
+
+
+@pytest.fixture(params=("one program", "many programs", "as launched"), autouse=True)
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Small tensors in many tiles: all of them in one program's loop, or each in a program of its own."""
+    if request.param != "as launched":
+        monkeypatch.setattr(kernels, "WARPS", 1)
+        monkeypatch.setattr(kernels, "PROGRAMS", 1 if request.param == "one program" else 1 << 20)
+    kernels._tiling.cache_clear()
+    yield
+    kernels._tiling.cache_clear()
+
+
+def double(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    return [double(v) for v in value] if isinstance(value, list) else value
+
+
+def assert_moments(mean: Tensor, var: Tensor, x: Tensor) -> None:
+    """They are those of x as stored, to a few roundings."""
+    assert mean.dtype == var.dtype == moments_reference.moments_dtype(x.dtype)
+    true_mean, true_var = moments_reference.forward(x.double(), False)
+    eps = torch.finfo(mean.dtype).eps
+    size = true_mean.abs() + true_var.sqrt()
+    assert ((mean - true_mean).abs() <= 4 * eps * size).all(), ((mean - true_mean) / size / eps).abs().max()
+    slack = 32 * eps * true_var + (4 * eps * size) ** 2
+    assert ((var - true_var).abs() <= slack).all(), ((var - true_var) / true_var / eps).abs().max()
+
+
+def assert_mask(mask: Tensor, out: Tensor, channels_last: bool) -> None:
+    assert torch.equal(mask, reference.pack(~(out <= 0), channels_last))
+
+
+def buffer_around(x: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]:
+    """A buffer of NaN with two channels more, and the slot in it for something like x."""
+    n, c, *spatial = x.shape
+    shape = (n, c + 2, *spatial)
+    buffer = torch.empty_strided(shape, layout.strides(shape, channels_last), dtype=x.dtype).fill_(float("nan"))
+    return buffer, buffer[:, 1 : c + 1]
+
+
+RK_SUMS: dict[str, dict[str, Any]] = {
+    "one term": dict(coeffs=[0.3]),
+    "terms": dict(coeffs=[1.0, 1 / 3, -0.7]),
+    "relu": dict(coeffs=[1.0, -0.5], relu=True),
+    "steps": dict(coeffs=[1.0, 1 / 3], steps="-c", relu=True, moments=True),
+    "shift": dict(coeffs=[1.0, 0.5], shift=True, relu=True, moments=True),
+    "gates": dict(coeffs=[0.1, -2.0, 0.7], steps="nc-", relu=True, moments=True),
+    "moments": dict(coeffs=[1.0, 1.0], moments=True),
+    "sixteen": dict(coeffs=[i / 7 - 1 for i in range(16)], steps="c" * 15 + "-", shift=True, moments=True),
+}
+
+
+def vectors_for(kinds: str, shape: tuple[int, ...]) -> list[Tensor | None]:
+    sizes = {"-": None, "c": shape[1:2], "n": shape[:2]}
+    return [None if size is None else torch.randn(size) for size in map(sizes.__getitem__, kinds)]
+
+
+def rk_sum(name: str, dtype: torch.dtype, shape: tuple[int, ...], how: str) -> None:
+    case = {"steps": "-" * 16, "shift": False, "relu": False, "moments": False, **RK_SUMS[name]}
+    coeffs, relu, moments = case["coeffs"], case["relu"], case["moments"]
+    channels_last = how.startswith("channels_last")
+    terms = [lay(torch.randn(shape).to(dtype), how, i, "cpu") for i in range(len(coeffs))]
+    steps = vectors_for(case["steps"][: len(coeffs)], shape)
+    shift = torch.randn(shape[1]) if case["shift"] else None
+    arguments = (terms, coeffs, steps, shift, channels_last, relu, moments, relu)
+    out, *rest = triton.forward(*arguments)
+    truth = reference.forward(*double(list(arguments)))
+    eager = reference.forward(*arguments)
+    assert out.stride() == eager[0].stride() and out.dtype == dtype
+    assert_as_good_as(out, eager[0], truth[0], "out")
+    if relu:
+        assert_mask(rest.pop(0), out, channels_last)
+    if moments:
+        assert_moments(*rest, out)
+    buffer, slot = buffer_around(out, channels_last)
+    again = triton.forward(*arguments[:-1], False, slot)
+    assert again[0] is slot and torch.equal(slot, out)
+    assert torch.isnan(buffer[:, 0]).all() and torch.isnan(buffer[:, -1]).all()
+
+    grad = lay(torch.randn(shape).to(dtype), how, 0, "cpu")
+    stepped = [i for i, step in enumerate(steps) if step is not None]
+    backward = (
+        grad,
+        reference.pack(torch.rand(shape) > 0.4, channels_last) if relu else None,
+        coeffs,
+        steps,
+        [terms[i] for i in stepped],
+        [coeffs[i] for i in stepped],
+        [steps[i].dim() == 2 for i in stepped],  # type: ignore[union-attr]
+        shift is not None,
+        channels_last,
+    )
+    ours, true, same = triton.backward(*backward), reference.backward(*double(list(backward))), reference.backward(*backward)
+    assert len(ours) == len(true)
+    for i, (a, b, c) in enumerate(zip(ours, same, true, strict=True)):
+        assert a.dtype == b.dtype and (i >= len(coeffs) or a.stride() == b.stride())
+        assert_as_good_as(a, b, c, f"gradient {i}")
+
+
+@pytest.mark.parametrize("how", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", RK_SUMS)
+def test_rk_sum(name: str, dtype: torch.dtype, how: str) -> None:
+    rk_sum(name, dtype, (3, 20, 5, 7), how)
+
+
+@pytest.mark.parametrize("how", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rk_sum_shapes(shape: tuple[int, ...], how: str) -> None:
+    for name in ("terms", "relu", "steps", "gates"):
+        rk_sum(name, torch.float32, shape, how)
+
+
+BN_RK_SUMS: dict[str, dict[str, Any]] = {
+    "plain": dict(),
+    "relu": dict(relu=True, affine=True, moments=True),
+    "join": dict(relu=True, affine=True, coeffs=[1.0], moments=True),
+    "step": dict(affine=True, step="c", coeffs=[1.0, 1 / 3]),
+    "gate": dict(affine=True, step="n", relu=True, coeffs=[0.5], moments=True),
+    "gate and relu": dict(affine=True, step="n", relu=True),
+    "frozen": dict(affine=True, step="c", relu=True, coeffs=[0.5], batch_stats=False),
+    "frozen gate": dict(affine=True, step="n", relu=True, batch_stats=False),
+}
+
+
+def bn_rk_sum(name: str, dtype: torch.dtype, shape: tuple[int, ...], how: str) -> None:
+    case = {"step": "-", "coeffs": [], "relu": False, "affine": False, "moments": False, "batch_stats": True}
+    case.update(BN_RK_SUMS[name])
+    coeffs, relu, batch_stats = case["coeffs"], case["relu"], case["batch_stats"]
+    channels_last = how.startswith("channels_last")
+    x, *terms = (lay((torch.randn(shape) * 2 + 1).to(dtype), how, i, "cpu") for i in range(1 + len(coeffs)))
+    weight, bias = vectors_for("cc" if case["affine"] else "--", shape)
+    (step,) = vectors_for(case["step"], shape)
+    given = (None, None) if batch_stats else (torch.randn(shape[1]), torch.rand(shape[1]) + 0.5)
+    masked = relu and bool(coeffs)
+    arguments = (x, weight, bias, *given, terms, coeffs, step, channels_last, relu, 1e-5, case["moments"], masked)
+    out, *rest = bn_triton.forward(*arguments)
+    truth = bn_reference.forward(*double(list(arguments)))
+    eager = bn_reference.forward(*arguments)
+    assert out.stride() == eager[0].stride() and out.dtype == dtype
+    assert_as_good_as(out, eager[0], truth[0], "out")
+    if masked:
+        assert_mask(rest.pop(0), out, channels_last)
+    mean, var = given
+    if batch_stats:
+        mean, var = rest.pop(0), rest.pop(0)
+        assert_moments(mean, var, x)
+    if case["moments"]:
+        assert_moments(*rest, out)
+    buffer, slot = buffer_around(out, channels_last)
+    again = bn_triton.forward(*arguments[:-1], False, slot)
+    assert again[0] is slot and torch.equal(slot, out)
+    assert torch.isnan(buffer[:, 0]).all() and torch.isnan(buffer[:, -1]).all()
+
+    assert mean is not None and var is not None
+    grad = lay(torch.randn(shape).to(dtype), how, 0, "cpu")
+    mask = reference.pack(~(out <= 0), channels_last) if relu else None
+    needs = [(True, True, True)]
+    if name in ("join", "gate", "frozen"):
+        needs += [(True, False, False), (False, True, False), (False, False, True), (False, False, False)]
+    for need_x, need_affine, need_step in needs:
+        need = (need_x, need_affine, need_step and step is not None)
+        common = (grad, x, weight, bias, mean, var, step)
+        options = (coeffs, channels_last, relu, batch_stats, 1e-5, *need)
+        # The references are given the mask that forward's result implies, ours may have to find it.
+        ours = bn_triton.backward(*common, mask if masked else None, *options)
+        true = bn_reference.backward(*double(list(common)), mask, *options)
+        same = bn_reference.backward(*common, mask, *options)
+        assert len(ours) == len(true)
+        for i, (a, b, c) in enumerate(zip(ours, same, true, strict=True)):
+            assert a.dtype == b.dtype and a.shape == b.shape
+            assert a.dim() < 3 or a.stride() == b.stride()
+            assert_as_good_as(a, b, c, f"gradient {i} of {need}")
+
+
+@pytest.mark.parametrize("how", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", BN_RK_SUMS)
+def test_bn_rk_sum(name: str, dtype: torch.dtype, how: str) -> None:
+    bn_rk_sum(name, dtype, (3, 20, 5, 7), how)
+
+
+@pytest.mark.parametrize("how", LAYOUTS)
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s != (1, 9, 1, 1)], ids=str)
+def test_bn_rk_sum_shapes(shape: tuple[int, ...], how: str) -> None:
+    for name in ("relu", "join", "gate"):
+        bn_rk_sum(name, torch.float32, shape, how)
+
+
+@pytest.mark.parametrize("how", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_channel_moments(dtype: torch.dtype, how: str) -> None:
+    channels_last = how.startswith("channels_last")
+    for shape in SHAPES:
+        x = lay((torch.randn(shape) - 3).to(dtype), how, 0, "cpu")
+        assert_moments(*moments_triton.forward(x, channels_last), x)
+
+
+@pytest.mark.parametrize("how", LAYOUTS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_moments_do_not_cancel(dtype: torch.dtype, how: str) -> None:
+    """A mean far larger than the deviation; a level that jumps inside a program; a constant channel."""
+    x = torch.randn(6, 4, 20, 20, dtype=torch.float64)
+    x[:, 1] = x[:, 1] * 1e-2 + 1e3
+    x[0, 2] += 1e4
+    x[:, 3] = 1 / 3
+    x = lay(x.to(dtype), how, 0, "cpu")
+    mean, var = moments_triton.forward(x, how.startswith("channels_last"))
+    assert_moments(mean[:3], var[:3], x[:, :3])
+    assert var[3] <= (torch.finfo(dtype).eps * mean[3]) ** 2
+    out, *found = triton.forward([x], [1.0], [None], None, how.startswith("channels_last"), False, True, False)
+    assert_moments(found[0][:3], found[1][:3], out[:, :3])
+
+
+@pytest.mark.parametrize("how", LAYOUTS)
+def test_not_finite(how: str) -> None:
+    """NaN passes ReLU, makes its own channel's moments NaN only, and a gradient that is masked off is 0 whatever it was."""
+    channels_last = how.startswith("channels_last")
+    x = torch.randn(2, 5, 3, 7)
+    x[0, 1, 2, 3], x[1, 2, 0, 0], x[1, 3, 0, 0] = float("nan"), float("inf"), float("-inf")
+    x = lay(x, how, 0, "cpu")
+    out, mask, mean, var = triton.forward([x], [2.0], [None], None, channels_last, True, True, True)
+    assert torch.equal(out, torch.relu(2 * x).where(~x.isnan(), x)) or torch.allclose(out, torch.relu(2 * x), equal_nan=True)
+    assert out.isnan().sum() == 1 and out.isinf().sum() == 1
+    assert_mask(mask, out, channels_last)
+    assert var.isnan().tolist() == [False, True, True, False, False]
+    assert mean.isfinite().tolist() == [True, False, False, True, True]
+
+    keep = torch.rand(2, 5, 3, 7) > 0.5
+    grad = lay(torch.randn(2, 5, 3, 7).masked_fill(~keep, float("nan")), how, 0, "cpu")
+    packed = reference.pack(keep, channels_last)
+    dt, total = triton.backward(grad, packed, [2.0], [None], [], [], [], True, channels_last)
+    assert torch.equal(dt, (2 * grad).masked_fill(~keep, 0)) and total.isfinite().all()
+    clean = lay(torch.randn(2, 5, 3, 7), how, 0, "cpu")
+    v = torch.rand(5) + 0.5
+    for found in bn_triton.backward(
+        grad, clean, v, v, v, v, v, packed, [2.0], channels_last, True, True, 1e-5, True, True, True
+    ):
+        assert found.isfinite().all()
+
+
+def test_relu_decides_after_rounding() -> None:
+    """A sum too small for its dtype is stored as 0, so that no gradient passes: with a kept mask and without."""
+    x = torch.full((2, 3, 4, 4), 2.0**-20, dtype=torch.float16)
+    out, mask = triton.forward([x], [2.0**-10], [None], None, False, True, False, True)
+    assert not out.any() and not mask.any()
+    mean, var, w = torch.zeros(3), torch.ones(3), torch.full((3,), 2.0**-10)
+    dx, *_ = bn_triton.backward(
+        torch.ones_like(x), x, w, None, mean, var, None, None, [], False, True, False, 0.0, True, True, False
+    )
+    assert not dx.any()
+
+
+def test_offsets_have_64_bits() -> None:
+    """Samples, and positions of channels_last, that are 2^31 elements apart."""
+    pitch = 2**31 + 16
+    memory = torch.empty(pitch + 4096, dtype=torch.float16)  # of which little is touched
+    for strides, channels_last in (((pitch, 9, 3, 1), False), ((pitch * 2, 1, pitch, pitch), True)):
+        shape = (2, 4, 3, 3) if not channels_last else (1, 4, 2, 1)
+        x = memory.as_strided(shape, strides).copy_(torch.randn(shape))
+        assert layout.is_rows(x, channels_last)
+        out, _, mean, var = triton.forward([x], [1.0], [torch.ones(4)], None, channels_last, True, True, True)
+        assert torch.equal(out, x.relu())
+        assert_moments(mean, var, out)
+        triton.forward([x], [-1.0], [None], None, channels_last, False, False, False, x)
+        assert torch.equal(x.relu() > 0, out == 0)
+
+
+@pytest.mark.parametrize("momentum", (0.1, None, 1.0))
+@pytest.mark.parametrize("count", (0, 1, 50))
+def test_running_statistics(momentum: float | None, count: int) -> None:
+    """More pairs than one launch takes, prefixes of the channels, every dtype, strided memory."""
+    mean, var = torch.randn(9), torch.rand(9)
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+    def statistics() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        torch.manual_seed(1)
+        sizes = [1 + i % 9 for i in range(moments_triton.STATS_AT_ONCE + 3)]
+        means = [torch.randn(2 * size).to(dtypes[i % 4])[:: 1 + i % 2][:size] for i, size in enumerate(sizes)]
+        variances = [torch.rand(size).to(dtypes[i % 4]) for i, size in enumerate(sizes)]
+        return means, variances, [torch.tensor(i % 5) for i in range(len(sizes))]
+
+    ours, eager, true = statistics(), statistics(), statistics()
+    true = (*([t.double() for t in each] for each in true[:2]), true[2])
+    moments_triton.update_running_stats(mean, var, count, *ours, momentum)
+    moments_reference.update_running_stats(mean, var, count, *eager, momentum)
+    moments_reference.update_running_stats(mean.double(), var.double(), count, *true, momentum)
+    assert ours[2] == eager[2] == [1 + i % 5 for i in range(len(ours[2]))]
+    for a, b, c in zip((*ours[0], *ours[1]), (*eager[0], *eager[1]), (*true[0], *true[1]), strict=True):
+        assert_as_good_as(a, b, c, f"{a.dtype}")
+
+
+@pytest.mark.parametrize("how", LAYOUTS)
+def test_public_functions_are_served(how: str) -> None:
+    x, y = (lay(torch.randn(2, 6, 3, 5), how, i, "cpu").requires_grad_() for i in range(2))
+    bn, gate = torch.nn.BatchNorm2d(6), torch.rand(2, 6, requires_grad=True)
+    before = dispatch.served()
+    with rkfast.use("triton"):
+        total, moments = ops.rk_sum([x, y], [1.0, 0.5], steps=[gate, None], relu=True, return_moments=True)
+        out = ops.bn_rk_sum(
+            total, bn.weight, bn.bias, bn.running_mean, bn.running_var, terms=[x], coeffs=[1.0], relu=True,
+            training=True, momentum=None, eps=bn.eps, num_batches_tracked=bn.num_batches_tracked, moments=moments,
+        )  # fmt: skip
+        grads = torch.autograd.grad(out.square().sum(), (x, y, gate, bn.weight, bn.bias))
+        found = ops.channel_moments(out)
+    served = dispatch.served() - before
+    expected = ("rk_sum", "rk_sum_backward", "bn_rk_sum", "bn_rk_sum_backward", "channel_moments", "update_running_stats")
+    assert served == {(op, "triton"): 1 for op in expected}
+    stock = torch.nn.BatchNorm2d(6, momentum=None)
+    total = torch.relu(gate[..., None, None] * x + 0.5 * y)
+    want = torch.relu(x + stock(total))
+    torch.testing.assert_close(out, want)
+    torch.testing.assert_close((bn.running_mean, bn.running_var), (stock.running_mean, stock.running_var))
+    assert bn.num_batches_tracked == 1
+    assert_moments(found.mean, found.var, out.detach())
+    for a, b in zip(grads, torch.autograd.grad(want.square().sum(), (x, y, gate, stock.weight, stock.bias)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", ((0, 5, 4, 4), (2, 5, 0, 3), (2, 0, 3, 3), (0, 3)), ids=str)
+def test_empty(shape: tuple[int, ...]) -> None:
+    x, v = torch.empty(shape), torch.ones(shape[1])
+    for channels_last in (False, True):
+        arguments = ([x, x], [1.0, 2.0], [None, v], v, channels_last, True, True, True)
+        for a, b in zip(triton.forward(*arguments), reference.forward(*arguments), strict=True):
+            assert torch.equal(a, b)
+        bn = (x, x, v, v, v, v, v, None, [1.0], channels_last, True, True, 1e-5, True, True, True)
+        for a, b in zip(bn_triton.backward(*bn), bn_reference.backward(*bn), strict=True):
+            assert torch.equal(a, b)
+        assert all(not t.any() for t in moments_triton.forward(x, channels_last))
