@@ -43,10 +43,14 @@ def run(args: argparse.Namespace) -> int:
     """Train, compare, write demo.json and demo.png. Returns 1 where the reference stood in for a kernel."""
     tqdm = require("tqdm", "demo").tqdm
     require("matplotlib", "demo")
-    device = torch.device(args.device)
     before = dispatch.served()
-    train, test = digits(args.seed, device)
-    trainings = {name: Training(args, fused, device, len(train[1])) for name, fused in VARIANTS.items()}
+    try:
+        device = torch.device(args.device)
+        train, test = digits(args.seed, device)
+        trainings = {name: Training(args, fused, device, len(train[1])) for name, fused in VARIANTS.items()}
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:  # the first two: no such device
+        print(f"rkfast demo: {error}", file=sys.stderr)
+        return 2
     order = torch.Generator().manual_seed(args.seed)
     steps = args.epochs * trainings["stock"].steps_per_epoch
     with tqdm(total=steps, desc=f"{args.model} {args.method}", unit="step", file=sys.stderr) as bar:

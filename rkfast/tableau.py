@@ -176,13 +176,20 @@ def names() -> list[str]:
     return list(_METHODS)
 
 
-@functools.cache
 def get(name: str) -> Tableau:
     """The tableau of a method, checked when it is first asked for.
 
     Raises:
+        TypeError: name is no str.
         ValueError: there is no such method.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"method: expected a str, got {type(name).__name__}")
     if name not in _METHODS:
-        raise ValueError(f"method: {name!r} is not a Runge-Kutta method; choose one of {', '.join(_METHODS)}")
+        raise ValueError(f"method: {name[:64]!r} is not a Runge-Kutta method; choose one of {', '.join(_METHODS)}")
+    return _checked(name)
+
+
+@functools.cache
+def _checked(name: str) -> Tableau:
     return Tableau(name, **_METHODS[name])

@@ -43,8 +43,8 @@ def batch_norm_relu(norm: nn.Module, x: Tensor, moments: Moments | None = None, 
         Tensor [N, C, H, W]. Running statistics and counter advance as in ``norm(x)``.
     """
     if not (fused and fusible(norm)):
-        # In place only on what is certainly a fresh tensor: norm may have been replaced by an Identity.
-        return F.relu(norm(x), inplace=isinstance(norm, _BatchNorm))
+        # In place only on what is certainly norm's own: it may be an Identity, or a hook may keep what it returned.
+        return F.relu(norm(x), inplace=isinstance(norm, _BatchNorm) and not hooked(norm))
     assert isinstance(norm, nn.BatchNorm2d)
     norm._check_input_dim(x)
     tracked = not norm.training or norm.track_running_stats

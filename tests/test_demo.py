@@ -1,0 +1,104 @@
+"""``rkfast demo`` as a user runs it, made small."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from rkfast import demo, dispatch, native
+from tests.package.process import run
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+SMALL = ("--epochs", "1", "--model", "ho_resnet-4", "--method", "euler")
+
+
+def test_runs_and_writes(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "folder"
+    text = run(sys.executable, "-m", "rkfast", "demo", *SMALL, "--out", str(out), "--seed", "3")
+    report = json.loads((out / "demo.json").read_text())
+    assert (report["model"], report["method"], report["epochs"], report["seed"]) == ("ho_resnet-4", "euler", 1, 3)
+    for name in ("stock", "fused"):
+        result = report[name]
+        assert len(result["losses"]) == report["steps"] == 1437 // demo.BATCH
+        assert 0 <= result["test_accuracy"] <= 1
+        low, high = result["step_ms_quartiles"]
+        assert 0 < low <= result["step_ms"] <= high
+        # At least the input of each of five convolutions and norms of 16 channels is kept.
+        assert result["saved_bytes"] > 5 * demo.BATCH * demo.WIDTH * demo.SIZE**2 * 4
+        assert result["losses"][-1] < result["losses"][0]
+        assert f"{result['test_accuracy']:.4f}" in text
+    assert report["stock"]["losses"][0] == pytest.approx(report["fused"]["losses"][0], rel=1e-5)
+    assert report["largest relative difference of losses"] < 0.1
+    assert report["failure"] is None
+    backend = "reference" if native.cpu_reason() else "cpu"
+    assert {key.split(" by ")[1] for key in report["served"]} == {backend}
+    if backend == "reference":
+        assert "no kernels here" in text
+    assert (out / "demo.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert "step/s" in text
+
+
+@pytest.mark.skipif(native.cpu_reason() is not None, reason="the C++ kernels are not built")
+def test_fails_where_the_reference_stands_in_for_a_kernel(tmp_path: Path) -> None:
+    arguments = ("-m", "rkfast", "demo", *SMALL, "--out", str(tmp_path))
+    text = run(sys.executable, *arguments, status=1, RKFAST_BACKEND="reference")
+    assert "the reference served bn_rk_sum, bn_rk_sum_backward, rk_sum" in text
+    assert json.loads((tmp_path / "demo.json").read_text())["failure"]
+
+
+def test_failure_names_the_op() -> None:
+    assert demo.failure(Counter(), "cpu") is None
+    assert demo.failure(Counter({("rk_sum", "cpu"): 3}), "cpu") is None
+    found = demo.failure(Counter({("rk_sum", "cpu"): 3, ("rk_sum_backward", "reference"): 1}), "cpu")
+    if native.cpu_reason() is None:
+        assert found is not None
+        assert found.startswith("the reference served rk_sum_backward, for which a kernel is built")
+        assert demo.built("cpu") == set(dispatch.OPS)
+    else:
+        assert found is None
+    assert demo.built("meta") == set()
+
+
+@pytest.mark.parametrize("package", ("sklearn", "tqdm", "matplotlib"))
+def test_a_missing_extra_is_named(package: str, tmp_path: Path) -> None:
+    script = f"import sys; sys.modules[{package!r}] = None; from rkfast.cli import main; sys.exit(main())"
+    text = run(sys.executable, "-c", script, "demo", *SMALL, "--out", str(tmp_path), status=1)
+    assert "install it with: pip install 'rkfast[demo]'" in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    (
+        (("--model", "ho_resnet-12"), "layers: 12 does not fit rk4"),
+        (("--method", "rk5"), "method: 'rk5' is not"),
+        (("--device", "gpu"), "device"),
+        (("--device", "mps" if torch.cuda.is_available() else "cuda"), "rkfast demo: "),
+        (("--epochs", "0"), "expected at least 1, got 0"),
+    ),
+)
+def test_bad_arguments_are_named(arguments: tuple[str, str], message: str, tmp_path: Path) -> None:
+    text = run(sys.executable, "-m", "rkfast", "demo", *arguments, "--out", str(tmp_path), status=2)
+    assert message in text
+    assert "Traceback" not in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_digits() -> None:
+    (images, labels), (test_images, test_labels) = demo.digits(0, torch.device("cpu"))
+    assert images.shape == (1437, 1, 32, 32)
+    assert test_images.shape == (360, 1, 32, 32)
+    assert sorted(set(labels.tolist())) == sorted(set(test_labels.tolist())) == list(range(10))
+    assert torch.equal(images, demo.digits(0, torch.device("cpu"))[0][0])
+    assert not torch.equal(images, demo.digits(1, torch.device("cpu"))[0][0])
+    assert images.mean().abs() < 1e-5
+    every = torch.cat([images, test_images]).flatten(1)
+    assert len(every.unique(dim=0)) == len(every)  # no image is in both parts
