@@ -50,15 +50,14 @@ class Call {
   Shape shape() const { return {walk_.samples, walk_.channels, walk_.positions, walk_.channels_last}; }
 
   Operand input(const Tensor& t, const char* name) {
-    TORCH_CHECK_VALUE(t.sizes() == x_.sizes(), name, ": shape ", t.sizes(), " differs from ", x_.sizes());
-    TORCH_CHECK_TYPE(t.scalar_type() == x_.scalar_type(), name, ": dtype ", t.scalar_type(), " differs from ", x_.scalar_type());
-    check_device(t, name);
+    check_like(t, name);
     Pitch pitch;
     kept_.push_back(conform(t, walk_, pitch));
     return {const_cast<void*>(kept_.back().const_data_ptr()), pitch.outer, pitch.inner};
   }
 
-  Operand output(const Tensor& t) {
+  Operand output(const Tensor& t) const {
+    check_like(t, "out");
     Pitch pitch;
     TORCH_CHECK_VALUE(find_pitch(t, walk_, pitch), "out: strides ", t.strides(), " are neither dense nor a channel slice");
     return {t.data_ptr(), pitch.outer, pitch.inner};
@@ -101,6 +100,11 @@ class Call {
   }
 
  private:
+  void check_like(const Tensor& t, const char* name) const {
+    TORCH_CHECK_VALUE(t.sizes() == x_.sizes(), name, ": shape ", t.sizes(), " differs from ", x_.sizes());
+    TORCH_CHECK_TYPE(t.scalar_type() == x_.scalar_type(), name, ": dtype ", t.scalar_type(), " differs from ", x_.scalar_type());
+    check_device(t, name);
+  }
   void check_device(const Tensor& t, const char* name) const {
     TORCH_CHECK_VALUE(t.device() == x_.device(), name, ": device ", t.device(), " differs from ", x_.device());
   }

@@ -44,6 +44,7 @@ __device__ __forceinline__ __half narrow<__half>(float v) {
 // Neighbouring elements of a row. kWhole: there are eight, aligned to 16 bytes; otherwise `valid` of them, the rest zero.
 template <typename T>
 struct alignas(16) Group {
+  static constexpr int kAccesses = sizeof(T) * kLanes / sizeof(uint4);
   T values[kLanes];
 
   template <bool kWhole>
@@ -51,7 +52,7 @@ struct alignas(16) Group {
     const T* from = static_cast<const T*>(data) + offset;
     if constexpr (kWhole) {
 #pragma unroll
-      for (int i = 0; i < int(sizeof(values) / sizeof(uint4)); ++i)
+      for (int i = 0; i < kAccesses; ++i)
         reinterpret_cast<uint4*>(values)[i] = reinterpret_cast<const uint4*>(from)[i];
     } else {
 #pragma unroll
@@ -64,7 +65,7 @@ struct alignas(16) Group {
     T* to = static_cast<T*>(data) + offset;
     if constexpr (kWhole) {
 #pragma unroll
-      for (int i = 0; i < int(sizeof(values) / sizeof(uint4)); ++i)
+      for (int i = 0; i < kAccesses; ++i)
         reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(values)[i];
     } else {
 #pragma unroll

@@ -1,0 +1,4 @@
+#pragma once
+
+using cudaError_t = int;
+using cudaStream_t = void*;
