@@ -1,0 +1,70 @@
+from collections.abc import Sequence
+
+from torch import Tensor
+
+def rk_sum(
+    terms: Sequence[Tensor],
+    coeffs: Sequence[float],
+    steps: Sequence[Tensor | None],
+    shift: Tensor | None,
+    channels_last: bool,
+    relu: bool,
+    moments: bool,
+    mask: bool,
+    out: Tensor | None = None,
+) -> list[Tensor]: ...
+def rk_sum_backward(
+    grad: Tensor,
+    mask: Tensor | None,
+    coeffs: Sequence[float],
+    steps: Sequence[Tensor | None],
+    step_terms: Sequence[Tensor],
+    step_coeffs: Sequence[float],
+    per_sample: Sequence[bool],
+    shift: bool,
+    channels_last: bool,
+) -> list[Tensor]: ...
+def bn_rk_sum(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    terms: Sequence[Tensor],
+    coeffs: Sequence[float],
+    step: Tensor | None,
+    channels_last: bool,
+    relu: bool,
+    eps: float,
+    moments: bool,
+    mask: bool,
+    out: Tensor | None = None,
+) -> list[Tensor]: ...
+def bn_rk_sum_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    step: Tensor | None,
+    mask: Tensor | None,
+    coeffs: Sequence[float],
+    channels_last: bool,
+    relu: bool,
+    batch_stats: bool,
+    eps: float,
+    need_x: bool,
+    need_affine: bool,
+    need_step: bool,
+) -> list[Tensor]: ...
+def channel_moments(x: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]: ...
+def update_running_stats(
+    mean: Tensor,
+    var: Tensor,
+    count: int,
+    running_mean: Sequence[Tensor],
+    running_var: Sequence[Tensor],
+    num_batches_tracked: Sequence[Tensor],
+    momentum: float | None,
+) -> None: ...
