@@ -100,7 +100,11 @@ class Copy:
 
 def run(case: Case, contest: Contest) -> dict[str, Any]:
     """Samples of every contender by mode, with what it keeps; or, where the gate fails, no figure at all."""
-    torch.compiler.reset()
+    if any(peer in COMPILE for peer in contest.peers):  # else Dynamo, seconds of imports, is not needed
+        from torch._inductor import config
+
+        torch.compiler.reset()
+        config.cpp.threads = contest.threads  # compiled code is cached under it, not under the number in force
     device = contest.device
     drawn, seed = case.draw(device), case.seed(device)
     report: dict[str, Any] = {"id": case.id, "threads": contest.threads, "gate": {}, "contenders": {}, "failed": {}}
@@ -178,7 +182,6 @@ def _try(case: Case, contender: Contender | Copy) -> None:
     with forced(contender.backend), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for _ in range(3):
-            torch.compiler.cudagraph_mark_step_begin()
             contender.forward()
             if case.workload.differentiable:
                 contender.backward(contender.forward_grad())

@@ -63,8 +63,10 @@ def slices(out: Path, dry_run: bool, arch: str | None) -> list[Slice]:
     sanitize = [python, "bench/sanitize.py", "--device", device]
 
     def watched(tool: str) -> list[str]:
-        if dry_run or sanitizer is None:
+        if dry_run:
             return sanitize
+        if sanitizer is None:
+            return [python, "-c", "raise SystemExit('compute-sanitizer was not found; put it on the PATH')"]
         return [sanitizer, "--tool", tool, "--error-exitcode", "9", *sanitize]
 
     def measured(*more: str) -> list[str]:

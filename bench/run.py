@@ -216,10 +216,9 @@ def _measured(job: dict[str, Any], setting: str, reports: dict[str, dict[str, An
 
 def _work(job: dict[str, Any]) -> None:
     """Measure the cases of a job, each result written as soon as it is there."""
-    settings = Contest(**{**job["contest"], "backends": tuple(job["contest"]["backends"])})
+    asked = job["contest"]
+    settings = Contest(**{**asked, "backends": tuple(asked["backends"]), "peers": tuple(asked["peers"])})
     torch.set_num_threads(settings.threads)
-    # Part of what compiled code is cached under, where the number of threads is not.
-    torch._inductor.config.cpp.threads = settings.threads
     baselines = Baselines(job["baselines"], settings.device)
     with open(job["out"], "w") as out:
         for i, case in enumerate(_named(job)):

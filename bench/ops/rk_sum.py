@@ -31,7 +31,7 @@ class RkSum:
     @property
     def name(self) -> str:
         parts = [p for p in ("steps", "relu", "moments") if getattr(self, p)]
-        return "+".join([f"n={self.n}{' rk4' if self.weights else ''}", *parts])
+        return "+".join([f"n={self.n}{'-rk4' if self.weights else ''}", *parts])
 
     @property
     def coeffs(self) -> tuple[float, ...]:

@@ -1,0 +1,137 @@
+"""bench/gpu.sh on a CPU: its dry run, and how slices end, resume and are given up."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rkfast.bench import gpu
+from tests.package.process import ROOT, environment
+
+KEY = {"device": "some GPU", "torch": "2", "triton": "3", "sources": "a", "dry_run": False}
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="a POSIX shell script")
+
+
+def script(*args: str, status: int = 0) -> str:
+    done = subprocess.run(
+        [ROOT / "bench" / "gpu.sh", *args],
+        env=environment(None, PYTHON=sys.executable),
+        cwd="/",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == status, done.stdout
+    return done.stdout
+
+
+def test_dry_run_takes_the_whole_road_and_then_has_nothing_left(tmp_path: Path) -> None:
+    said = script("--dry-run", "--out", str(tmp_path))
+    assert said.rstrip().endswith("nothing is left")
+    state = json.loads((tmp_path / "state.json").read_text())["slices"]
+    assert list(state) == ["build", "tests", "memcheck", "bench-main", "more-tests", "racecheck", "bench"]
+    assert {each["status"] for each in state.values()} == {"done"}
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {row["op"] for row in results["rows"]} == {"rk_sum", "bn_rk_sum", "channel_moments"}
+    assert not any(verdict["failure"] for verdict in results["gate"])
+    assert (tmp_path / "results.md").read_text().count("\n| ") == len(results["rows"]) + 1
+    assert "rk_sum n=14 2x3x5x3 float32 channels_last" in said
+    assert "0 wrong" in (tmp_path / "log.txt").read_text()
+    (baselines,) = json.loads((tmp_path / "baselines.json").read_text()).values()
+    assert len(baselines) == len({verdict["id"] for verdict in results["gate"]})
+
+    before = (tmp_path / "log.txt").read_text()
+    assert script("--dry-run", "--out", str(tmp_path)).rstrip().endswith("nothing is left")
+    assert (tmp_path / "log.txt").read_text() == before
+
+
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert "torch sees no CUDA device" in script("--out", str(tmp_path), status=1)
+
+
+def shell(name: str, command: str, **more: object) -> gpu.Slice:
+    return gpu.Slice(name, ["sh", "-c", command, name], **more)  # type: ignore[arg-type]
+
+
+def test_what_a_slice_came_to_outlives_the_session(tmp_path: Path) -> None:
+    planned = [shell("good", "exit 0"), shell("bad", "echo gone wrong; exit 3"), shell("none", "exit 5", fine=(0, 5))]
+    session = gpu.Session(tmp_path, KEY)
+    for each in session.left(planned):
+        session.run(each, 10)
+    again = gpu.Session(tmp_path, KEY)
+    assert [again.status(s.name) for s in planned] == ["done", "failed", "done"]
+    assert again.left(planned) == []
+    assert "gone wrong" in gpu.summarise(again, planned)
+    assert "[bad: exit 3" in (tmp_path / "log.txt").read_text()
+
+
+def test_changed_sources_start_anew_and_keep_the_baselines(tmp_path: Path) -> None:
+    planned = [shell("good", "exit 0")]
+    session = gpu.Session(tmp_path, KEY)
+    session.run(planned[0], 10)
+    for name in ("results.json", "baselines.json"):
+        (tmp_path / name).write_text("{}")
+    changed = gpu.Session(tmp_path, {**KEY, "sources": "b"})
+    assert changed.left(planned) == planned
+    assert not (tmp_path / "results.json").exists()
+    assert (tmp_path / "baselines.json").exists()
+
+
+def test_a_slice_that_outruns_its_time_is_ended_and_given_up_after_some_tries(tmp_path: Path) -> None:
+    endless = shell("endless", "sleep 60 & wait")
+    session = gpu.Session(tmp_path, KEY)
+    for _ in range(gpu.TRIES - 1):
+        session.run(endless, 0.2)
+        assert session.status("endless") == "unfinished"
+    session.run(endless, 0.2)
+    assert session.status("endless") == "failed"
+
+
+def test_a_benchmark_out_of_budget_is_taken_up_again_as_often_as_it_takes(tmp_path: Path) -> None:
+    slow = shell("slow", f'echo "$@" > {tmp_path}/args; exit {gpu.UNFINISHED}', budgeted=True)
+    session = gpu.Session(tmp_path, KEY)
+    for _ in range(gpu.TRIES + 1):
+        session.run(slow, 100)
+    assert session.status("slow") == "unfinished"
+    assert (tmp_path / "args").read_text().split() == ["--budget", str(100 - gpu.SPARE)]
+
+
+def test_on_a_gpu_it_builds_watches_and_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/usr/bin/{name}")
+    planned = {s.name: s for s in gpu.slices(tmp_path, dry_run=False, arch="9.0")}
+    assert planned["build"].command[1:] == ["setup.py", "build_ext", "--inplace"]
+    assert planned["build"].environment == {"RKFAST_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
+    for tool in ("memcheck", "racecheck"):
+        assert planned[tool].command[:3] == ["/usr/bin/compute-sanitizer", "--tool", tool]
+    for name in ("tests", "more-tests"):
+        assert planned[name].command[-3:-1] == ["-m", "gpu"] or "gpu" in planned[name].command
+        assert "--collect-only" not in planned[name].command
+    for name in ("bench-main", "bench"):
+        assert planned[name].budgeted
+        assert "tiny" not in planned[name].command
+    from rkfast.bench import run
+
+    for name in ("bench-main", "bench"):  # the arguments are ones that bench/run.py takes
+        parser = run.argparse.ArgumentParser()
+        run.add_arguments(parser)
+        args = parser.parse_args(planned[name].command[2:])
+        assert args.device == "cuda"
+        assert args.resume
+
+
+def test_compute_sanitizer_missing_fails_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    planned = {s.name: s for s in gpu.slices(tmp_path, dry_run=False, arch="9.0")}
+    session = gpu.Session(tmp_path, KEY)
+    session.run(planned["memcheck"], 10)
+    assert session.status("memcheck") == "failed"
+    assert "compute-sanitizer was not found" in session.done["memcheck"]["end"]

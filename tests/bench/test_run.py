@@ -1,0 +1,175 @@
+"""The command, from its arguments to its files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rkfast.bench import contest, run
+from rkfast.bench.workload import MODES
+from tests.package.process import ROOT, environment, python
+
+TINY = ["--size", "tiny", "--device", "cpu", "--peers", "eager", "--threads", "1", "--seconds", "0"]
+NUMBERS = {
+    "ms_p20", "ms_p50", "ms_p80", "bytes", "gb_per_s", "copy_share", "peak_bytes", "saved_bytes", "page_faults",
+}  # fmt: skip
+ROW = {"op", "case", "backend", "device", "mode", "dtype", "layout", "shape", "threads", "malloc", "peers", *NUMBERS}
+PEER = {
+    "malloc", "ms_p20", "ms_p50", "ms_p80", "peak_bytes", "saved_bytes", "page_faults",
+    "speedup", "speedup_p20", "speedup_p80", "kept",
+}  # fmt: skip
+
+
+def measured(folder: Path, op: str, *args: str, status: int = 0) -> dict[str, Any]:
+    assert run.main(["ops", op, *TINY, "--malloc", "current", "--json", str(folder / "found.json"), *args]) == status
+    return json.loads((folder / "found.json").read_text())
+
+
+def test_command_in_a_checkout_writes_everything_at_both_malloc_settings(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    files = {kind: tmp_path / f"found.{kind}" for kind in ("json", "csv", "md", "png")}
+    command = [
+        sys.executable, "bench/run.py", "ops", "bn_rk_sum", *TINY, "--filter", "/train+residual+relu/2x3x5x3/float32",
+        "--json", files["json"], "--csv", files["csv"], "--markdown", files["md"], "--plot", files["png"],
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, env=environment(None), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(files["json"].read_text())
+    expected = {"default", "large"} if sys.platform == "linux" else {"current"}
+    assert set(document["malloc"]) == expected
+    assert {row["mode"] for row in document["rows"]} == set(MODES)
+    assert {row["malloc"] for row in document["rows"]} <= expected
+    for setting in expected:
+        assert f"malloc {setting}" in done.stderr
+    assert files["md"].read_text().strip() == done.stdout.strip()
+    table = [line for line in done.stdout.splitlines() if line.startswith("| bn_rk_sum")]
+    assert len(table) == len(MODES)
+    with files["csv"].open() as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == len(MODES)
+    for line, row in zip(lines, document["rows"], strict=True):
+        assert line["shape"] == "2x3x5x3"
+        assert float(line["ms_p50"]) == row["ms_p50"]
+        assert float(line["eager_speedup"]) == row["peers"]["eager"]["speedup"]
+        assert line["commit"] == (document["commit"] or "")
+    assert files["png"].read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_say_where_they_come_from_and_keep_their_schema(tmp_path: Path) -> None:
+    document = measured(tmp_path, "rk_sum", "--filter", "n=4+steps")
+    assert set(document) == {
+        "schema", "machine", "versions", "commit", "dirty", "date", "load", "size", "malloc", "gate", "rows",
+    }  # fmt: skip
+    assert document["schema"] == 1
+    assert document["machine"]["cpu"]
+    assert document["machine"]["cores"] >= 1
+    assert document["machine"]["capability"] == torch.backends.cpu.get_cpu_capability()
+    assert document["versions"]["torch"] == torch.__version__
+    assert set(document["versions"]) == {"python", "torch", "cuda", "rkfast", "triton"}
+    assert document["rows"]
+    for row in document["rows"]:
+        assert set(row) == ROW
+        assert 0 < row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
+        assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["ms_p50"] / 1e6)
+        assert set(row["peers"]["eager"]) == PEER
+    for verdict in document["gate"]:
+        assert set(verdict) == {
+            "id", "backend", "device", "threads", "error", "eager_error", "failure", "failed_peers",
+        }  # fmt: skip
+
+
+def test_bytes_saved_are_those_of_the_terms_a_step_needs(tmp_path: Path) -> None:
+    rows = measured(tmp_path, "rk_sum", "--filter", "/float32/")["rows"]
+    saved = {row["case"]: row["saved_bytes"] for row in rows if row["mode"] == "both"}
+    activation = 2 * 3 * 5 * 3 * 4
+    assert saved["n=4"] == 0
+    assert saved["n=4+steps"] == 3 * activation  # the steps themselves are parameters
+    assert saved["n=4+relu"] < activation / 8 + 64  # a bit per element
+
+
+def test_both_is_forward_and_backward_together(tmp_path: Path) -> None:
+    rows = measured(tmp_path, "rk_sum", "--filter", "n=4+relu/2x3x5x3/float32")["rows"]
+    found = {row["mode"]: row for row in rows}
+    assert found["both"]["bytes"] == found["forward_grad"]["bytes"] + found["backward"]["bytes"]
+    assert found["both"]["ms_p50"] > max(found["forward_grad"]["ms_p20"], found["backward"]["ms_p20"])
+
+
+def test_the_backend_that_served_is_named(tmp_path: Path) -> None:
+    rows = measured(tmp_path, "rk_sum", "--filter", "/n=2/", "--backend", "reference")["rows"]
+    assert {row["backend"] for row in rows} == {"reference"}
+
+
+def test_a_spent_budget_leaves_cases_that_resume_takes_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = measured(tmp_path, "channel_moments", "--budget", "0", status=run.UNFINISHED)
+    assert first["rows"] == []
+    measured(tmp_path, "channel_moments", "--filter", "float32")
+    capsys.readouterr()
+    whole = measured(tmp_path, "channel_moments", "--resume")
+    assert "float32" not in capsys.readouterr().err
+    assert sorted(row["dtype"] for row in whole["rows"]) == ["bfloat16", "float32"]
+
+
+def test_resume_starts_anew_where_the_code_is_another(tmp_path: Path) -> None:
+    document = measured(tmp_path, "channel_moments", "--filter", "float32")
+    (tmp_path / "found.json").write_text(json.dumps({**document, "commit": "another"}))
+    assert {row["dtype"] for row in measured(tmp_path, "channel_moments", "--resume", "--filter", "bf")["rows"]} <= {
+        "bfloat16"
+    }
+
+
+def test_baselines_are_measured_once_and_again_where_the_machine_drifted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[tuple[str, ...]] = []
+    real = contest.run
+
+    def watched(case: Any, settings: contest.Contest) -> dict[str, Any]:
+        ran.append(settings.peers)
+        found = real(case, settings)
+        if found["contenders"]:
+            found["contenders"]["copy"]["ms"]["forward"] = [copy_ms] * 3
+        return found
+
+    monkeypatch.setattr(contest, "run", watched)
+    args = ("channel_moments", "--filter", "float32", "--baselines", str(tmp_path / "baselines.json"))
+    copy_ms = 1.0
+    assert not measured(tmp_path, *args)["rows"][0]["peers"]["eager"]["kept"]
+    copy_ms = 1.05
+    assert measured(tmp_path, *args)["rows"][0]["peers"]["eager"]["kept"]
+    copy_ms = 2.0
+    assert not measured(tmp_path, *args)["rows"][0]["peers"]["eager"]["kept"]
+    assert ran == [("eager",), (), (), ("eager",)]
+    (key,) = json.loads((tmp_path / "baselines.json").read_text())
+    assert f"torch {torch.__version__}" in key
+
+
+def test_compiled_pytorch_is_a_peer(tmp_path: Path) -> None:
+    rows = measured(tmp_path, "rk_sum", "--filter", "/n=2/", "--peers", "compile")["rows"]
+    assert rows
+    assert all(row["peers"]["compile"]["speedup"] > 0 for row in rows)
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(SystemExit, match="'rk_summ' is not an op; there are rk_sum"):
+        run.main(["ops", "rk_summ", *TINY])
+    with pytest.raises(SystemExit, match="'jax' is not a peer; there are eager"):
+        run.main(["ops", "rk_sum", *TINY, "--malloc", "current", "--peers", "jax"])
+
+
+def test_sizes() -> None:
+    listed = {
+        size: python(str(ROOT / "bench" / "run.py"), "ops", "--list", "--size", size).split()
+        for size in ("quick", "full")
+    }
+    assert set(listed["quick"]) < set(listed["full"])
+    ids = "\n".join(listed["full"])
+    for part in ("/n=2/", "/n=8/", "/n=14/", "+steps", "+moments", "/bfloat16/", "/contiguous", "64x64x32x32", "eval+"):
+        assert part in ids
+    assert len(set(listed["full"])) == len(listed["full"])
