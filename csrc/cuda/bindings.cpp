@@ -1,5 +1,5 @@
-// From tensors to kernels: checks, allocation, dtypes, device and stream. The functions take and return what their namesakes
-// in rkfast/ops/*/reference.py do.
+// From tensors to kernels: checks, allocation, dtypes, device and stream. The functions take and return what their
+// namesakes in rkfast/ops/*/reference.py do.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -35,11 +35,15 @@ Dtype dtype_of(const Tensor& x) {
   }
 }
 
-// One call on tensors like x: below autograd and autocast, on x's device and stream, keeping alive what the kernels read.
+// One call on tensors like x: below autograd and autocast, on x's device and stream; keeps what the kernels read alive.
 class Call {
  public:
   Call(const Tensor& x, bool channels_last, bool masked = false)
-      : x_(x), rows_(x, channels_last), walk_(x, channels_last), device_(x.device()), wide_(moments_dtype(x.scalar_type())) {
+      : x_(x),
+        rows_(x, channels_last),
+        walk_(x, channels_last),
+        device_(x.device()),
+        wide_(moments_dtype(x.scalar_type())) {
     // Rows of one element are better walked along the channels; a mask is kept by row, whatever its length.
     if (walk_.positions == 1 && !masked) walk_.channels_last = true;
   }
@@ -59,7 +63,8 @@ class Call {
   Operand output(const Tensor& t) const {
     check_like(t, "out");
     Pitch pitch;
-    TORCH_CHECK_VALUE(find_pitch(t, walk_, pitch), "out: strides ", t.strides(), " are neither dense nor a channel slice");
+    TORCH_CHECK_VALUE(find_pitch(t, walk_, pitch), "out: strides ", t.strides(),
+                      " are neither dense nor a channel slice");
     return {t.data_ptr(), pitch.outer, pitch.inner};
   }
 
@@ -69,7 +74,8 @@ class Call {
   // [C] or [N, C] of what is computed in; zero where nothing will be launched.
   Tensor vector(bool per_sample = false) const {
     const auto options = x_.options().dtype(wide_);
-    const std::vector<int64_t> size = per_sample ? std::vector<int64_t>{rows_.samples, rows_.channels} : std::vector<int64_t>{rows_.channels};
+    const std::vector<int64_t> size =
+        per_sample ? std::vector<int64_t>{rows_.samples, rows_.channels} : std::vector<int64_t>{rows_.channels};
     return is_empty() ? at::zeros(size, options) : at::empty(size, options);
   }
 
@@ -86,15 +92,17 @@ class Call {
   const uint8_t* mask(const Optional& mask) {
     if (!mask) return nullptr;
     check_device(*mask, "mask");
-    TORCH_CHECK_VALUE(mask->scalar_type() == at::kByte && mask->numel() == rows_.outer() * rows_.inner() * mask_bytes(rows_),
-                      "mask: expected uint8 [rows, ceil(length / 8)]");
+    TORCH_CHECK_VALUE(
+        mask->scalar_type() == at::kByte && mask->numel() == rows_.outer() * rows_.inner() * mask_bytes(rows_),
+        "mask: expected uint8 [rows, ceil(length / 8)]");
     kept_.push_back(mask->contiguous());
     return kept_.back().const_data_ptr<uint8_t>();
   }
 
   Queue queue() {
     return {c10::cuda::getCurrentCUDAStream(x_.device().index()).stream(), [this](size_t bytes) {
-              kept_.push_back(at::empty({int64_t(bytes)}, x_.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous)));
+              kept_.push_back(at::empty({int64_t(bytes)},
+                                        x_.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous)));
               return kept_.back().data_ptr();
             }};
   }
@@ -102,7 +110,8 @@ class Call {
  private:
   void check_like(const Tensor& t, const char* name) const {
     TORCH_CHECK_VALUE(t.sizes() == x_.sizes(), name, ": shape ", t.sizes(), " differs from ", x_.sizes());
-    TORCH_CHECK_TYPE(t.scalar_type() == x_.scalar_type(), name, ": dtype ", t.scalar_type(), " differs from ", x_.scalar_type());
+    TORCH_CHECK_TYPE(t.scalar_type() == x_.scalar_type(), name, ": dtype ", t.scalar_type(), " differs from ",
+                     x_.scalar_type());
     check_device(t, name);
   }
   void check_device(const Tensor& t, const char* name) const {
@@ -137,14 +146,15 @@ Shape flatten(Shape s, bool masked, const std::vector<Operand*>& operands) {
 }
 
 void check_terms(size_t terms, size_t coeffs, size_t least) {
-  TORCH_CHECK_VALUE(terms >= least && terms <= size_t(kMaxTerms), "terms: expected ", least, " to ", kMaxTerms, ", got ", terms);
+  TORCH_CHECK_VALUE(terms >= least && terms <= size_t(kMaxTerms), "terms: expected ", least, " to ", kMaxTerms,
+                    ", got ", terms);
   TORCH_CHECK_VALUE(terms == coeffs, "coeffs: ", coeffs, " for ", terms, " terms");
 }
 
 Moments moments_of(const Tensor& mean, const Tensor& var) { return {mean.data_ptr(), var.data_ptr()}; }
 
-Tensors rk_sum(const Tensors& terms, const std::vector<double>& coeffs, const std::vector<Optional>& steps, const Optional& shift,
-               bool channels_last, bool relu, bool moments, bool mask, const Optional& out) {
+Tensors rk_sum(const Tensors& terms, const std::vector<double>& coeffs, const std::vector<Optional>& steps,
+               const Optional& shift, bool channels_last, bool relu, bool moments, bool mask, const Optional& out) {
   check_terms(terms.size(), coeffs.size(), 1);
   TORCH_CHECK_VALUE(steps.size() == terms.size(), "steps: ", steps.size(), " for ", terms.size(), " terms");
   Call call(terms[0], channels_last, mask);
@@ -181,15 +191,18 @@ Tensors rk_sum(const Tensors& terms, const std::vector<double>& coeffs, const st
 }
 
 Tensors rk_sum_backward(const Tensor& grad, const Optional& mask, const std::vector<double>& coeffs,
-                        const std::vector<Optional>& steps, const Tensors& step_terms, const std::vector<double>& step_coeffs,
-                        const std::vector<bool>& per_sample, bool shift, bool channels_last) {
+                        const std::vector<Optional>& steps, const Tensors& step_terms,
+                        const std::vector<double>& step_coeffs, const std::vector<bool>& per_sample, bool shift,
+                        bool channels_last) {
   check_terms(coeffs.size(), steps.size(), 0);
   check_terms(step_terms.size(), step_coeffs.size(), 0);
   TORCH_CHECK_VALUE(per_sample.size() == step_terms.size(), "per_sample: expected one entry per step term");
   Call call(grad, channels_last, mask.has_value());
   Tensors result;
-  for (size_t i = 0; i < coeffs.size(); ++i) result.push_back(call.empty_like());
-  for (bool each : per_sample) result.push_back(call.vector(each));
+  for (size_t i = 0; i < coeffs.size(); ++i)
+    result.push_back(call.empty_like());
+  for (bool each : per_sample)
+    result.push_back(call.vector(each));
   if (shift) result.push_back(call.vector());
   if (call.is_empty() || result.empty()) return result;
   WeightedSumBackward args;
@@ -215,15 +228,20 @@ Tensors rk_sum_backward(const Tensor& grad, const Optional& mask, const std::vec
   return result;
 }
 
-Norm norm_of(Call& call, const Tensor& x, const Optional& weight, const Optional& bias, const Tensor& mean, const Tensor& var,
-             const Optional& step, double eps) {
-  return {call.input(x, "x"),          call.factor(mean, "mean"), call.factor(var, "var"), call.factor(weight, "weight"),
-          call.factor(bias, "bias"), call.factor(step, "step"), eps};
+Norm norm_of(Call& call, const Tensor& x, const Optional& weight, const Optional& bias, const Tensor& mean,
+             const Tensor& var, const Optional& step, double eps) {
+  return {call.input(x, "x"),
+          call.factor(mean, "mean"),
+          call.factor(var, "var"),
+          call.factor(weight, "weight"),
+          call.factor(bias, "bias"),
+          call.factor(step, "step"),
+          eps};
 }
 
-Tensors bn_rk_sum(const Tensor& x, const Optional& weight, const Optional& bias, const Optional& mean, const Optional& var,
-                  const Tensors& terms, const std::vector<double>& coeffs, const Optional& step, bool channels_last, bool relu,
-                  double eps, bool moments, bool mask, const Optional& out) {
+Tensors bn_rk_sum(const Tensor& x, const Optional& weight, const Optional& bias, const Optional& mean,
+                  const Optional& var, const Tensors& terms, const std::vector<double>& coeffs, const Optional& step,
+                  bool channels_last, bool relu, double eps, bool moments, bool mask, const Optional& out) {
   check_terms(terms.size(), coeffs.size(), 0);
   TORCH_CHECK_VALUE(mean.has_value() == var.has_value(), "mean, var: give both or neither");
   Call call(x, channels_last, mask);
@@ -257,10 +275,10 @@ Tensors bn_rk_sum(const Tensor& x, const Optional& weight, const Optional& bias,
   return result;
 }
 
-Tensors bn_rk_sum_backward(const Tensor& grad, const Tensor& x, const Optional& weight, const Optional& bias, const Tensor& mean,
-                           const Tensor& var, const Optional& step, const Optional& mask, const std::vector<double>& coeffs,
-                           bool channels_last, bool relu, bool batch_stats, double eps, bool need_x, bool need_affine,
-                           bool need_step) {
+Tensors bn_rk_sum_backward(const Tensor& grad, const Tensor& x, const Optional& weight, const Optional& bias,
+                           const Tensor& mean, const Tensor& var, const Optional& step, const Optional& mask,
+                           const std::vector<double>& coeffs, bool channels_last, bool relu, bool batch_stats,
+                           double eps, bool need_x, bool need_affine, bool need_step) {
   check_terms(coeffs.size(), coeffs.size(), 0);
   Call call(x, channels_last, mask.has_value());
   NormBackward args;
@@ -305,7 +323,8 @@ std::pair<Tensor, Tensor> channel_moments(const Tensor& x, bool channels_last) {
 }
 
 void update_running_stats(const Tensor& mean, const Tensor& var, int64_t count, const Tensors& running_mean,
-                          const Tensors& running_var, const Tensors& num_batches_tracked, std::optional<double> momentum) {
+                          const Tensors& running_var, const Tensors& num_batches_tracked,
+                          std::optional<double> momentum) {
   const size_t size = running_mean.size(), counters = num_batches_tracked.size();
   TORCH_CHECK_VALUE(running_var.size() == size, "running_var: expected ", size, " tensors, got ", running_var.size());
   TORCH_CHECK_VALUE(momentum || counters >= size, "num_batches_tracked: momentum=None needs a counter for each");
@@ -325,16 +344,20 @@ void update_running_stats(const Tensor& mean, const Tensor& var, int64_t count, 
     stats = {};
     if (i < counters) {
       const Tensor& counter = num_batches_tracked[i];
-      TORCH_CHECK_TYPE(counter.scalar_type() == at::kLong, "num_batches_tracked: expected int64, got ", counter.scalar_type());
-      TORCH_CHECK_VALUE(counter.device() == mean.device(), "num_batches_tracked: device ", counter.device(), " differs from ", mean.device());
+      TORCH_CHECK_TYPE(counter.scalar_type() == at::kLong, "num_batches_tracked: expected int64, got ",
+                       counter.scalar_type());
+      TORCH_CHECK_VALUE(counter.device() == mean.device(), "num_batches_tracked: device ", counter.device(),
+                        " differs from ", mean.device());
       stats.batches = counter.data_ptr<int64_t>();
     }
     if (i < size && count > 0) {
       const Tensor &m = running_mean[i], &v = running_var[i];
-      TORCH_CHECK_VALUE(m.dim() == 1 && m.sizes() == v.sizes() && m.numel() <= batch_mean.numel(), "running_mean: shape ",
-                        m.sizes(), " does not fit ", batch_mean.sizes());
-      TORCH_CHECK_VALUE(m.device() == mean.device() && v.device() == mean.device(), "running_mean: not on ", mean.device());
-      TORCH_CHECK_TYPE(m.scalar_type() == v.scalar_type(), "running_var: dtype ", v.scalar_type(), " differs from ", m.scalar_type());
+      TORCH_CHECK_VALUE(m.dim() == 1 && m.sizes() == v.sizes() && m.numel() <= batch_mean.numel(),
+                        "running_mean: shape ", m.sizes(), " does not fit ", batch_mean.sizes());
+      TORCH_CHECK_VALUE(m.device() == mean.device() && v.device() == mean.device(), "running_mean: not on ",
+                        mean.device());
+      TORCH_CHECK_TYPE(m.scalar_type() == v.scalar_type(), "running_var: dtype ", v.scalar_type(), " differs from ",
+                       m.scalar_type());
       stats.mean = m.data_ptr();
       stats.var = v.data_ptr();
       stats.channels = m.numel();
@@ -359,11 +382,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   namespace host = rkfast::cuda::host;
   const py::call_guard<py::gil_scoped_release> unlocked;
   m.def("rk_sum", &host::rk_sum, py::arg("terms"), py::arg("coeffs"), py::arg("steps"), py::arg("shift"),
-        py::arg("channels_last"), py::arg("relu"), py::arg("moments"), py::arg("mask"), py::arg("out") = py::none(), unlocked);
+        py::arg("channels_last"), py::arg("relu"), py::arg("moments"), py::arg("mask"), py::arg("out") = py::none(),
+        unlocked);
   m.def("rk_sum_backward", &host::rk_sum_backward, unlocked);
-  m.def("bn_rk_sum", &host::bn_rk_sum, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("mean"), py::arg("var"),
-        py::arg("terms"), py::arg("coeffs"), py::arg("step"), py::arg("channels_last"), py::arg("relu"), py::arg("eps"),
-        py::arg("moments"), py::arg("mask"), py::arg("out") = py::none(), unlocked);
+  m.def("bn_rk_sum", &host::bn_rk_sum, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("mean"),
+        py::arg("var"), py::arg("terms"), py::arg("coeffs"), py::arg("step"), py::arg("channels_last"), py::arg("relu"),
+        py::arg("eps"), py::arg("moments"), py::arg("mask"), py::arg("out") = py::none(), unlocked);
   m.def("bn_rk_sum_backward", &host::bn_rk_sum_backward, unlocked);
   m.def("channel_moments", &host::channel_moments, unlocked);
   m.def("update_running_stats", &host::update_running_stats, unlocked);

@@ -50,7 +50,8 @@ struct NormBackwardBody {
     }
     if constexpr (kSums) {
 #pragma unroll
-      for (int k = 0; k < kLanes; ++k) state.add(k, g[k], k < at.valid ? g[k] * (x[k] - c.norm.mean[k]) : A(0));
+      for (int k = 0; k < kLanes; ++k)
+        state.add(k, g[k], k < at.valid ? g[k] * (x[k] - c.norm.mean[k]) : A(0));
     }
     if (args.dx.data) {
       Group<T> dx;
@@ -68,8 +69,9 @@ struct NormBackwardBody {
 
 // Everything per channel between the two passes: s0 = sum(g'), s1 = sum(g' * x_hat).
 template <typename A>
-__global__ void __launch_bounds__(kMergeWidth * kMergeHeight)
-    finish_norm(const Pair<A>* partials, Slots slots, Norm norm, A count, A* dweight, A* dbias, A* dstep, A* slope, A* offset) {
+__global__ void __launch_bounds__(kMergeWidth* kMergeHeight)
+    finish_norm(const Pair<A>* partials, Slots slots, Norm norm, A count, A* dweight, A* dbias, A* dstep, A* slope,
+                A* offset) {
   const int64_t c = int64_t(blockIdx.x) * kMergeWidth + threadIdx.x;
   const bool exists = c < slots.channels;
   const auto value = [&](const Vector& v, A otherwise) {
@@ -82,7 +84,8 @@ __global__ void __launch_bounds__(kMergeWidth * kMergeHeight)
   if (exists) {
     for (int64_t n = threadIdx.y; n < slots.samples; n += kMergeHeight) {
       Pair<A> own;
-      for (int64_t i = 0; i < slots.per_sample; ++i) own.merge(partials[(n * slots.per_sample + i) * slots.channels + c]);
+      for (int64_t i = 0; i < slots.per_sample; ++i)
+        own.merge(partials[(n * slots.per_sample + i) * slots.channels + c]);
       own.second *= rstd;
       if (norm.step.per_sample) {
         if (dstep) dstep[n * slots.channels + c] = weight * own.second + bias * own.first;
@@ -119,29 +122,33 @@ void run_backward(const Shape& s, const NormBackward& args, const Queue& queue) 
     first.grads = 0;
   }
   Alignment aligned(sizeof(T), s);
-  for (const Operand& x : {args.grad, args.norm.x, args.dx}) aligned.add(x);
-  for (int i = 0; i < args.grads; ++i) aligned.add(args.out[i]);
-  for (const Vector& v : {args.norm.mean, args.norm.var, args.norm.weight, args.norm.bias, args.norm.step}) aligned.add(v);
+  for (const Operand& x : {args.grad, args.norm.x, args.dx})
+    aligned.add(x);
+  for (int i = 0; i < args.grads; ++i)
+    aligned.add(args.out[i]);
+  for (const Vector& v : {args.norm.mean, args.norm.var, args.norm.weight, args.norm.bias, args.norm.step})
+    aligned.add(v);
 
   A *slope = nullptr, *offset = nullptr;
   if (two_passes || args.dweight || args.dstep) {
     const Tiling t = tile(s, aligned, args.norm.step.per_sample, true);
     const Slots found = slots(t, kChannelsLast);
-    auto* partials = static_cast<Pair<A>*>(
-        queue.allocate(found.samples * found.per_sample * found.channels * sizeof(Pair<A>)));
+    auto* partials =
+        static_cast<Pair<A>*>(queue.allocate(found.samples * found.per_sample * found.channels * sizeof(Pair<A>)));
     if (two_passes) {
       slope = static_cast<A*>(queue.allocate(s.channels * sizeof(A)));
       offset = static_cast<A*>(queue.allocate(s.channels * sizeof(A)));
     }
-    run_sweep(NormBackwardBody<T, kChannelsLast, true>{first, {}, {}, s.channels, t.mask_inner, t.mask_pitch}, t, partials, queue);
+    run_sweep(NormBackwardBody<T, kChannelsLast, true>{first, {}, {}, s.channels, t.mask_inner, t.mask_pitch}, t,
+              partials, queue);
     launch(finish_norm<A>, merge_grid(s.channels), dim3(kMergeWidth, kMergeHeight), queue.stream,
-           static_cast<const Pair<A>*>(partials), found, args.norm, A(s.samples * s.positions), static_cast<A*>(args.dweight),
-           static_cast<A*>(args.dbias), static_cast<A*>(args.dstep), slope, offset);
+           static_cast<const Pair<A>*>(partials), found, args.norm, A(s.samples * s.positions),
+           static_cast<A*>(args.dweight), static_cast<A*>(args.dbias), static_cast<A*>(args.dstep), slope, offset);
     if (!two_passes) return;
   }
   const Tiling t = tile(s, aligned, kChannelsLast && args.norm.step.per_sample, false);
-  run_sweep(NormBackwardBody<T, kChannelsLast, false>{args, {slope}, {offset}, s.channels, t.mask_inner, t.mask_pitch}, t,
-            nullptr, queue);
+  run_sweep(NormBackwardBody<T, kChannelsLast, false>{args, {slope}, {offset}, s.channels, t.mask_inner, t.mask_pitch},
+            t, nullptr, queue);
 }
 
 }  // namespace

@@ -23,7 +23,8 @@ struct MomentsBody {
     group.template load<kWhole>(x.data, at.in(x), at.valid);
     A values[kLanes];
 #pragma unroll
-    for (int k = 0; k < kLanes; ++k) values[k] = group[k];
+    for (int k = 0; k < kLanes; ++k)
+      values[k] = group[k];
     state.add(values, at.valid);
   }
 };

@@ -26,7 +26,8 @@ struct RkSumBackward {
     Group<T> group;
     if (i < args.sums && term.data) group.template load<kWhole>(term.data, at.in(term), at.valid);
 #pragma unroll
-    for (int k = 0; k < kLanes; ++k) values[k] = i >= args.sums ? A(0) : term.data ? group[k] : A(1);
+    for (int k = 0; k < kLanes; ++k)
+      values[k] = i >= args.sums ? A(0) : term.data ? group[k] : A(1);
   }
 
   template <bool kWhole>
@@ -36,13 +37,15 @@ struct RkSumBackward {
     const unsigned bits = mask_bits(args.mask, at, mask_inner, mask_pitch);
     A g[kLanes];
 #pragma unroll
-    for (int k = 0; k < kLanes; ++k) g[k] = bits >> k & 1 ? grad[k] : A(0);
+    for (int k = 0; k < kLanes; ++k)
+      g[k] = bits >> k & 1 ? grad[k] : A(0);
     if constexpr (kSums) {
       A first[kLanes], second[kLanes];
       factor<kWhole>(0, at, first);
       factor<kWhole>(1, at, second);
 #pragma unroll
-      for (int k = 0; k < kLanes; ++k) state.add(k, g[k] * first[k], args.sums > 1 ? g[k] * second[k] : A(0));
+      for (int k = 0; k < kLanes; ++k)
+        state.add(k, g[k] * first[k], args.sums > 1 ? g[k] * second[k] : A(0));
     }
     write_gradients<T, kChannelsLast, kWhole>(args.grads, args.out, args.coeff, args.step, g, at, channels);
   }
@@ -56,14 +59,15 @@ struct Result {
 };
 
 template <typename A>
-__global__ void __launch_bounds__(kMergeWidth * kMergeHeight)
+__global__ void __launch_bounds__(kMergeWidth* kMergeHeight)
     finish_sums(const Pair<A>* partials, Slots slots, Result<A> first, Result<A> second) {
   const int64_t c = int64_t(blockIdx.x) * kMergeWidth + threadIdx.x;
   Pair<A> all;
   if (c < slots.channels) {
     for (int64_t n = threadIdx.y; n < slots.samples; n += kMergeHeight) {
       Pair<A> own;
-      for (int64_t i = 0; i < slots.per_sample; ++i) own.merge(partials[(n * slots.per_sample + i) * slots.channels + c]);
+      for (int64_t i = 0; i < slots.per_sample; ++i)
+        own.merge(partials[(n * slots.per_sample + i) * slots.channels + c]);
       if (first.per_sample) first.out[n * slots.channels + c] = first.coeff * own.first;
       if (second.per_sample) second.out[n * slots.channels + c] = second.coeff * own.second;
       all.merge(own);
@@ -101,12 +105,13 @@ void run_backward(const Shape& s, const WeightedSumBackward& all, const Queue& q
     }
     const Tiling t = tile(s, aligned, by_sample, args.sums > 0);
     if (args.sums == 0) {
-      run_sweep(RkSumBackward<T, kChannelsLast, false>{args, s.channels, t.mask_inner, t.mask_pitch}, t, nullptr, queue);
+      run_sweep(RkSumBackward<T, kChannelsLast, false>{args, s.channels, t.mask_inner, t.mask_pitch}, t, nullptr,
+                queue);
       return;
     }
     const Slots found = slots(t, kChannelsLast);
-    auto* partials = static_cast<Pair<A>*>(
-        queue.allocate(found.samples * found.per_sample * found.channels * sizeof(Pair<A>)));
+    auto* partials =
+        static_cast<Pair<A>*>(queue.allocate(found.samples * found.per_sample * found.channels * sizeof(Pair<A>)));
     run_sweep(RkSumBackward<T, kChannelsLast, true>{args, s.channels, t.mask_inner, t.mask_pitch}, t, partials, queue);
     launch(finish_sums<A>, merge_grid(s.channels), dim3(kMergeWidth, kMergeHeight), queue.stream,
            static_cast<const Pair<A>*>(partials), found, results[0], results[1]);

@@ -12,9 +12,9 @@ namespace rkfast::cuda {
 constexpr int kThreads = 256;
 constexpr int64_t kProcessors = 132;
 
-// A batch is rows x columns with evenly spaced rows. channels_last: the columns are channels and a batch is everything, or
-// a sample. contiguous: the columns are positions and a batch is a sample (its rows are channels) or, for sums per channel,
-// a channel (its rows are samples).
+// A batch is rows x columns with evenly spaced rows. channels_last: the columns are channels and a batch is everything,
+// or a sample. contiguous: the columns are positions and a batch is a sample (its rows are channels) or, for sums per
+// channel, a channel (its rows are samples).
 struct Tiling {
   bool by_sample;
   bool aligned;  // every row of every operand starts at 16 bytes
@@ -52,12 +52,14 @@ struct Channel {
     const int64_t sample = v.per_sample ? at.outer * channels : 0;
     if (from == nullptr) {
 #pragma unroll
-      for (int k = 0; k < kSize; ++k) result.values[k] = otherwise;
+      for (int k = 0; k < kSize; ++k)
+        result.values[k] = otherwise;
     } else if constexpr (kChannelsLast) {
       Group<A> group;
       group.template load<kWhole>(from, sample + at.column, at.valid);
 #pragma unroll
-      for (int k = 0; k < kSize; ++k) result.values[k] = group.values[k];
+      for (int k = 0; k < kSize; ++k)
+        result.values[k] = group.values[k];
     } else {
       result.values[0] = from[sample + at.inner];
     }
@@ -112,11 +114,13 @@ struct Spread {
     } else {
       A sum = 0;
 #pragma unroll
-      for (int k = 0; k < kLanes; ++k) sum += k < valid ? v[k] : A(0);
+      for (int k = 0; k < kLanes; ++k)
+        sum += k < valid ? v[k] : A(0);
       const A center = sum / A(valid);
       A deviation = 0;
 #pragma unroll
-      for (int k = 0; k < kLanes; ++k) deviation += k < valid ? (v[k] - center) * (v[k] - center) : A(0);
+      for (int k = 0; k < kLanes; ++k)
+        deviation += k < valid ? (v[k] - center) * (v[k] - center) : A(0);
       Lane all = lane(0);
       all.merge(A(valid), center, deviation);
       count = all.count, mean[0] = all.mean, m2[0] = all.m2;
@@ -134,11 +138,13 @@ struct Spread {
 template <typename Lane>
 __device__ __forceinline__ void merge_neighbours(Lane* mine, int index, int size, int stride, int lanes) {
   int half = 1;
-  while (half < size) half *= 2;
+  while (half < size)
+    half *= 2;
   for (half /= 2; half > 0; half /= 2) {
     __syncthreads();
     if (index < half && index + half < size)
-      for (int k = 0; k < lanes; ++k) mine[k].merge(mine[half * stride + k]);
+      for (int k = 0; k < lanes; ++k)
+        mine[k].merge(mine[half * stride + k]);
   }
 }
 
@@ -165,7 +171,8 @@ __global__ void __launch_bounds__(kThreads, Body::kBlocks)
       constexpr bool kWhole = decltype(whole)::value;
       const auto cached = body.template cache<kWhole>(at);
 #pragma unroll kAhead
-      for (at.inner = first; at.inner < last; at.inner += blockDim.y) body.template visit<kWhole>(cached, at, state);
+      for (at.inner = first; at.inner < last; at.inner += blockDim.y)
+        body.template visit<kWhole>(cached, at, state);
     };
     if (t.aligned && at.valid == kLanes)
       walk(std::true_type());
@@ -194,12 +201,14 @@ __global__ void __launch_bounds__(kThreads, Body::kBlocks)
     alignas(16) __shared__ unsigned char shared[kThreads * kSize * sizeof(Lane)];
     Lane* mine = reinterpret_cast<Lane*>(shared) + (threadIdx.y * blockDim.x + threadIdx.x) * kSize;
 #pragma unroll
-    for (int k = 0; k < kSize; ++k) mine[k] = state.lane(k);
+    for (int k = 0; k < kSize; ++k)
+      mine[k] = state.lane(k);
     Lane* to = static_cast<Lane*>(partials);  // [slots, C]
     if constexpr (kChannelsLast) {
       merge_neighbours(mine, threadIdx.y, blockDim.y, blockDim.x * kSize, kSize);
       if (threadIdx.y == 0)
-        for (int k = 0; k < at.valid; ++k) to[(batch * t.spans + span) * t.channels + at.column + k] = mine[k];
+        for (int k = 0; k < at.valid; ++k)
+          to[(batch * t.spans + span) * t.channels + at.column + k] = mine[k];
     } else {
       merge_neighbours(mine, threadIdx.x, blockDim.x, 1, 1);
       if (t.by_sample) {
@@ -238,12 +247,13 @@ __device__ __forceinline__ Lane merge_block(const Lane& mine) {
 }
 
 template <typename A>
-__global__ void __launch_bounds__(kMergeWidth * kMergeHeight)
+__global__ void __launch_bounds__(kMergeWidth* kMergeHeight)
     finish_moments(const Welford<A>* partials, int64_t slots, int64_t channels, A* mean, A* var) {
   const int64_t c = int64_t(blockIdx.x) * kMergeWidth + threadIdx.x;
   Welford<A> all;
   if (c < channels)
-    for (int64_t slot = threadIdx.y; slot < slots; slot += kMergeHeight) all.merge(partials[slot * channels + c]);
+    for (int64_t slot = threadIdx.y; slot < slots; slot += kMergeHeight)
+      all.merge(partials[slot * channels + c]);
   all = merge_block(all);
   if (c < channels && threadIdx.y == 0) {
     mean[c] = all.mean;
@@ -256,7 +266,8 @@ class Alignment {
  public:
   Alignment(size_t element, const Shape& s) : element_(element), shape_(s) {}
   void add(const Operand& x) {
-    if (x.data) aligned_ &= (uintptr_t(x.data) | uintptr_t(x.outer * element_) | uintptr_t(x.inner * element_)) % 16 == 0;
+    if (x.data)
+      aligned_ &= (uintptr_t(x.data) | uintptr_t(x.outer * element_) | uintptr_t(x.inner * element_)) % 16 == 0;
   }
   void add(const Vector& v) {
     if (!v.data || !shape_.channels_last) return;
@@ -315,7 +326,8 @@ void run_sweep(const Body& body, const Tiling& t, void* partials, const Queue& q
 
 // Sweeps with a body that takes the moments of what it visits.
 template <typename Body>
-void run_moments(const Body& body, const Shape& s, bool aligned, bool by_sample, const Moments& moments, const Queue& queue) {
+void run_moments(const Body& body, const Shape& s, bool aligned, bool by_sample, const Moments& moments,
+                 const Queue& queue) {
   using Lane = typename Body::State::Lane;
   using A = decltype(Lane::mean);
   const Tiling t = tile(s, aligned, by_sample, true);
@@ -324,7 +336,8 @@ void run_moments(const Body& body, const Shape& s, bool aligned, bool by_sample,
   auto* partials = static_cast<Lane*>(queue.allocate(count * s.channels * sizeof(Lane)));
   run_sweep(body, t, partials, queue);
   launch(finish_moments<A>, merge_grid(s.channels), dim3(kMergeWidth, kMergeHeight), queue.stream,
-         static_cast<const Lane*>(partials), count, s.channels, static_cast<A*>(moments.mean), static_cast<A*>(moments.var));
+         static_cast<const Lane*>(partials), count, s.channels, static_cast<A*>(moments.mean),
+         static_cast<A*>(moments.var));
 }
 
 }  // namespace rkfast::cuda

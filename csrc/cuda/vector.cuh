@@ -41,7 +41,7 @@ __device__ __forceinline__ __half narrow<__half>(float v) {
   return __float2half_rn(v);
 }
 
-// Neighbouring elements of a row. kWhole: there are eight, aligned to 16 bytes; otherwise `valid` of them, the rest zero.
+// Neighbouring elements of a row. kWhole: there are eight, aligned to 16 bytes; else `valid` of them, the rest zero.
 template <typename T>
 struct alignas(16) Group {
   static constexpr int kAccesses = sizeof(T) * kLanes / sizeof(uint4);
@@ -56,7 +56,8 @@ struct alignas(16) Group {
         reinterpret_cast<uint4*>(values)[i] = reinterpret_cast<const uint4*>(from)[i];
     } else {
 #pragma unroll
-      for (int k = 0; k < kLanes; ++k) values[k] = k < valid ? from[k] : narrow<T>(0);
+      for (int k = 0; k < kLanes; ++k)
+        values[k] = k < valid ? from[k] : narrow<T>(0);
     }
   }
 

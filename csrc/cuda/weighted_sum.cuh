@@ -56,11 +56,13 @@ struct WeightedSumBody {
       Group<T> x;
       x.template load<kWhole>(sum.norm.x.data, at.in(sum.norm.x), at.valid);
 #pragma unroll
-      for (int k = 0; k < kLanes; ++k) total[k] = cached(k, x[k]);
+      for (int k = 0; k < kLanes; ++k)
+        total[k] = cached(k, x[k]);
     } else {
       const Vec shift = Vec::template load<kWhole>(sum.shift, at, channels, A(0));
 #pragma unroll
-      for (int k = 0; k < kLanes; ++k) total[k] = shift[k];
+      for (int k = 0; k < kLanes; ++k)
+        total[k] = shift[k];
     }
 
     constexpr int kTogether = 4;  // loads in flight
@@ -78,7 +80,8 @@ struct WeightedSumBody {
         const Vec step = Vec::template load<kWhole>(sum.step[j], at, channels, A(1));
         const A coeff = A(sum.coeff[j]);
 #pragma unroll
-        for (int k = 0; k < kLanes; ++k) total[k] += coeff * step[k] * term[i][k];
+        for (int k = 0; k < kLanes; ++k)
+          total[k] += coeff * step[k] * term[i][k];
       }
     }
 

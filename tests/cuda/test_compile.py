@@ -27,7 +27,9 @@ def toolkit() -> Path | None:
 
 
 HOME = toolkit()
-pytestmark = pytest.mark.skipif(HOME is None, reason="needs nvcc with its toolkit: none at CUDA_HOME, on PATH or in /usr/local/cuda")
+pytestmark = pytest.mark.skipif(
+    HOME is None, reason="needs a CUDA toolkit: none at CUDA_HOME, CUDA_PATH, around nvcc or in /usr/local/cuda"
+)
 
 
 def nvcc(source: Path, target: Path, architecture: str) -> subprocess.CompletedProcess[str]:
@@ -67,8 +69,8 @@ def test_bindings(tmp_path: Path) -> None:
         stub = tmp_path / "c10/cuda/impl/cuda_cmake_macros.h"
         stub.parent.mkdir(parents=True)
         stub.write_text("#define C10_CUDA_BUILD_SHARED_LIBS\n")
-    flags = ["-std=c++20", "-fsyntax-only", "-Wall", "-DTORCH_EXTENSION_NAME=_cuda", f"-I{tmp_path}", f"-isystem{HOME}/include"]
-    command = ["g++", *flags, *includes(), str(CSRC / "cuda/bindings.cpp")]
+    flags = ["-std=c++20", "-fsyntax-only", "-Wall", "-DTORCH_EXTENSION_NAME=_cuda", f"-I{tmp_path}"]
+    command = ["g++", *flags, f"-isystem{HOME}/include", *includes(), str(CSRC / "cuda/bindings.cpp")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "warning" not in result.stderr, result.stderr

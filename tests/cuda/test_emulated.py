@@ -1,7 +1,7 @@
-"""The CUDA C++ kernels and their bindings without a GPU: compiled for the host (emulation/) and held against the references.
+"""The CUDA C++ kernels and their bindings without a GPU: compiled for the host and held against the references.
 
-Truth is the reference in float64 on the same stored values. A kernel may be at most twice as far from it as the reference
-in the kernel's own dtype, plus the rounding of the result and a few of what sums are kept in.
+Truth is the reference in float64 on the same stored values. A kernel may be at most twice as far from it as the
+reference in the kernel's own dtype, plus the rounding of the result and a few of what sums are kept in.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import mmap
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +22,14 @@ from rkfast.ops.rk_sum import reference as rk_sum
 from tests.cuda.emulation import build
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-LAYOUTS = ("contiguous", "channels_last", "slice", "aligned_slice", "channels_last_slice", "channels_last_aligned_slice")
+LAYOUTS = (
+    "contiguous",
+    "channels_last",
+    "slice",
+    "aligned_slice",
+    "channels_last_slice",
+    "channels_last_aligned_slice",
+)
 SHAPES = (
     (2, 3, 5, 7),
     (4, 24, 6, 6),
@@ -70,7 +76,8 @@ def lay(values: Tensor, how: str) -> Tensor:
     start, extra = {"slice": (3, 5), "aligned_slice": (8, 16)}.get(how.removeprefix("channels_last_"), (0, 0))
     shape = (n, c + extra, *spatial)
     strides = layout.strides(shape, how.startswith("channels_last"))
-    return torch.empty_strided(shape, strides, dtype=values.dtype)[:, start : start + c].copy_(values)
+    wide = torch.empty_strided(shape, strides, dtype=values.dtype, device=values.device).fill_(float("nan"))
+    return wide[:, start : start + c].copy_(values)
 
 
 class Maker:
@@ -99,7 +106,7 @@ def wide(x: Any) -> Any:
 
 
 def close(found: Tensor, eager: Tensor, truth: Tensor, what: str, scale: float = 0) -> None:
-    """``scale``: what size the result may have been on the way, so that a sum near zero is no more exact than others."""
+    """``scale``: the size of the result on the way to it, because a sum near zero is no more exact than others."""
     assert found.shape == truth.shape, what
     assert found.dtype == eager.dtype, what
     torch.testing.assert_close(found.isnan(), truth.isnan(), msg=what)
@@ -156,10 +163,8 @@ def check_sum(cuda: Any, args: tuple[Any, ...], moments: bool, mask: bool) -> li
 
 
 def check_moments(found: Sequence[Tensor], x: Tensor) -> None:
-    for f, e, t, what in zip(
-        found, channel_moments.forward(x, False), channel_moments.forward(x.double(), False), ("mean", "var"), strict=True
-    ):
-        # A mean is as exact as its largest summand.
+    eager, truth = channel_moments.forward(x, False), channel_moments.forward(x.double(), False)
+    for f, e, t, what in zip(found, eager, truth, ("mean", "var"), strict=True):
         close(f, e, t, what)
 
 
@@ -212,7 +217,8 @@ def test_large(cuda: Any, how: str, dtype: torch.dtype) -> None:
 
 
 def test_mixed_layouts(cuda: Any) -> None:
-    a, b, c = (Maker((3, 10, 5, 4), torch.float32, how, i)() for i, how in enumerate(("contiguous", "channels_last", "slice")))
+    hows = ("contiguous", "channels_last", "slice")
+    a, b, c = (Maker((3, 10, 5, 4), torch.float32, how, i)() for i, how in enumerate(hows))
     d = Maker((3, 10, 4, 5), torch.float32, seed=4)().transpose(2, 3)
     e = Maker((1, 10, 1, 1), torch.float32, seed=5)().expand(3, 10, 5, 4)
     for cl in (False, True):
@@ -236,7 +242,8 @@ def test_out(cuda: Any, shape: tuple[int, ...], how: str) -> None:
         torch.testing.assert_close(slot, expected[0], rtol=2**-7, atol=0)
         check_moments(result[1:], slot)
         outside = inside == 0
-        assert torch.equal(around[outside].view(torch.int16), before[outside].view(torch.int16)), "wrote beside the slot"
+        around, before = (t[outside].view(torch.int16) for t in (around, before))
+        assert torch.equal(around, before), "wrote beside the slot"
 
 
 @pytest.mark.parametrize(("shape", "how", "dtype"), CASES)
@@ -327,8 +334,8 @@ def test_vectors_of_any_dtype(cuda: Any, how: str) -> None:
     x = make()
     weight, bias, mean = make.channels(torch.bfloat16), make.channels(torch.float64), make((16,)).float()[::2]
     var = make.channels(torch.float16).abs() + 1
-    args = (x, weight, bias, mean, var, [x], [1.0], make.channels(torch.float16), how == "channels_last", True, EPS, False, False)
-    compare(cuda.bn_rk_sum, bn_rk_sum.forward, args)
+    args = (x, weight, bias, mean, var, [x], [1.0], make.channels(torch.float16), how == "channels_last", True, EPS)
+    compare(cuda.bn_rk_sum, bn_rk_sum.forward, (*args, False, False))
     # A vector that starts in the middle of 16 bytes.
     shifted = torch.randn(9)[1:]
     check_sum(cuda, ([x], [1.0], [shifted], None, how == "channels_last", False), False, False)
@@ -348,7 +355,8 @@ def test_mean_far_above_deviation(cuda: Any, shape: tuple[int, ...], how: str) -
     true_var, true_mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
     torch.testing.assert_close(mean.double(), true_mean, rtol=2**-22, atol=0)
     torch.testing.assert_close(var.double(), true_var, rtol=1e-3, atol=0)  # of sums: off by 1e2
-    normed = cuda.bn_rk_sum(x, None, None, None, None, [], [], None, how == "channels_last", False, 1e-5, False, False)[0]
+    args = (x, None, None, None, None, [], [], None, how == "channels_last", False, 1e-5, False, False)
+    normed = cuda.bn_rk_sum(*args)[0]
     expected = (x.double() - true_mean.view(1, -1, 1, 1)) * torch.rsqrt(true_var + 1e-5).view(1, -1, 1, 1)
     torch.testing.assert_close(normed.double(), expected, rtol=2e-3, atol=2e-2)
 
@@ -368,7 +376,8 @@ def test_not_finite(cuda: Any, how: str, dtype: torch.dtype) -> None:
     found = compare(cuda.rk_sum_backward, rk_sum.backward, (grad, result[1], [2.0], [None], [], [], [], True, cl))
     assert found[0][0, 2, 3, 3] == 0
     mean, var = make.channels(), make.channels().abs() + 1
-    compare(cuda.bn_rk_sum, bn_rk_sum.forward, (x, None, None, mean, var, [y], [1.0], None, cl, True, EPS, False, False))
+    args = (x, None, None, mean, var, [y], [1.0], None, cl, True, EPS, False, False)
+    compare(cuda.bn_rk_sum, bn_rk_sum.forward, args)
     found = cuda.channel_moments(x, cl)
     assert [bool(v.isfinite()) for v in found[1]] == [False, False, False, True, True, True]
     check_moments([v[3:] for v in found], x[:, 3:])
@@ -381,7 +390,8 @@ def test_empty(cuda: Any, shape: tuple[int, ...]) -> None:
     before = cuda.launches()
     for cl in (False, True):
         compare(cuda.rk_sum, rk_sum.forward, ([x], [1.0], [c], None, cl, True, True, True))
-        compare(cuda.rk_sum_backward, rk_sum.backward, (x, None, [1.0], [None], [x, x], [1.0, 1.0], [False, True], True, cl))
+        args = (x, None, [1.0], [None], [x, x], [1.0, 1.0], [False, True], True, cl)
+        compare(cuda.rk_sum_backward, rk_sum.backward, args)
         compare(cuda.bn_rk_sum, bn_rk_sum.forward, (x, c, c, None, None, [x], [1.0], gate, cl, True, EPS, True, True))
         args = (x, x, c, c, c, c, gate, None, [1.0], cl, False, True, EPS, True, True, True)
         compare(cuda.bn_rk_sum_backward, bn_rk_sum.backward, args)
@@ -437,31 +447,33 @@ def test_running_stats(cuda: Any, dtype: torch.dtype, momentum: float | None) ->
 
 def test_offsets_beyond_32_bits(cuda: Any) -> None:
     pitch = 2**32 + 16
-    memory = mmap.mmap(-1, 2 * (pitch + 64), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000))
-    x = torch.frombuffer(memory, dtype=torch.bfloat16).as_strided((2, 3, 16), (pitch, 16, 1)).copy_(torch.randn(2, 3, 16))
+    flags = (
+        mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    )  # only what is touched exists
+    memory = torch.frombuffer(mmap.mmap(-1, 2 * (pitch + 64), flags=flags), dtype=torch.bfloat16)
+    x = memory.as_strided((2, 3, 16), (pitch, 16, 1)).copy_(torch.randn(2, 3, 16))
     found = cuda.rk_sum([x, x], [1.0, 0.5], [torch.ones(3), None], None, False, False, True, False)
     torch.testing.assert_close(found[0], (1.5 * x.float()).bfloat16(), rtol=2**-7, atol=0)
     check_moments(found[1:], found[0])
-    rows = x.transpose(1, 2).contiguous().transpose(1, 2)
-    wide_rows = torch.frombuffer(memory, dtype=torch.bfloat16).as_strided((1, 16, 2), (2 * pitch, 1, pitch)).copy_(rows[:1, :, :2].expand(1, 3, 2)[:, :1].expand(1, 16, 2))
-    check_moments(cuda.channel_moments(wide_rows, True), wide_rows)
+    x = memory.as_strided((1, 16, 2), (2 * pitch, 1, pitch)).copy_(torch.randn(1, 16, 2))
+    check_moments(cuda.channel_moments(x, True), x)
 
 
 def test_bad_arguments(cuda: Any) -> None:
     x = torch.randn(2, 3, 4, 4)
-    good = SimpleNamespace(terms=[x, x], coeffs=[1.0, 1.0], steps=[None, None])
+    good = ([x, x], [1.0, 1.0], [None, None])
     tail = (None, False, False, False, False)
     for terms, coeffs, steps, error in (
-        ([x, x[:1]], good.coeffs, good.steps, ValueError),
-        ([x, x.double()], good.coeffs, good.steps, TypeError),
-        (good.terms, [1.0], good.steps, ValueError),
+        ([x, x[:1]], *good[1:], ValueError),
+        ([x, x.double()], *good[1:], TypeError),
+        (good[0], [1.0], good[2], ValueError),
         ([], [], [], ValueError),
         ([x] * 17, [1.0] * 17, [None] * 17, ValueError),
-        (good.terms, good.coeffs, [torch.ones(4), None], ValueError),
+        (*good[:2], [torch.ones(4), None], ValueError),
         ([x.long()], [1.0], [None], TypeError),
     ):
         with pytest.raises(error):
             cuda.rk_sum(terms, coeffs, steps, *tail)
-    for out in (torch.empty(2, 3, 4, 8)[..., ::2], torch.empty(2, 4, 4, 4), torch.empty(2, 3, 4, 4, dtype=torch.float64)):
+    for out in (torch.empty(2, 3, 4, 8)[..., ::2], torch.empty(2, 4, 4, 4), torch.empty_like(x, dtype=torch.float64)):
         with pytest.raises((ValueError, TypeError), match="out"):
-            cuda.rk_sum(*vars(good).values(), *tail, out)
+            cuda.rk_sum(*good, *tail, out)

@@ -1,4 +1,4 @@
-"""Compiles csrc/cuda with the host's g++ against the headers of this folder: the same kernels and bindings, without a GPU."""
+"""Compiles csrc/cuda with g++ against the headers of this folder: the same kernels and bindings, without a GPU."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def build(extra: tuple[str, ...] = ()) -> Path:
         objects = [f"{folder}/{source.name}.o" for source in sources]
         for source, target in zip(sources, objects, strict=True):
             subprocess.run(["g++", *flags, "-x", "c++", "-c", source, "-o", target], check=True)
-        libraries = [f"-L{TORCH / 'lib'}", f"-Wl,-rpath,{TORCH / 'lib'}", "-ltorch_python", "-ltorch_cpu", "-ltorch", "-lc10"]
+        libraries = [f"-L{TORCH / 'lib'}", f"-Wl,-rpath,{TORCH / 'lib'}"]
+        libraries += ["-ltorch_python", "-ltorch_cpu", "-ltorch", "-lc10"]
         subprocess.run(["g++", "-shared", *extra, *objects, *libraries, "-o", f"{folder}/built.so"], check=True)
         os.replace(f"{folder}/built.so", kept)
     return kept
@@ -52,7 +53,8 @@ def build(extra: tuple[str, ...] = ()) -> Path:
 def load(path: Path) -> Any:
     """The extension, with ``launches()``: how many kernels it has launched."""
     spec = importlib.util.spec_from_file_location(NAME, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     count = ctypes.CDLL(str(path)).emulated_launches

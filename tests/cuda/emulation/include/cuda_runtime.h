@@ -1,5 +1,5 @@
-// As much of CUDA as the kernels use, on the CPU: blocks one after another, the threads of a block as fibers that run from
-// barrier to barrier, in an order that differs from block to block so that a missing barrier shows.
+// As much of CUDA as the kernels use, on the CPU: blocks one after another, the threads of a block as fibers that run
+// from barrier to barrier, in an order that differs each time so that a missing barrier shows.
 #pragma once
 
 #include <setjmp.h>
@@ -49,11 +49,13 @@ class Fibers {
  public:
   // Runs `thread` for each index below `size`; throws where only a part of them meets a barrier.
   void run(unsigned size, const std::function<void(unsigned)>& thread, std::mt19937& random) {
-    while (fibers_.size() < size) fibers_.push_back(std::make_unique<Fiber>());
+    while (fibers_.size() < size)
+      fibers_.push_back(std::make_unique<Fiber>());
     thread_ = &thread;
     std::vector<unsigned> order(size);
     std::iota(order.begin(), order.end(), 0u);
-    for (unsigned i = 0; i < size; ++i) fibers_[i]->done = false;
+    for (unsigned i = 0; i < size; ++i)
+      fibers_[i]->done = false;
     for (unsigned left = size; left > 0;) {
       std::shuffle(order.begin(), order.end(), random);
       unsigned ended = 0;
@@ -138,10 +140,12 @@ struct cudaLaunchConfig_t {
 };
 
 template <typename... Parameters, typename... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
   const std::lock_guard<std::mutex> one_at_a_time(emulation::device);
   const auto threads = uint64_t(config->blockDim.x) * config->blockDim.y * config->blockDim.z;
-  if (threads == 0 || threads > 1024 || config->gridDim.x == 0) throw std::runtime_error("emulation: invalid configuration");
+  if (threads == 0 || threads > 1024 || config->gridDim.x == 0)
+    throw std::runtime_error("emulation: invalid configuration");
   ++emulation::launches;
   gridDim = config->gridDim;
   blockDim = config->blockDim;
