@@ -70,6 +70,25 @@ def test_wrong_results_are_refused(kind: str, dtype: torch.dtype, monkeypatch: p
     assert failure.startswith(where)
 
 
+def test_a_relu_may_flip_beside_its_kink_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(RkSum(2, relu=True), (2, 3, 5, 3), channels_last=False)
+    inputs, seed = case.draw("cpu"), case.seed("cpu")
+    y, k = inputs.activations
+    right = rk_sum.rk_sum
+
+    def shifted(by: float) -> Callable[..., Any]:
+        # Less than an error that would be noticed in the value, yet another sign, and so another gradient.
+        return lambda terms, coeffs, **kwargs: right([*terms, torch.full_like(y, by)], [*coeffs, 1.0], **kwargs)
+
+    y.view(-1)[7] = -0.5 * k.view(-1)[7]  # the sum is exactly at the kink
+    monkeypatch.setattr(rk_sum, "rk_sum", shifted(1e-7))
+    assert gate.check(case, inputs, seed).failure is None
+    y.view(-1)[7] += -1e-3
+    monkeypatch.setattr(rk_sum, "rk_sum", shifted(2e-3))
+    failure = gate.check(case, inputs, seed).failure
+    assert failure is not None
+
+
 def test_buffers_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     from rkfast.bench.ops import bn_rk_sum
     from rkfast.bench.ops.bn_rk_sum import BnRkSum
