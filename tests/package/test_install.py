@@ -247,10 +247,12 @@ def test_every_instruction_set_is_served(platform_wheel: Path, install: Install)
         "with rkfast.use('cpu'): y = rkfast.ops.rk_sum([x, x], [1.0, 2.0])\n"
         "assert torch.equal(y, 3 * x)\nprint(torch.backends.cpu.get_cpu_capability())"
     )
+    known = ("DEFAULT", "AVX2", "AVX512")
     own = torch.backends.cpu.get_cpu_capability()
-    for asked in ("default", "avx2", "avx512"):
-        served = python("-c", code, path=install(platform_wheel), ATEN_CPU_CAPABILITY=asked).strip()
-        assert served in (asked.upper(), own, "DEFAULT")
+    if own not in known:
+        pytest.skip(f"{own} has one set of kernels")
+    for asked in known[: known.index(own) + 1]:
+        assert python("-c", code, path=install(platform_wheel), ATEN_CPU_CAPABILITY=asked.lower()).strip() == asked
 
 
 def test_script(platform_wheel: Path, install: Install) -> None:

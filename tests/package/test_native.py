@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,11 @@ def test_an_unwritable_cache_falls_back_to_a_private_folder(tmp_path: Path, vari
     folder = Path(python("-c", code, **where).strip())
     assert folder.name.startswith("rkfast-")
     assert not folder.exists(), "left behind"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is a folder that not even root can write")
+def test_a_folder_that_is_there_but_cannot_be_written() -> None:
+    assert Path(python("-c", CACHE, RKFAST_CACHE_DIR="/proc").strip()).name.startswith("rkfast-")
 
 
 def test_triton_compiles_into_the_cache(tmp_path: Path) -> None:
