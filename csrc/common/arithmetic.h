@@ -18,6 +18,15 @@ RKFAST_HD T relu(T v) {
   return v <= T(0) ? T(0) : v;
 }
 
+// Chan's merging of mean and sum of squared deviations, exact for any split of the values and free of cancellation: `count`
+// values so far, and others that make up `share` of the whole.
+template <typename T>
+RKFAST_HD void chan_merge(T& mean, T& m2, T other_mean, T other_m2, T count, T share) {
+  const T delta = other_mean - mean;
+  mean += delta * share;
+  m2 += other_m2 + delta * delta * count * share;
+}
+
 // Count, mean and sum of squared deviations of some values of one channel.
 template <typename T>
 struct Welford {
@@ -25,14 +34,10 @@ struct Welford {
   T mean = 0;
   T m2 = 0;
 
-  // Chan's merging: exact for any split of the values, with no cancellation.
   RKFAST_HD void merge(T other_count, T other_mean, T other_m2) {
     if (other_count == T(0)) return;
     const T total = count + other_count;
-    const T delta = other_mean - mean;
-    const T share = other_count / total;
-    mean += delta * share;
-    m2 += other_m2 + delta * delta * count * share;
+    chan_merge(mean, m2, other_mean, other_m2, count, other_count / total);
     count = total;
   }
 

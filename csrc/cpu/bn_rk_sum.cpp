@@ -58,36 +58,37 @@ std::vector<Tensor> bn_rk_sum(const Tensor& x, const Optional& weight, const Opt
                               const Optional& step, bool channels_last, bool relu, double eps, bool moments, bool mask,
                               const Optional& out) {
   WithoutAutocast guard;
-  TORCH_CHECK_VALUE(terms.size() < kMaxTerms, "terms: at most 16, got ", terms.size());
+  TORCH_CHECK_VALUE(terms.size() < kMaxTerms && terms.size() == coeffs.size(),
+                    "terms, coeffs: expected as many of each, at most 16");
   const Rows rows(x, channels_last);
   Operands operands(rows);
   const Operand normalised = operands.add(x);
   std::vector<Tensor> result{out ? *out : empty_rows(x, channels_last)};
   std::vector<Tensor> statistics;
   if (!mean) {
-    MomentsOf m{shape_of(rows, false), dtype_of(x), normalised, {}};
-    Partials partials(m.shape, 2);
-    m.moments = partials.moments();
-    if (x.numel() > 0) moments_of(m);
-    else std::fill_n(partials.data(), 2 * m.shape.partials() * m.shape.padded(), 0.0);
-    auto [own_mean, own_var] = partials.merge_moments(x);
+    auto [own_mean, own_var] = own_moments(x, normalised, rows, operands.all_dense());
     statistics = {own_mean, own_var};
   }
   const Norm norm(rows, weight, bias, mean ? *mean : statistics[0], mean ? *var : statistics[1], step, eps);
 
   Combine a{};
-  a.shape = shape_of(rows, norm.by_sample());
   a.dtype = dtype_of(x);
   a.n = static_cast<int>(terms.size()) + 1;
   a.relu = relu;
-  a.out = output(result[0], rows);
-  for (int j = 0; j < a.n - 1; ++j) {
-    a.terms[j] = operands.add(terms[j]);
-    a.factors[j].scalar = coeffs.at(j);
-  }
+  a.out = operands.output(result[0]);
+  for (int j = 0; j < a.n - 1; ++j) a.terms[j] = operands.add(terms[j]);
+  a.terms[a.n - 1] = normalised;
+  a.shape = shape_of(rows, norm.by_sample());
+  const int64_t join = join_rows(a.shape, operands.all_dense(), mask);
+  a.out.inner *= join;
+  for (int j = 0; j < a.n; ++j) a.terms[j].inner *= join;
+
   Vectors vectors(a.shape, moments_dtype(x.scalar_type()));
   const Folded folded = norm.fold(vectors);
-  a.terms[a.n - 1] = normalised;
+  for (int j = 0; j < a.n - 1; ++j) {
+    const double c = coeffs[j];
+    a.factors[j] = channels_last ? vectors.add(1, [c](int64_t, int64_t) { return c; }) : Factor{nullptr, 0, c};
+  }
   a.factors[a.n - 1] = folded.scale;
   a.shift = folded.shift;
   a.center = folded.center.vector;
@@ -97,10 +98,7 @@ std::vector<Tensor> bn_rk_sum(const Tensor& x, const Optional& weight, const Opt
   }
   result.insert(result.end(), statistics.begin(), statistics.end());
   Partials partials(a.shape, moments ? 2 : 0);
-  if (moments) {
-    a.moments = partials.moments();
-    if (x.numel() == 0) std::fill_n(partials.data(), 2 * a.shape.partials() * a.shape.padded(), 0.0);
-  }
+  if (moments) a.moments = partials.moments();
   if (x.numel() > 0) combine(a);
   if (moments) {
     auto [out_mean, out_var] = partials.merge_moments(x);
@@ -120,17 +118,28 @@ std::vector<Tensor> bn_rk_sum_backward(const Tensor& grad, const Tensor& x, cons
   const Rows rows(x, channels_last);
   const int64_t channels = rows.channels;
   const Norm norm(rows, weight, bias, mean, var, step, eps);
-  Operands operands(rows);
-  const Operand input = operands.add(x);
+  std::vector<Tensor> result;
+  Tensor dx = need_x ? empty_rows(x, channels_last) : Tensor();
+  std::vector<Tensor> dterms;
+  for (size_t k = 0; k < coeffs.size(); ++k) dterms.push_back(empty_rows(x, channels_last));
 
-  Combine sign{};
+  Operands operands(rows);
+  Operand input = operands.add(x);
   Backward a{};
-  a.shape = shape_of(rows, norm.by_sample());
   a.dtype = dtype_of(x);
   a.grad = operands.add(grad);
+  if (need_x) a.outputs[a.n_outputs++] = operands.output(dx);
+  for (const Tensor& d : dterms) a.outputs[a.n_outputs++] = operands.output(d);
+  a.shape = shape_of(rows, norm.by_sample());
+  const int64_t join = join_rows(a.shape, operands.all_dense(), relu);
+  input.inner *= join;
+  a.grad.inner *= join;
+  for (int k = 0; k < a.n_outputs; ++k) a.outputs[k].inner *= join;
+
   Vectors vectors(a.shape, moments_dtype(x.scalar_type()));
   const Folded folded = norm.fold(vectors);
   a.center = folded.center.vector;
+  Combine sign{};
   if (mask) {
     a.mask = mask->const_data_ptr<uint8_t>();
   } else if (relu) {
@@ -145,38 +154,38 @@ std::vector<Tensor> bn_rk_sum_backward(const Tensor& grad, const Tensor& x, cons
     a.sign = &sign;
   }
 
-  const bool reduce = need_affine || need_step || (need_x && batch_stats);
-  Partials partials(a.shape, reduce ? 2 : 0);
-  if (reduce) {
+  // s0 = sum g' and s1 = sum g' x_hat, over the channel or over the channel of each sample; hs0 and hs1 with the step.
+  const int64_t samples = norm.by_sample() ? rows.samples : 1;
+  std::vector<double> s0, s1, hs0(channels), hs1(channels);
+  if (need_affine || need_step || (need_x && batch_stats)) {
+    Partials partials(a.shape, 2);
     Backward r = a;
+    r.n_outputs = 0;
     r.sum_grad = true;
     r.n_summed = 1;
     r.summed[0] = input;
     r.sums = partials.data();
-    if (x.numel() > 0) backward(r);
-    else std::fill_n(partials.data(), 2 * a.shape.partials() * a.shape.padded(), 0.0);
-  }
-  // s0 = sum g' and s1 = sum g' x_hat, over the channel or over the channel of each sample; hs0 and hs1 with the step.
-  const int64_t samples = norm.by_sample() ? rows.samples : 1;
-  std::vector<double> s0(samples * channels), s1(samples * channels), hs0(channels), hs1(channels);
-  if (reduce) {
-    for (int64_t c = 0; c < channels; ++c) {
-      const double rstd = norm.rstd(c);
-      for (int64_t n = 0; n < samples; ++n) {
+    if (x.numel() > 0) {
+      backward(r);
+    } else {
+      partials.clear();
+    }
+    s0 = partials.sums(0, norm.by_sample());
+    s1 = partials.sums(1, norm.by_sample());
+    for (int64_t n = 0; n < samples; ++n) {
+      for (int64_t c = 0; c < channels; ++c) {
         const int64_t i = n * channels + c;
-        s0[i] = samples > 1 ? partials.sum(0, c, n) : partials.sum(0, c);
-        s1[i] = rstd * (samples > 1 ? partials.sum(1, c, n) : partials.sum(1, c));
+        s1[i] *= norm.rstd(c);
         hs0[c] += norm.step(n, c) * s0[i];
         hs1[c] += norm.step(n, c) * s1[i];
       }
     }
   }
 
-  std::vector<Tensor> result;
+  int k = 0;
   if (need_x) {
-    result.push_back(empty_rows(x, channels_last));
-    a.outputs[a.n_outputs] = output(result.back(), rows);
-    a.factors[a.n_outputs++] = folded.scale;
+    result.push_back(dx);
+    a.factors[k++] = folded.scale;
     if (batch_stats) {
       const double count = static_cast<double>(rows.count());
       auto correction = [&](int64_t c) { return correct(norm.rstd(c), norm.weight(c), hs0[c], hs1[c], count); };
@@ -185,6 +194,7 @@ std::vector<Tensor> bn_rk_sum_backward(const Tensor& grad, const Tensor& x, cons
       a.offset = vectors.add(1, [&](int64_t, int64_t c) { return correction(c).offset; }).vector;
     }
   }
+  for (double c : coeffs) a.factors[k++] = {nullptr, 0, c};
   if (need_affine) {
     Tensor dweight = empty_vector(x, {channels}), dbias = empty_vector(x, {channels});
     for (int64_t c = 0; c < channels; ++c) {
@@ -203,11 +213,7 @@ std::vector<Tensor> bn_rk_sum_backward(const Tensor& grad, const Tensor& x, cons
       }
     result.push_back(dstep);
   }
-  for (double c : coeffs) {
-    result.push_back(empty_rows(x, channels_last));
-    a.outputs[a.n_outputs] = output(result.back(), rows);
-    a.factors[a.n_outputs++].scalar = c;
-  }
+  result.insert(result.end(), dterms.begin(), dterms.end());
   if (a.n_outputs > 0 && x.numel() > 0) backward(a);
   return result;
 }

@@ -28,29 +28,56 @@ template struct Dispatch<Backward>;
 template struct Dispatch<MomentsOf>;
 
 std::pair<Tensor, Tensor> Partials::merge_moments(const Tensor& x) {
-  const int64_t channels = s_.channels(), padded = s_.padded(), splits = s_.splits();
-  Tensor mean = empty_vector(x, {channels}), var = empty_vector(x, {channels});
-  for (int64_t c = 0; c < channels; ++c) {
-    Welford<double> all;
-    for (int64_t k = 0; k < s_.partials(); ++k) {
-      const int64_t rows = s_.channels_last ? std::min(s_.unit, s_.inner - k % splits * s_.unit) : s_.length;
-      all.merge(static_cast<double>(rows), vector(0)[k * padded + c], vector(1)[k * padded + c]);
+  const int64_t channels = s_.channels(), padded = s_.padded();
+  std::vector<double> mean(channels), m2(channels);
+  double count = 0;
+  for (int64_t k = 0; k < s_.partials(); ++k) {
+    const int64_t rows = s_.channels_last ? std::min(s_.unit, s_.inner - k % s_.splits() * s_.unit) : s_.length;
+    if (rows == 0) continue;
+    for (int64_t r = 0; r < s_.replicas; ++r) {
+      const double* other_mean = vector(0) + k * padded + r * channels;
+      const double* other_m2 = vector(1) + k * padded + r * channels;
+      const double share = static_cast<double>(rows) / (count + static_cast<double>(rows));
+      for (int64_t c = 0; c < channels; ++c)
+        chan_merge(mean[c], m2[c], other_mean[c], other_m2[c], count, share);
+      count += static_cast<double>(rows);
     }
-    store(mean, c, all.mean);
-    store(var, c, all.variance());
   }
-  return {mean, var};
+  Tensor mean_out = empty_vector(x, {channels}), var_out = empty_vector(x, {channels});
+  for (int64_t c = 0; c < channels; ++c) {
+    store(mean_out, c, mean[c]);
+    store(var_out, c, count > 0 ? m2[c] / count : 0.0);
+  }
+  return {mean_out, var_out};
+}
+
+std::vector<double> Partials::sums(int64_t which, bool by_sample) {
+  const int64_t channels = s_.channels(), samples = by_sample ? s_.outer : 1;
+  const int64_t each = samples > 0 ? s_.partials() / samples : 0;
+  std::vector<double> result(samples * channels);
+  for (int64_t k = 0; k < each * samples; ++k) {
+    const double* part = vector(which) + k * s_.padded();
+    double* to = result.data() + k / each * channels;
+    for (int64_t r = 0; r < s_.replicas; ++r, part += channels)
+      for (int64_t c = 0; c < channels; ++c) to[c] += part[c];
+  }
+  return result;
 }
 
 std::pair<Tensor, Tensor> channel_moments(const Tensor& x, bool channels_last) {
   WithoutAutocast guard;
   const Rows rows(x, channels_last);
   Operands operands(rows);
-  MomentsOf a{shape_of(rows, false), dtype_of(x), operands.add(x), {}};
+  const Operand operand = operands.add(x);
+  return own_moments(x, operand, rows, operands.all_dense());
+}
+
+std::pair<Tensor, Tensor> own_moments(const Tensor& x, Operand operand, const Rows& rows, bool dense) {
+  MomentsOf a{shape_of(rows, false), dtype_of(x), operand, {}};
+  a.x.inner *= join_rows(a.shape, dense, false);
   Partials partials(a.shape, 2);
   a.moments = partials.moments();
-  if (x.numel() == 0) std::fill_n(partials.data(), 2 * a.shape.partials() * a.shape.padded(), 0.0);
-  else moments_of(a);
+  if (x.numel() > 0) moments_of(a);
   return partials.merge_moments(x);
 }
 

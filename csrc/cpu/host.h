@@ -35,6 +35,13 @@ inline DType dtype_of(const Tensor& x) {
 
 constexpr int64_t kUnit = 16384;  // elements per unit of work
 
+inline void set_unit(Shape& s) {
+  // A unit is long enough for its sums to be worth merging, and there are not many of them to a channel.
+  const int64_t fill = (kUnit + s.length - 1) / std::max<int64_t>(s.length, 1);
+  s.unit = s.channels_last ? std::max({fill, int64_t(64), (s.inner + 63) / 64}) : std::max<int64_t>(fill, 1);
+  s.unit = std::min(s.unit, s.inner);
+}
+
 // `by_sample`: something differs from sample to sample, so that samples cannot be walked as one.
 inline Shape shape_of(const Rows& r, bool by_sample) {
   Shape s{};
@@ -42,29 +49,43 @@ inline Shape shape_of(const Rows& r, bool by_sample) {
   s.outer = r.outer();
   s.inner = r.inner();
   s.length = s.last = r.length();
+  s.replicas = 1;
   if (r.channels_last && !by_sample) {
     s.inner *= s.outer;
     s.outer = 1;
   }
-  // A unit is long enough for its sums to be worth merging, and there are at most 64 of them to a channel.
-  const int64_t fill = (kUnit + s.length - 1) / std::max<int64_t>(s.length, 1);
-  s.unit = r.channels_last ? std::max({fill, int64_t(128), (s.inner + 63) / 64}) : std::max<int64_t>(fill, 1);
-  s.unit = std::min(s.unit, s.inner);
+  set_unit(s);
   return s;
+}
+
+// Joins dense channels_last rows of few channels, so that registers are full; returns how many go into one.
+inline int64_t join_rows(Shape& s, bool dense, bool mask) {
+  // Mask bits of neighbouring rows are neighbours only where a row fills its bytes.
+  if (!s.channels_last || !dense || (mask && s.length % 8 != 0)) return 1;
+  int64_t join = 1;
+  while (s.length * join < 256 && s.inner % (2 * join) == 0 && s.inner > 0) join *= 2;
+  s.length *= join;
+  s.last = s.length;
+  s.inner /= join;
+  s.replicas = join;
+  set_unit(s);
+  return join;
 }
 
 // Everything dense and nothing per channel: rows are cut where it suits the cache.
 inline Shape flat_shape(int64_t numel) {
   Shape s{};
-  s.outer = 1;
-  s.length = std::min<int64_t>(std::max<int64_t>(numel, 1), 4096);
+  s.outer = s.replicas = 1;
+  s.length = std::min<int64_t>(std::max<int64_t>(numel, 1), kUnit);
   s.inner = (numel + s.length - 1) / s.length;
   s.last = numel - (s.inner - 1) * s.length;
-  s.unit = std::min<int64_t>(s.inner, kUnit / 4096);
+  s.unit = std::min<int64_t>(s.inner, 1);
   return s;
 }
 
-inline bool is_dense(const Pitch& p, const Rows& r) { return p.inner == r.length() && (r.outer() <= 1 || p.outer == r.inner() * r.length()); }
+inline bool is_dense(int64_t outer, int64_t inner, const Rows& r) {
+  return inner == r.length() && (r.outer() <= 1 || outer == r.inner() * r.length());
+}
 
 // Conforming operands stay alive here while a kernel runs.
 class Operands {
@@ -74,8 +95,16 @@ class Operands {
   Operand add(const Tensor& x) {
     Pitch p;
     kept_.push_back(conform(x, rows_, p));
-    dense_ = dense_ && is_dense(p, rows_);
+    dense_ = dense_ && is_dense(p.outer, p.inner, rows_);
     return {kept_.back().const_data_ptr(), p.outer, p.inner};
+  }
+
+  // A tensor that is written: it is never copied.
+  Operand output(const Tensor& x) {
+    Pitch p;
+    TORCH_CHECK_VALUE(find_pitch(x, rows_, p), "out: neither dense nor a channel slice in the layout of the call");
+    dense_ = dense_ && is_dense(p.outer, p.inner, rows_);
+    return {x.data_ptr(), p.outer, p.inner};
   }
 
   bool all_dense() const { return dense_; }
@@ -85,12 +114,6 @@ class Operands {
   bool dense_ = true;
   std::vector<Tensor> kept_;
 };
-
-inline Operand output(const Tensor& x, const Rows& r) {
-  Pitch p;
-  TORCH_CHECK_VALUE(find_pitch(x, r, p), "out: neither dense nor a channel slice in the layout of the call");
-  return {x.data_ptr(), p.outer, p.inner};
-}
 
 inline void flatten(Operand& x, const Shape& s) { x.outer = 0, x.inner = s.length; }
 
@@ -126,7 +149,8 @@ class Vector {
 // Vectors for the kernels, [samples or 1][padded] in float or double.
 class Vectors {
  public:
-  Vectors(const Shape& s, at::ScalarType dtype) : padded_(s.padded()), channels_(s.channels()), wide_(dtype == at::kDouble) {}
+  Vectors(const Shape& s, at::ScalarType dtype)
+      : padded_(s.padded()), columns_(s.columns()), channels_(s.channels()), wide_(dtype == at::kDouble) {}
 
   template <typename F>
   Factor add(int64_t samples, F&& value) {
@@ -138,11 +162,12 @@ class Vectors {
   template <typename T, typename F>
   Factor fill(std::vector<T>& to, int64_t samples, F&& value) {
     for (int64_t n = 0; n < samples; ++n)
-      for (int64_t c = 0; c < channels_; ++c) to[n * padded_ + c] = static_cast<T>(value(n, c));
+      for (int64_t i = 0; i < columns_; ++i)
+        to[n * padded_ + i] = i < channels_ ? static_cast<T>(value(n, i)) : to[n * padded_ + i - channels_];
     return {to.data(), samples > 1 ? padded_ : 0, 1};
   }
 
-  int64_t padded_, channels_;
+  int64_t padded_, columns_, channels_;
   bool wide_;
   std::vector<std::vector<float>> floats_;
   std::vector<std::vector<double>> doubles_;
@@ -151,31 +176,24 @@ class Vectors {
 // What the units of a reduction leave behind, merged in a fixed order.
 class Partials {
  public:
-  Partials(const Shape& s, int64_t vectors) : s_(s), data_(new double[std::max<int64_t>(1, vectors * s.partials() * s.padded())]) {}
+  Partials(const Shape& s, int64_t vectors)
+      : s_(s), vectors_(vectors), data_(new double[std::max<int64_t>(1, vectors * s.partials() * s.padded())]) {}
 
   double* data() { return data_.get(); }
   double* vector(int64_t which) { return data() + which * s_.partials() * s_.padded(); }
   Moments moments() { return {vector(0), vector(1)}; }
 
+  void clear() { std::fill_n(data(), vectors_ * s_.partials() * s_.padded(), 0.0); }
+
   // [C] mean and variance from moments().
   std::pair<Tensor, Tensor> merge_moments(const Tensor& x);
 
-  // Sum number `which` over channel c of sample n, or of all samples.
-  double sum(int64_t which, int64_t c, int64_t n) {
-    const int64_t each = s_.partials() / std::max<int64_t>(s_.outer, 1);
-    return add(which, c, n * each, (n + 1) * each);
-  }
-  double sum(int64_t which, int64_t c) { return add(which, c, 0, s_.partials()); }
+  // Sum number `which` over each channel, [C], or over each channel of each sample, [N][C].
+  std::vector<double> sums(int64_t which, bool by_sample);
 
  private:
-  double add(int64_t which, int64_t c, int64_t begin, int64_t end) {
-    const double* v = vector(which) + c;
-    double total = 0;
-    for (int64_t k = begin; k < end; ++k) total += v[k * s_.padded()];
-    return total;
-  }
-
   Shape s_;
+  int64_t vectors_;
   std::unique_ptr<double[]> data_;
 };
 
@@ -190,6 +208,9 @@ inline void store(Tensor& v, int64_t i, double value) {
 inline Tensor empty_vector(const Tensor& x, at::IntArrayRef sizes) {
   return at::empty(sizes, x.options().dtype(moments_dtype(x.scalar_type())).memory_format(at::MemoryFormat::Contiguous));
 }
+
+// channel_moments of what is an operand already.
+std::pair<Tensor, Tensor> own_moments(const Tensor& x, Operand operand, const Rows& rows, bool dense);
 
 // What Python asks before it calls an op, answered in one go: bits of
 enum Survey : int64_t {

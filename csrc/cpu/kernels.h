@@ -17,13 +17,15 @@ struct Shape {
   int64_t outer, inner, length;
   int64_t last;  // length of the last row; differs only where rows cut a flat tensor
   bool channels_last;
-  int64_t unit;  // rows per unit; a unit never spans two samples
+  int64_t replicas;  // rows of few channels that were joined to one: the channels repeat along it
+  int64_t unit;      // rows per unit; a unit never spans two samples
 
   int64_t splits() const { return unit == 0 ? 0 : (inner + unit - 1) / unit; }
   int64_t units() const { return outer * splits(); }
-  int64_t channels() const { return channels_last ? length : inner; }
-  int64_t padded() const { return (channels() + kPad - 1) / kPad * kPad; }
-  // Reductions leave one vector per unit (channels_last) or per sample (contiguous).
+  // Columns of what a reduction leaves behind: one vector per unit (channels_last) or per sample (contiguous).
+  int64_t columns() const { return channels_last ? length : inner; }
+  int64_t channels() const { return columns() / replicas; }
+  int64_t padded() const { return (columns() + kPad - 1) / kPad * kPad; }
   int64_t partials() const { return channels_last ? units() : outer; }
 };
 
@@ -44,7 +46,8 @@ struct Moments {  // of each unit or sample, in double, [partials][padded]
   double* m2 = nullptr;
 };
 
-// out = act(sum_j factor_j * (term_j - center_j) + shift); a center belongs to the last term only.
+// out = act(sum_j factor_j * (term_j - center_j) + shift); a center belongs to the last term only. In channels_last calls
+// either every factor is a vector or none is, and a center comes with vectors.
 struct Combine {
   Shape shape;
   DType dtype;

@@ -5,6 +5,7 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
+#include <algorithm>
 #include <cstring>
 #include <type_traits>
 
@@ -77,10 +78,16 @@ struct Pack {
     }
   }
 
+  // The first n; the rest is 0.
   static Pack load(const T* p, int n) {
-    alignas(64) T buffer[kLanes] = {};
-    std::memcpy(static_cast<void*>(buffer), p, n * sizeof(T));
-    return load(buffer);
+    if constexpr (kReduced) {
+      auto [low, high] = at::vec::convert_to_float<T>(Vectorized<T>::loadu(p, n));
+      return {low, high};
+    } else if constexpr (kVecs == 1) {
+      return {Vec::loadu(p, n)};
+    } else {
+      return {Vec::loadu(p, std::min(n, kWidth)), Vec::loadu(p + kWidth, std::max(n - kWidth, 0))};
+    }
   }
 
   void store(T* p) const {
@@ -92,17 +99,21 @@ struct Pack {
   }
 
   void store(T* p, int n) const {
-    alignas(64) T buffer[kLanes];
-    store(buffer);
-    std::memcpy(static_cast<void*>(p), buffer, n * sizeof(T));
+    if constexpr (kReduced) {
+      at::vec::convert_from_float<T>(v[0], v[1]).store(p, n);
+    } else {
+      for (int k = 0; k < kVecs; ++k)
+        if (n > k * kWidth) v[k].store(p + k * kWidth, std::min(n - k * kWidth, kWidth));
+    }
   }
 
   // The value as it is read back after a store.
   Pack rounded() const {
     if constexpr (!kReduced) return *this;
-    alignas(64) T buffer[kLanes];
-    store(buffer);
-    return load(buffer);
+    if constexpr (kReduced) {
+      auto [low, high] = at::vec::convert_to_float<T>(at::vec::convert_from_float<T>(v[0], v[1]));
+      return {low, high};
+    }
   }
 
   Pack masked(uint32_t bits) const {
@@ -151,7 +162,7 @@ T* row(const Operand& x, int64_t o, int64_t i) {
   return static_cast<T*>(const_cast<void*>(x.data)) + o * x.outer + i * x.inner;
 }
 
-// The same factor for one row: a vector along it (channels_last), or one number.
+// A factor for one row: a vector along it (channels_last), or one number.
 template <typename Acc>
 struct RowFactor {
   const Acc* vector = nullptr;
@@ -167,8 +178,16 @@ struct RowFactor {
       scalar = sample[i];
     }
   }
-  Vectorized<Acc> at(int64_t p) const { return vector ? Vectorized<Acc>::loadu(vector + p) : Vectorized<Acc>(scalar); }
 };
+
+// body(p, n) over a row, whole registers first: n is U * kLanes, then kLanes, then what is left.
+template <typename P, int U, typename Body>
+inline void along(int64_t length, Body&& body) {
+  int64_t p = 0;
+  for (; p + U * P::kLanes <= length; p += U * P::kLanes) body(p, std::integral_constant<int, U>(), P::kLanes);
+  for (; p + P::kLanes <= length; p += P::kLanes) body(p, std::integral_constant<int, 1>(), P::kLanes);
+  if (p < length) body(p, std::integral_constant<int, 1>(), static_cast<int>(length - p));
+}
 
 }  // namespace CPU_CAPABILITY
 }  // namespace rkfast

@@ -1,104 +1,180 @@
 #include <ATen/Parallel.h>
 
+#include <optional>
+
 #include "cpu/accumulate.h"
 
 namespace rkfast {
 inline namespace CPU_CAPABILITY {
 namespace {
 
-// One row of out = act(sum_j factor_j * (term_j - center_j) + shift).
+// More streams at a time are more than the prefetchers follow; the rest of the terms come in further passes over the row,
+// whose partial sum stays in cache.
+constexpr int kGroup = 6;
+
+inline int64_t row_length(const Shape& s, int64_t i) { return i == s.inner - 1 ? s.last : s.length; }
+
+// Some terms of one row. Along channels_last rows every factor is a vector, or none is.
 template <typename T>
-class CombineRow {
+struct Group {
+  using Acc = typename Pack<T>::Acc;
+  const T* term[kGroup];
+  RowFactor<Acc> factor[kGroup];
+  RowFactor<Acc> base;    // the shift, or the sum of the groups before
+  RowFactor<Acc> center;  // of the last term
+  bool centered = false, relu = false;
+  Acc* carry = nullptr;  // takes the sum where further groups follow
+  T* out = nullptr;
+  uint8_t* mask = nullptr;
+};
+
+template <typename T, int N, bool kVectors>
+void sum_group(const Group<T>& g, int64_t length) {
   using P = Pack<T>;
   using Acc = typename P::Acc;
   using Vec = typename P::Vec;
-
- public:
-  CombineRow(const Combine& a, int64_t o, int64_t i) : n_(a.n), relu_(a.relu), shift_(a.shift, a.shape, o, i) {
-    for (int j = 0; j < n_; ++j) {
-      term_[j] = row<const T>(a.terms[j], o, i);
-      factor_[j] = RowFactor<Acc>(a.factors[j], a.shape, o, i);
-    }
-    if (a.center != nullptr) {
-      center_ = Factor{a.center, 0, 0};
-      center_row_ = RowFactor<Acc>(center_, a.shape, o, i);
-      centered_ = n_ - 1;
-    }
+  const T* term[N];
+  const Acc* vector[N];
+  Vec scalar[N];
+  for (int j = 0; j < N; ++j) {
+    term[j] = g.term[j];
+    vector[j] = g.factor[j].vector;
+    scalar[j] = Vec(g.factor[j].scalar);
   }
-
-  void run(T* out, uint8_t* mask, int64_t length) const {
-    constexpr int64_t kWide = 4 * P::kLanes;
-    int64_t p = 0;
-    for (; p + kWide <= length; p += kWide) step<4>(p, out, mask);
-    for (; p + P::kLanes <= length; p += P::kLanes) step<1>(p, out, mask);
-    if (p < length) step<1>(p, out, mask, static_cast<int>(length - p));
-  }
-
- private:
-  template <int U>
-  void step(int64_t p, T* out, uint8_t* mask, int n = P::kLanes) const {
+  const Vec base(g.base.scalar), center(g.center.scalar);
+  along<P, 4>(length, [&](int64_t p, auto unroll, int n) {
+    constexpr int U = decltype(unroll)::value;
     P sum[U];
     for (int u = 0; u < U; ++u)
-      for (int k = 0; k < P::kVecs; ++k) sum[u].v[k] = shift_.at(p + u * P::kLanes + k * P::kWidth);
-    for (int j = 0; j < n_; ++j) {
-      const bool centered = j == centered_;
+      for (int k = 0; k < P::kVecs; ++k)
+        sum[u].v[k] = g.base.vector ? Vec::loadu(g.base.vector + p + u * P::kLanes + k * P::kWidth) : base;
+    for (int j = 0; j < N; ++j) {
       for (int u = 0; u < U; ++u) {
-        const T* t = term_[j] + p + u * P::kLanes;
-        P x = U == 1 && n < P::kLanes ? P::load(t, n) : P::load(t);
+        const int64_t q = p + u * P::kLanes;
+        P x = U == 1 && n < P::kLanes ? P::load(term[j] + q, n) : P::load(term[j] + q);
+        if constexpr (U > 1) __builtin_prefetch(term[j] + q + 2048 / sizeof(T));
         for (int k = 0; k < P::kVecs; ++k) {
-          const int64_t at = p + u * P::kLanes + k * P::kWidth;
-          if (centered) x.v[k] = x.v[k] - center_row_.at(at);
-          sum[u].v[k] = at::vec::fmadd(x.v[k], factor_[j].at(at), sum[u].v[k]);
+          if (j == N - 1 && g.centered)
+            x.v[k] = x.v[k] - (kVectors ? Vec::loadu(g.center.vector + q + k * P::kWidth) : center);
+          const Vec factor = kVectors ? Vec::loadu(vector[j] + q + k * P::kWidth) : scalar[j];
+          sum[u].v[k] = at::vec::fmadd(x.v[k], factor, sum[u].v[k]);
         }
       }
     }
     for (int u = 0; u < U; ++u) {
-      if (relu_) sum[u] = sum[u].relu();
-      if (mask != nullptr) store_bits(mask + (p + u * P::kLanes) / 8, sum[u].rounded().passed(), n);
-      if (out == nullptr) continue;
-      T* to = out + p + u * P::kLanes;
-      if (n < P::kLanes) {
-        sum[u].store(to, n);
-      } else {
-        sum[u].store(to);
+      const int64_t q = p + u * P::kLanes;
+      if (g.carry != nullptr) {
+        for (int k = 0; k < P::kVecs; ++k) sum[u].v[k].store(g.carry + q + k * P::kWidth);
+        continue;
       }
+      if (g.relu) sum[u] = sum[u].relu();
+      if (g.mask != nullptr) store_bits(g.mask + q / 8, sum[u].rounded().passed(), n);
+      if (g.out == nullptr) continue;
+      if (U == 1 && n < P::kLanes) {
+        sum[u].store(g.out + q, n);
+      } else {
+        sum[u].store(g.out + q);
+      }
+    }
+  });
+}
+
+template <typename T, bool kVectors>
+void sum_group(int n, const Group<T>& g, int64_t length) {
+  switch (n) {
+    case 1: return sum_group<T, 1, kVectors>(g, length);
+    case 2: return sum_group<T, 2, kVectors>(g, length);
+    case 3: return sum_group<T, 3, kVectors>(g, length);
+    case 4: return sum_group<T, 4, kVectors>(g, length);
+    case 5: return sum_group<T, 5, kVectors>(g, length);
+    default: return sum_group<T, kGroup, kVectors>(g, length);
+  }
+}
+
+// Rows of out = act(sum_j factor_j * (term_j - center_j) + shift).
+template <typename T>
+class CombineRows {
+  using Acc = typename Pack<T>::Acc;
+
+ public:
+  explicit CombineRows(const Combine& a)
+      : a_(a), s_(a.shape), mask_pitch_((s_.length + 7) / 8), groups_((a.n + kGroup - 1) / kGroup) {
+    if (groups_ > 1) carry_.resize(kSpan);
+  }
+
+  // The mask of the rows begins at `mask` where it is not the call's own.
+  void run(int64_t o, int64_t begin, int64_t end, uint8_t* mask = nullptr) {
+    if (mask == nullptr && a_.mask != nullptr) mask = a_.mask + (o * s_.inner + begin) * mask_pitch_;
+    for (int64_t i = begin; i < end; ++i, mask += mask ? mask_pitch_ : 0) {
+      const int64_t length = row_length(s_, i), span = groups_ > 1 ? kSpan : length;
+      for (int64_t start = 0; start < length; start += span)
+        for (int k = 0; k < groups_; ++k) run_group(k, o, i, start, std::min(span, length - start), mask);
     }
   }
 
-  int n_, centered_ = -1;
-  bool relu_;
-  const T* term_[kMaxTerms];
-  RowFactor<Acc> factor_[kMaxTerms];
-  RowFactor<Acc> shift_;
-  Factor center_;
-  RowFactor<Acc> center_row_;
-};
+ private:
+  static constexpr int64_t kSpan = 8192;  // of a partial sum that waits for the next group
 
-inline int64_t row_length(const Shape& s, int64_t i) { return i == s.inner - 1 ? s.last : s.length; }
+  RowFactor<Acc> factor(const Factor& f, int64_t o, int64_t i, int64_t start) const {
+    RowFactor<Acc> r(f, s_, o, i);
+    if (r.vector != nullptr) r.vector += start;
+    return r;
+  }
+
+  void run_group(int k, int64_t o, int64_t i, int64_t start, int64_t length, uint8_t* mask) {
+    const int from = a_.n * k / groups_, to = a_.n * (k + 1) / groups_;
+    Group<T> g;
+    for (int j = from; j < to; ++j) {
+      g.term[j - from] = row<const T>(a_.terms[j], o, i) + start;
+      g.factor[j - from] = factor(a_.factors[j], o, i, start);
+    }
+    if (k == 0) {
+      g.base = factor(a_.shift, o, i, start);
+    } else {
+      g.base.vector = carry_.data();
+    }
+    if (k < groups_ - 1) {
+      g.carry = carry_.data();
+    } else {
+      g.centered = a_.center != nullptr;
+      if (g.centered) g.center = factor({a_.center, 0, 0}, o, i, start);
+      g.relu = a_.relu;
+      g.mask = mask ? mask + start / 8 : nullptr;
+      g.out = a_.out.data ? row<T>(a_.out, o, i) + start : nullptr;
+    }
+    if (g.factor[0].vector != nullptr) {
+      sum_group<T, true>(to - from, g, length);
+    } else {
+      sum_group<T, false>(to - from, g, length);
+    }
+  }
+
+  const Combine& a_;
+  const Shape& s_;
+  int64_t mask_pitch_;
+  int groups_;
+  std::vector<Acc> carry_;
+};
 
 template <typename T>
 void run(const Combine& a) {
   const Shape& s = a.shape;
-  const int64_t padded = s.padded(), mask_pitch = (s.length + 7) / 8;
+  const int64_t padded = s.padded();
   for_each_unit(s, a.n + 1, [&](int64_t u, int64_t o, int64_t begin, int64_t end) {
-    auto combine_rows = [&](int64_t from, int64_t to) {
-      for (int64_t i = from; i < to; ++i)
-        CombineRow<T>(a, o, i).run(
-            row<T>(a.out, o, i), a.mask ? a.mask + (o * s.inner + i) * mask_pitch : nullptr, row_length(s, i));
-    };
-    if (a.moments.mean == nullptr) return combine_rows(begin, end);
+    CombineRows<T> rows(a);
+    if (a.moments.mean == nullptr) return rows.run(o, begin, end);
     if (s.channels_last) {
       ColumnMoments<T> columns(s, a.moments.mean + u * padded, a.moments.m2 + u * padded);
       const int64_t tile = tile_rows(s);
       for (int64_t i = begin; i < end; i += tile) {
         const int64_t stop = std::min(i + tile, end);
-        combine_rows(i, stop);
+        rows.run(o, i, stop);
         columns.add(row<const T>(a.out, o, i), a.out.inner, stop - i);
       }
       return columns.finish();
     }
     for (int64_t i = begin; i < end; ++i) {
-      combine_rows(i, i + 1);
+      rows.run(o, i, i + 1);
       const auto m = row_moments(row<const T>(a.out, o, i), s.length);
       a.moments.mean[o * padded + i] = m.mean;
       a.moments.m2[o * padded + i] = m.m2;
@@ -106,197 +182,212 @@ void run(const Combine& a) {
   });
 }
 
-// Rows of the gradient where the mask is set, a tile of a unit at a time.
+// The backward of a unit of rows, a tile at a time: each step finds the tile in cache.
 template <typename T>
-class BackwardUnit {
+class BackwardRows {
   using P = Pack<T>;
   using Acc = typename P::Acc;
   using Vec = typename P::Vec;
-  static constexpr int64_t kBlock = 64;  // rows that Acc sums before double takes over
 
  public:
-  BackwardUnit(const Backward& a, int64_t u, int64_t o)
-      : a_(a), s_(a.shape), o_(o), mask_pitch_((s_.length + 7) / 8), padded_(s_.padded()) {
-    if (a.sums == nullptr) return;
-    if (a.sum_grad) column_[n_columns_] = -1, sums_[n_columns_++] = sums_of(0, u);
-    for (int j = 0; j < a.n_summed; ++j) column_[n_columns_] = j, sums_[n_columns_++] = sums_of(1 + j, u);
-    if (!s_.channels_last) return;
-    for (int k = 0; k < n_columns_; ++k) std::fill(sums_[k], sums_[k] + padded_, 0.0);
-    scratch_.resize(n_columns_ * padded_);
+  BackwardRows(const Backward& a, int64_t u, int64_t o)
+      : a_(a), s_(a.shape), u_(u), o_(o), mask_pitch_((s_.length + 7) / 8), padded_(s_.padded()) {
+    if (a_.sign != nullptr) sign_.emplace(*a_.sign);
+    if (a_.sums == nullptr || !s_.channels_last) return;
+    scratch_.resize((1 + a_.n_summed) * padded_);
+    for (int k = 0; k <= a_.n_summed; ++k) std::fill_n(sums(k), padded_, 0.0);
   }
 
   void run(int64_t begin, int64_t end) {
-    const int64_t tile = tile_rows(s_);
+    const int64_t tile = s_.channels_last ? std::min(tile_rows(s_), kBlock) : tile_rows(s_);
     for (int64_t i = begin; i < end; i += tile) {
       const int64_t stop = std::min(i + tile, end);
-      mask_ = a_.mask ? a_.mask + (o_ * s_.inner + i) * mask_pitch_ : nullptr;
-      if (a_.sign != nullptr) recompute_mask(i, stop);
-      first_ = i;
-      if (n_columns_ > 0) s_.channels_last ? sum_columns(i, stop) : sum_rows(i, stop);
-      if (a_.n_outputs > 0)
-        for (int64_t r = i; r < stop; ++r) spread(r);
+      const uint8_t* mask = a_.mask ? a_.mask + (o_ * s_.inner + i) * mask_pitch_ : nullptr;
+      if (sign_) {
+        bits_.resize((stop - i) * mask_pitch_);
+        sign_->run(o_, i, stop, bits_.data());
+        mask = bits_.data();
+      }
+      if (mask != nullptr) {
+        run_tile<true>(i, stop, mask);
+      } else {
+        run_tile<false>(i, stop, nullptr);
+      }
     }
     if (block_ > 0) flush();
   }
 
  private:
-  double* sums_of(int which, int64_t u) {
-    return a_.sums + (which * s_.partials() + (s_.channels_last ? u : o_)) * padded_;
-  }
+  double* sums(int which) { return a_.sums + (which * s_.partials() + (s_.channels_last ? u_ : o_)) * padded_; }
+  Acc* part(int which) { return scratch_.data() + which * padded_; }
 
-  void recompute_mask(int64_t begin, int64_t end) {
-    bits_.resize((end - begin) * mask_pitch_);
-    for (int64_t i = begin; i < end; ++i)
-      CombineRow<T>(*a_.sign, o_, i).run(nullptr, bits_.data() + (i - begin) * mask_pitch_, row_length(s_, i));
-    mask_ = bits_.data();
-  }
-
-  const uint8_t* mask_row(int64_t i) const { return mask_ ? mask_ + (i - first_) * mask_pitch_ : nullptr; }
-
-  static P load(const T* x, int64_t p, int n) { return n < P::kLanes ? P::load(x + p, n) : P::load(x + p); }
-
-  P load_grad(const T* grad, const uint8_t* mask, int64_t p, int n) const {
-    const P g = load(grad, p, n);
-    return mask ? g.masked(load_bits(mask + p / 8, n)) : g;
-  }
-
-  void sum_columns(int64_t begin, int64_t end) {
-    int64_t i = begin;
-    while (i < end) {
-      const int64_t stop = std::min(end, i + kBlock - block_);
-      block_ += stop - i;
-      for (; i + 4 <= stop; i += 4) add_rows<4>(i);
-      for (; i < stop; ++i) add_rows<1>(i);
-      if (block_ == kBlock) flush();
+  template <bool kMask>
+  void run_tile(int64_t begin, int64_t end, const uint8_t* mask) {
+    if (a_.sums != nullptr) {
+      if (s_.channels_last && block_ + end - begin > kBlock) flush();
+      block_ += end - begin;
+      // The sum of the gradient comes along with the first product.
+      for (int j = a_.n_summed > 0 ? 0 : -1; j < a_.n_summed; ++j) {
+        const bool alone = a_.sum_grad && j <= 0;
+        s_.channels_last ? sum_columns<kMask>(begin, end, mask, j, alone) : sum_rows<kMask>(begin, end, mask, j, alone);
+      }
     }
-  }
-
-  template <int R>
-  void add_rows(int64_t i) {
-    int64_t p = 0;
-    for (; p + P::kLanes <= s_.length; p += P::kLanes) add_columns<R>(i, p, P::kLanes);
-    if (p < s_.length) add_columns<R>(i, p, static_cast<int>(s_.length - p));
-  }
-
-  template <int R>
-  void add_columns(int64_t i, int64_t p, int n) {
-    P g[R];
-    for (int r = 0; r < R; ++r) g[r] = load_grad(row<const T>(a_.grad, o_, i + r), mask_row(i + r), p, n);
-    for (int k = 0; k < n_columns_; ++k) {
-      Acc* sum = scratch_.data() + k * padded_ + p;
-      const int j = column_[k];
-      // The rows at hand are summed among themselves first, which keeps the chain of roundings short.
-      P some = g[0];
-      for (int r = 0; r < R; ++r) {
-        if (j < 0) {
-          if (r > 0)
-            for (int v = 0; v < P::kVecs; ++v) some.v[v] = some.v[v] + g[r].v[v];
-          continue;
-        }
-        P x = load(row<const T>(a_.summed[j], o_, i + r), p, n);
-        for (int v = 0; v < P::kVecs; ++v) {
-          if (a_.center) x.v[v] = x.v[v] - Vec::loadu(static_cast<const Acc*>(a_.center) + p + v * P::kWidth);
-          some.v[v] = r == 0 ? g[r].v[v] * x.v[v] : at::vec::fmadd(g[r].v[v], x.v[v], some.v[v]);
+    for (int k = 0; k < a_.n_outputs; ++k) {
+      const uint8_t* bits = mask;
+      for (int64_t i = begin; i < end; ++i, bits += kMask ? mask_pitch_ : 0) {
+        const bool with_x = k == 0 && a_.x.data != nullptr;
+        const RowFactor<Acc> factor(a_.factors[k], s_, o_, i);
+        if (factor.vector != nullptr) {
+          with_x ? spread<kMask, true, true>(i, k, bits, factor) : spread<kMask, true, false>(i, k, bits, factor);
+        } else {
+          with_x ? spread<kMask, false, true>(i, k, bits, factor) : spread<kMask, false, false>(i, k, bits, factor);
         }
       }
-      for (int v = 0; v < P::kVecs; ++v) (Vec::loadu(sum + v * P::kWidth) + some.v[v]).store(sum + v * P::kWidth);
     }
+  }
+
+  template <bool kMask>
+  static P load_grad(const T* grad, const uint8_t* mask, int n) {
+    const P g = n == P::kLanes ? P::load(grad) : P::load(grad, n);
+    if constexpr (kMask) return g.masked(load_bits(mask, n));
+    return g;
+  }
+
+  template <bool kMask>
+  void sum_columns(int64_t begin, int64_t end, const uint8_t* mask, int j, bool sum_grad) {
+    int64_t i = begin;
+    for (; i + 4 <= end; i += 4) add_rows<kMask, 4>(i, mask + (kMask ? (i - begin) * mask_pitch_ : 0), j, sum_grad);
+    for (; i < end; ++i) add_rows<kMask, 1>(i, mask + (kMask ? (i - begin) * mask_pitch_ : 0), j, sum_grad);
+  }
+
+  template <bool kMask, int R>
+  void add_rows(int64_t i, const uint8_t* mask, int j, bool sum_grad) {
+    const T *grad[R], *x[R];
+    for (int r = 0; r < R; ++r) {
+      grad[r] = row<const T>(a_.grad, o_, i + r);
+      x[r] = j < 0 ? nullptr : row<const T>(a_.summed[j], o_, i + r);
+    }
+    const Acc* center = static_cast<const Acc*>(a_.center);
+    Acc *plain = part(0), *product = part(1 + j);
+    along<P, 1>(s_.length, [&](int64_t p, auto, int n) {
+      P g[R];
+      for (int r = 0; r < R; ++r) g[r] = load_grad<kMask>(grad[r] + p, mask + (kMask ? r * mask_pitch_ + p / 8 : 0), n);
+      // The rows at hand are summed among themselves first, which keeps the chain of roundings short.
+      if (j >= 0) {
+        P some;
+        for (int r = 0; r < R; ++r) {
+          P t = n == P::kLanes ? P::load(x[r] + p) : P::load(x[r] + p, n);
+          for (int v = 0; v < P::kVecs; ++v) {
+            if (center != nullptr) t.v[v] = t.v[v] - Vec::loadu(center + p + v * P::kWidth);
+            some.v[v] = r == 0 ? g[r].v[v] * t.v[v] : at::vec::fmadd(g[r].v[v], t.v[v], some.v[v]);
+          }
+        }
+        for (int v = 0; v < P::kVecs; ++v) {
+          Acc* to = product + p + v * P::kWidth;
+          (Vec::loadu(to) + some.v[v]).store(to);
+        }
+      }
+      if (!sum_grad) return;
+      for (int v = 0; v < P::kVecs; ++v) {
+        Acc* to = plain + p + v * P::kWidth;
+        Vec some = g[0].v[v];
+        for (int r = 1; r < R; ++r) some = some + g[r].v[v];
+        (Vec::loadu(to) + some).store(to);
+      }
+    });
   }
 
   void flush() {
-    for (int k = 0; k < n_columns_; ++k) {
-      Acc* sum = scratch_.data() + k * padded_;
-      for (int64_t c = 0; c < s_.length; ++c) {
-        sums_[k][c] += sum[c];
-        sum[c] = 0;
-      }
-    }
+    if (s_.channels_last && a_.sums != nullptr)
+      for (int k = 0; k <= a_.n_summed; ++k) move_to(sums(k), part(k), s_.length);
     block_ = 0;
   }
 
-  void sum_rows(int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
+  template <bool kMask>
+  void sum_rows(int64_t begin, int64_t end, const uint8_t* mask, int j, bool sum_grad) {
+    constexpr int U = 4;
+    constexpr int64_t kRun = 64 * U * P::kLanes;  // elements that Acc sums before double takes over
+    for (int64_t i = begin; i < end; ++i, mask += kMask ? mask_pitch_ : 0) {
       const T* grad = row<const T>(a_.grad, o_, i);
-      for (int k = 0; k < n_columns_; ++k) {
-        const int j = column_[k];
-        const T* x = j < 0 ? nullptr : row<const T>(a_.summed[j], o_, i);
-        const Vec center(a_.center ? static_cast<const Acc*>(a_.center)[i] : Acc(0));
-        double whole = 0;
-        for (int64_t start = 0; start < s_.length; start += kBlock * P::kLanes) {
-          const int64_t stop = std::min(start + kBlock * P::kLanes, s_.length);
-          Vec sum[P::kVecs];
-          for (auto& v : sum) v = Vec(Acc(0));
-          for (int64_t p = start; p < stop; p += P::kLanes) {
-            const int n = static_cast<int>(std::min<int64_t>(P::kLanes, stop - p));
-            P g = load_grad(grad, mask_row(i), p, n);
-            if (x != nullptr) {
-              const P t = load(x, p, n);
-              for (int v = 0; v < P::kVecs; ++v) g.v[v] = g.v[v] * (t.v[v] - center);
-              if (n < P::kLanes) g = g.masked((1u << n) - 1);
-            }
-            for (int v = 0; v < P::kVecs; ++v) sum[v] = sum[v] + g.v[v];
+      const T* x = j < 0 ? nullptr : row<const T>(a_.summed[j], o_, i);
+      const Vec center(a_.center ? static_cast<const Acc*>(a_.center)[i] : Acc(0));
+      double plain_all = 0, product_all = 0;
+      for (int64_t start = 0; start < s_.length; start += kRun) {
+        Vec plain[U * P::kVecs], product[U * P::kVecs];
+        for (auto& v : plain) v = Vec(Acc(0));
+        for (auto& v : product) v = Vec(Acc(0));
+        along<P, U>(std::min(kRun, s_.length - start), [&](int64_t p, auto unroll, int n) {
+          for (int u = 0; u < unroll; ++u) {
+            const int64_t q = start + p + u * P::kLanes;
+            const P g = load_grad<kMask>(grad + q, mask + (kMask ? q / 8 : 0), n);
+            for (int v = 0; v < P::kVecs; ++v) plain[u * P::kVecs + v] = plain[u * P::kVecs + v] + g.v[v];
+            if (x == nullptr) continue;
+            P t = n == P::kLanes ? P::load(x + q) : P::load(x + q, n);
+            for (int v = 0; v < P::kVecs; ++v) t.v[v] = t.v[v] - center;
+            if (n < P::kLanes) t = t.masked((1u << n) - 1);
+            for (int v = 0; v < P::kVecs; ++v)
+              product[u * P::kVecs + v] = at::vec::fmadd(g.v[v], t.v[v], product[u * P::kVecs + v]);
           }
-          for (auto& v : sum) whole += total(v);
-        }
-        sums_[k][i] = whole;
+        });
+        for (auto& v : plain) plain_all += total(v);
+        for (auto& v : product) product_all += total(v);
       }
+      if (sum_grad) sums(0)[i] = plain_all;
+      if (j >= 0) sums(1 + j)[i] = product_all;
     }
   }
 
-  void spread(int64_t i) {
+  // outputs_k = factor_k * g', and slope * (x - center) + offset beside it.
+  template <bool kMask, bool kVectors, bool kX>
+  void spread(int64_t i, int k, const uint8_t* mask, const RowFactor<Acc>& factor) {
     const T* grad = row<const T>(a_.grad, o_, i);
-    const uint8_t* mask = mask_row(i);
-    const T* x = a_.x.data ? row<const T>(a_.x, o_, i) : nullptr;
-    RowFactor<Acc> center, slope, offset, factor[kMaxTerms];
-    if (x != nullptr) {
+    T* out = row<T>(a_.outputs[k], o_, i);
+    const T* x = nullptr;
+    RowFactor<Acc> center, slope, offset;
+    if constexpr (kX) {
+      x = row<const T>(a_.x, o_, i);
       center = RowFactor<Acc>({a_.center, 0, 0}, s_, o_, i);
       slope = RowFactor<Acc>({a_.slope, 0, 0}, s_, o_, i);
       offset = RowFactor<Acc>({a_.offset, 0, 0}, s_, o_, i);
     }
-    T* out[kMaxTerms];
-    for (int k = 0; k < a_.n_outputs; ++k) {
-      out[k] = row<T>(a_.outputs[k], o_, i);
-      factor[k] = RowFactor<Acc>(a_.factors[k], s_, o_, i);
-    }
-    const int64_t length = row_length(s_, i);
-    for (int64_t p = 0; p < length; p += P::kLanes) {
-      const int n = static_cast<int>(std::min<int64_t>(P::kLanes, length - p));
-      const P g = load_grad(grad, mask, p, n);
-      for (int k = 0; k < a_.n_outputs; ++k) {
-        P d;
-        for (int v = 0; v < P::kVecs; ++v) d.v[v] = g.v[v] * factor[k].at(p + v * P::kWidth);
-        if (k == 0 && x != nullptr) {
-          const P t = load(x, p, n);
-          for (int v = 0; v < P::kVecs; ++v) {
-            const int64_t at = p + v * P::kWidth;
-            d.v[v] = d.v[v] + at::vec::fmadd(t.v[v] - center.at(at), slope.at(at), offset.at(at));
+    auto at = [](const RowFactor<Acc>& f, int64_t q) { return kVectors ? Vec::loadu(f.vector + q) : Vec(f.scalar); };
+    along<P, 2>(row_length(s_, i), [&](int64_t p, auto unroll, int n) {
+      for (int u = 0; u < unroll; ++u) {
+        const int64_t q = p + u * P::kLanes;
+        P d = load_grad<kMask>(grad + q, mask + (kMask ? q / 8 : 0), n);
+        P t;
+        if constexpr (kX) t = n == P::kLanes ? P::load(x + q) : P::load(x + q, n);
+        for (int v = 0; v < P::kVecs; ++v) {
+          const int64_t w = q + v * P::kWidth;
+          if constexpr (kX) {
+            const Vec correction = at::vec::fmadd(t.v[v] - at(center, w), at(slope, w), at(offset, w));
+            d.v[v] = at::vec::fmadd(d.v[v], at(factor, w), correction);
+          } else {
+            d.v[v] = d.v[v] * at(factor, w);
           }
         }
         if (n < P::kLanes) {
-          d.store(out[k] + p, n);
+          d.store(out + q, n);
         } else {
-          d.store(out[k] + p);
+          d.store(out + q);
         }
       }
-    }
+    });
   }
 
   const Backward& a_;
   const Shape& s_;
-  const int64_t o_, mask_pitch_, padded_;
-  int64_t block_ = 0, first_ = 0;
-  int n_columns_ = 0;
-  int column_[kMaxTerms + 1];
-  double* sums_[kMaxTerms + 1];
+  const int64_t u_, o_, mask_pitch_, padded_;
+  int64_t block_ = 0;  // rows in the parts that are not in the sums yet
   std::vector<Acc> scratch_;
   std::vector<uint8_t> bits_;
-  const uint8_t* mask_ = nullptr;
+  std::optional<CombineRows<T>> sign_;
 };
 
 template <typename T>
 void run(const Backward& a) {
   for_each_unit(a.shape, a.n_outputs + a.n_summed + 1, [&](int64_t u, int64_t o, int64_t begin, int64_t end) {
-    BackwardUnit<T>(a, u, o).run(begin, end);
+    BackwardRows<T>(a, u, o).run(begin, end);
   });
 }
 
