@@ -329,6 +329,36 @@ def test_norm_needs(cuda: Any, how: str, batch_stats: bool) -> None:
 
 
 @pytest.mark.parametrize("how", ["contiguous", "channels_last"])
+def test_recomputed_mask_is_of_what_was_stored(cuda: Any, how: str) -> None:
+    """Outputs too small for float16 are stored as zeros, and cut off like any other zero."""
+    make = Maker((3, 8, 4, 5), torch.float16, how)
+    x, grad, weight = make(), make(), torch.full((8,), 1e-9)
+    out, mean, var = cuda.bn_rk_sum(
+        x, weight, None, None, None, [], [], None, how == "channels_last", True, EPS, False, False
+    )
+    assert not out.any()
+    args = (
+        grad,
+        x,
+        weight,
+        None,
+        mean,
+        var,
+        None,
+        None,
+        [],
+        how == "channels_last",
+        True,
+        True,
+        EPS,
+        True,
+        True,
+        False,
+    )
+    assert not any(found.any() for found in cuda.bn_rk_sum_backward(*args))
+
+
+@pytest.mark.parametrize("how", ["contiguous", "channels_last"])
 def test_vectors_of_any_dtype(cuda: Any, how: str) -> None:
     make = Maker((3, 8, 4, 5), torch.bfloat16, how)
     x = make()

@@ -19,7 +19,16 @@ HOME = Path(__file__).parent
 CSRC = HOME.parents[2] / "csrc"
 TORCH = Path(torch.__file__).parent
 NAME = "rkfast_cuda_emulated"
-FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]
+# A 16-byte access that a GPU would refuse ends the process here too.
+FLAGS = [
+    "-std=c++20",
+    "-O1",
+    "-fPIC",
+    "-fno-strict-aliasing",
+    "-Wno-unknown-pragmas",
+    "-fsanitize=alignment",
+    "-fsanitize-undefined-trap-on-error",
+]
 
 
 def includes() -> list[str]:
