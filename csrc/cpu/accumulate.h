@@ -84,9 +84,9 @@ class ColumnMoments {
   void add_rows(const T* x, int64_t pitch) {
     const T* row[R];
     for (int r = 0; r < R; ++r) row[r] = x + r * pitch;
-    along<P, 1>(length_, [&](int64_t p, auto, int n) {
+    along<P, 1>(length_, [&](int64_t p, auto, auto n) {
       P x[R];
-      for (int r = 0; r < R; ++r) x[r] = n == P::kLanes ? P::load(row[r] + p) : P::load(row[r] + p, n);
+      for (int r = 0; r < R; ++r) x[r] = load<P>(row[r] + p, n);
       for (int k = 0; k < P::kVecs; ++k) {
         const int64_t at = p + k * P::kWidth;
         const Vec center = Vec::loadu(center_ + at);
@@ -140,12 +140,12 @@ Welford<double> row_moments(const T* x, int64_t length) {
   auto run = [&](int64_t start, int64_t n) {
     for (auto& s : sum) s = Vec(Acc(0));
     for (auto& s : squares) s = Vec(Acc(0));
-    along<P, U>(n, [&](int64_t p, auto unroll, int lanes) {
-      for (int u = 0; u < unroll; ++u) {
-        const T* at = x + start + p + u * P::kLanes;
-        P d = lanes == P::kLanes ? P::load(at) : P::load(at, lanes);
+    along<P, U>(n, [&](int64_t p, auto unroll, auto lanes) {
+#pragma GCC unroll 4
+      for (int u = 0; u < decltype(unroll)::value; ++u) {
+        P d = load<P>(x + start + p + u * P::kLanes, lanes);
         for (int k = 0; k < P::kVecs; ++k) d.v[k] = d.v[k] - center;
-        if (lanes != P::kLanes) d = d.masked((1u << lanes) - 1);
+        if constexpr (!kIsFull<decltype(lanes)>) d = d.masked((1u << lanes) - 1);
         for (int k = 0; k < P::kVecs; ++k) {
           sum[u * P::kVecs + k] = sum[u * P::kVecs + k] + d.v[k];
           squares[u * P::kVecs + k] = at::vec::fmadd(d.v[k], d.v[k], squares[u * P::kVecs + k]);

@@ -140,9 +140,12 @@ std::vector<Tensor> bn_rk_sum_backward(const Tensor& grad, const Tensor& x, cons
   const Folded folded = norm.fold(vectors);
   a.center = folded.center.vector;
   Combine sign{};
+  Tensor recomputed;
   if (mask) {
-    a.mask = mask->const_data_ptr<uint8_t>();
+    a.mask = const_cast<uint8_t*>(mask->const_data_ptr<uint8_t>());
   } else if (relu) {
+    recomputed = empty_mask(x, rows);
+    a.mask = recomputed.mutable_data_ptr<uint8_t>();
     sign.shape = a.shape;
     sign.dtype = a.dtype;
     sign.n = 1;
@@ -170,6 +173,7 @@ std::vector<Tensor> bn_rk_sum_backward(const Tensor& grad, const Tensor& x, cons
     } else {
       partials.clear();
     }
+    a.sign = nullptr;
     s0 = partials.sums(0, norm.by_sample());
     s1 = partials.sums(1, norm.by_sample());
     for (int64_t n = 0; n < samples; ++n) {

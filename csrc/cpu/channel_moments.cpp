@@ -90,7 +90,6 @@ void update(const Tensor& running, double weight, F&& batch) {
   if (running.scalar_type() == at::kFloat && running.is_contiguous()) {
     float* r = running.mutable_data_ptr<float>();
     for (int64_t c = 0; c < running.numel(); ++c) r[c] = static_cast<float>(step(r[c], c));
-    running.unsafeGetTensorImpl()->bump_version();
     return;
   }
   const Tensor wide = running.to(at::kDouble).contiguous();

@@ -69,8 +69,8 @@ struct Backward {
   Shape shape;
   DType dtype;
   Operand grad;
-  const uint8_t* mask = nullptr;
-  const Combine* sign = nullptr;  // computes the mask from x where none was kept
+  uint8_t* mask = nullptr;
+  const Combine* sign = nullptr;  // writes the mask first, where none was kept
   bool sum_grad = false;
   int n_summed = 0;
   std::array<Operand, kMaxTerms> summed;

@@ -24,10 +24,13 @@ constexpr int kCapability = 0;
 
 using at::vec::Vectorized;
 
-// v where the bit is set, else 0.
+// v where the bit is set, else 0. The empty asm keeps the compiler from making a masked load of it, which would have to wait
+// for the mask where a plain one runs ahead.
 inline Vectorized<float> keep(const Vectorized<float>& v, uint32_t bits) {
 #if defined(CPU_CAPABILITY_AVX512)
-  return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), v);
+  __m512 loaded = v;
+  asm("" : "+v"(loaded));
+  return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), loaded);
 #elif defined(CPU_CAPABILITY_AVX2)
   const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane), lane);
@@ -42,7 +45,9 @@ inline Vectorized<float> keep(const Vectorized<float>& v, uint32_t bits) {
 
 inline Vectorized<double> keep(const Vectorized<double>& v, uint32_t bits) {
 #if defined(CPU_CAPABILITY_AVX512)
-  return _mm512_maskz_mov_pd(static_cast<__mmask8>(bits), v);
+  __m512d loaded = v;
+  asm("" : "+v"(loaded));
+  return _mm512_maskz_mov_pd(static_cast<__mmask8>(bits), loaded);
 #elif defined(CPU_CAPABILITY_AVX2)
   const __m256i lane = _mm256_setr_epi64x(1, 2, 4, 8);
   const __m256i set = _mm256_cmpeq_epi64(_mm256_and_si256(_mm256_set1_epi64x(static_cast<int64_t>(bits)), lane), lane);
@@ -136,15 +141,50 @@ struct Pack {
   }
 };
 
-inline uint32_t load_bits(const uint8_t* p, int lanes) {
+// How many elements a step of a row takes: all lanes, known when compiling, or what is left at its end.
+template <typename P>
+using Full = std::integral_constant<int, P::kLanes>;
+
+template <typename N>
+constexpr bool kIsFull = !std::is_same_v<N, int>;
+
+template <typename P, typename T, typename N>
+inline P load(const T* p, N n) {
+  if constexpr (kIsFull<N>) {
+    return P::load(p);
+  } else {
+    return P::load(p, n);
+  }
+}
+
+template <typename P, typename T, typename N>
+inline void store(const P& x, T* p, N n) {
+  if constexpr (kIsFull<N>) {
+    x.store(p);
+  } else {
+    x.store(p, n);
+  }
+}
+
+template <typename N>
+inline uint32_t load_bits(const uint8_t* p, N n) {
   uint32_t bits = 0;
-  std::memcpy(&bits, p, (lanes + 7) / 8);
+  if constexpr (kIsFull<N>) {
+    std::memcpy(&bits, p, N::value / 8);
+  } else {
+    for (int i = 0; i < n; i += 8) bits |= static_cast<uint32_t>(p[i / 8]) << i;
+  }
   return bits;
 }
 
-inline void store_bits(uint8_t* p, uint32_t bits, int lanes) {
-  if (lanes < 32) bits &= (1u << lanes) - 1;
-  std::memcpy(p, &bits, (lanes + 7) / 8);
+template <typename N>
+inline void store_bits(uint8_t* p, uint32_t bits, N n) {
+  if constexpr (kIsFull<N>) {
+    std::memcpy(p, &bits, N::value / 8);
+  } else {
+    bits &= (1u << n) - 1;
+    for (int i = 0; i < n; i += 8) p[i / 8] = static_cast<uint8_t>(bits >> i);
+  }
 }
 
 template <typename F>
@@ -180,12 +220,12 @@ struct RowFactor {
   }
 };
 
-// body(p, n) over a row, whole registers first: n is U * kLanes, then kLanes, then what is left.
+// body(p, U, n) over a row: U registers of n elements each, then one at a time, then one of what is left.
 template <typename P, int U, typename Body>
 inline void along(int64_t length, Body&& body) {
   int64_t p = 0;
-  for (; p + U * P::kLanes <= length; p += U * P::kLanes) body(p, std::integral_constant<int, U>(), P::kLanes);
-  for (; p + P::kLanes <= length; p += P::kLanes) body(p, std::integral_constant<int, 1>(), P::kLanes);
+  for (; p + U * P::kLanes <= length; p += U * P::kLanes) body(p, std::integral_constant<int, U>(), Full<P>());
+  for (; p + P::kLanes <= length; p += P::kLanes) body(p, std::integral_constant<int, 1>(), Full<P>());
   if (p < length) body(p, std::integral_constant<int, 1>(), static_cast<int>(length - p));
 }
 

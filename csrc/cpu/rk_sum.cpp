@@ -102,7 +102,7 @@ std::vector<Tensor> rk_sum_backward(const Tensor& grad, const Optional& mask, co
   Backward a{};
   a.dtype = dtype_of(grad);
   a.grad = operands.add(grad);
-  if (mask) a.mask = mask->const_data_ptr<uint8_t>();
+  if (mask) a.mask = const_cast<uint8_t*>(mask->const_data_ptr<uint8_t>());
   a.sum_grad = shift;
   a.n_summed = static_cast<int>(step_terms.size());
   for (int j = 0; j < a.n_summed; ++j) a.summed[j] = operands.add(step_terms[j]);

@@ -1,159 +1,91 @@
 #include <ATen/Parallel.h>
 
-#include <optional>
-
 #include "cpu/accumulate.h"
 
 namespace rkfast {
 inline namespace CPU_CAPABILITY {
 namespace {
 
-// More streams at a time are more than the prefetchers follow; the rest of the terms come in further passes over the row,
-// whose partial sum stays in cache.
-constexpr int kGroup = 6;
-
 inline int64_t row_length(const Shape& s, int64_t i) { return i == s.inner - 1 ? s.last : s.length; }
 
-// Some terms of one row. Along channels_last rows every factor is a vector, or none is.
+// Rows of out = act(sum_j factor_j * (term_j - center_j) + shift), all terms of a few registers at a time.
 template <typename T>
-struct Group {
-  using Acc = typename Pack<T>::Acc;
-  const T* term[kGroup];
-  RowFactor<Acc> factor[kGroup];
-  RowFactor<Acc> base;    // the shift, or the sum of the groups before
-  RowFactor<Acc> center;  // of the last term
-  bool centered = false, relu = false;
-  Acc* carry = nullptr;  // takes the sum where further groups follow
-  T* out = nullptr;
-  uint8_t* mask = nullptr;
-};
-
-template <typename T, int N, bool kVectors>
-void sum_group(const Group<T>& g, int64_t length) {
+class CombineRows {
   using P = Pack<T>;
   using Acc = typename P::Acc;
   using Vec = typename P::Vec;
-  const T* term[N];
-  const Acc* vector[N];
-  Vec scalar[N];
-  for (int j = 0; j < N; ++j) {
-    term[j] = g.term[j];
-    vector[j] = g.factor[j].vector;
-    scalar[j] = Vec(g.factor[j].scalar);
-  }
-  const Vec base(g.base.scalar), center(g.center.scalar);
-  along<P, 4>(length, [&](int64_t p, auto unroll, int n) {
-    constexpr int U = decltype(unroll)::value;
-    P sum[U];
-    for (int u = 0; u < U; ++u)
-      for (int k = 0; k < P::kVecs; ++k)
-        sum[u].v[k] = g.base.vector ? Vec::loadu(g.base.vector + p + u * P::kLanes + k * P::kWidth) : base;
-    for (int j = 0; j < N; ++j) {
-      for (int u = 0; u < U; ++u) {
-        const int64_t q = p + u * P::kLanes;
-        P x = U == 1 && n < P::kLanes ? P::load(term[j] + q, n) : P::load(term[j] + q);
-        if constexpr (U > 1) __builtin_prefetch(term[j] + q + 2048 / sizeof(T));
-        for (int k = 0; k < P::kVecs; ++k) {
-          if (j == N - 1 && g.centered)
-            x.v[k] = x.v[k] - (kVectors ? Vec::loadu(g.center.vector + q + k * P::kWidth) : center);
-          const Vec factor = kVectors ? Vec::loadu(vector[j] + q + k * P::kWidth) : scalar[j];
-          sum[u].v[k] = at::vec::fmadd(x.v[k], factor, sum[u].v[k]);
-        }
-      }
-    }
-    for (int u = 0; u < U; ++u) {
-      const int64_t q = p + u * P::kLanes;
-      if (g.carry != nullptr) {
-        for (int k = 0; k < P::kVecs; ++k) sum[u].v[k].store(g.carry + q + k * P::kWidth);
-        continue;
-      }
-      if (g.relu) sum[u] = sum[u].relu();
-      if (g.mask != nullptr) store_bits(g.mask + q / 8, sum[u].rounded().passed(), n);
-      if (g.out == nullptr) continue;
-      if (U == 1 && n < P::kLanes) {
-        sum[u].store(g.out + q, n);
-      } else {
-        sum[u].store(g.out + q);
-      }
-    }
-  });
-}
-
-template <typename T, bool kVectors>
-void sum_group(int n, const Group<T>& g, int64_t length) {
-  switch (n) {
-    case 1: return sum_group<T, 1, kVectors>(g, length);
-    case 2: return sum_group<T, 2, kVectors>(g, length);
-    case 3: return sum_group<T, 3, kVectors>(g, length);
-    case 4: return sum_group<T, 4, kVectors>(g, length);
-    case 5: return sum_group<T, 5, kVectors>(g, length);
-    default: return sum_group<T, kGroup, kVectors>(g, length);
-  }
-}
-
-// Rows of out = act(sum_j factor_j * (term_j - center_j) + shift).
-template <typename T>
-class CombineRows {
-  using Acc = typename Pack<T>::Acc;
 
  public:
   explicit CombineRows(const Combine& a)
-      : a_(a), s_(a.shape), mask_pitch_((s_.length + 7) / 8), groups_((a.n + kGroup - 1) / kGroup) {
-    if (groups_ > 1) carry_.resize(kSpan);
-  }
+      : a_(a), s_(a.shape), vectors_(a.shape.channels_last && a.factors[0].vector != nullptr),
+        mask_pitch_((s_.length + 7) / 8) {}
 
   // The mask of the rows begins at `mask` where it is not the call's own.
-  void run(int64_t o, int64_t begin, int64_t end, uint8_t* mask = nullptr) {
+  void run(int64_t o, int64_t begin, int64_t end, uint8_t* mask = nullptr) const {
     if (mask == nullptr && a_.mask != nullptr) mask = a_.mask + (o * s_.inner + begin) * mask_pitch_;
-    for (int64_t i = begin; i < end; ++i, mask += mask ? mask_pitch_ : 0) {
-      const int64_t length = row_length(s_, i), span = groups_ > 1 ? kSpan : length;
-      for (int64_t start = 0; start < length; start += span)
-        for (int k = 0; k < groups_; ++k) run_group(k, o, i, start, std::min(span, length - start), mask);
-    }
+    for (int64_t i = begin; i < end; ++i, mask += mask ? mask_pitch_ : 0)
+      vectors_ ? run_row<true>(o, i, mask) : run_row<false>(o, i, mask);
   }
 
  private:
-  static constexpr int64_t kSpan = 8192;  // of a partial sum that waits for the next group
-
-  RowFactor<Acc> factor(const Factor& f, int64_t o, int64_t i, int64_t start) const {
-    RowFactor<Acc> r(f, s_, o, i);
-    if (r.vector != nullptr) r.vector += start;
-    return r;
-  }
-
-  void run_group(int k, int64_t o, int64_t i, int64_t start, int64_t length, uint8_t* mask) {
-    const int from = a_.n * k / groups_, to = a_.n * (k + 1) / groups_;
-    Group<T> g;
-    for (int j = from; j < to; ++j) {
-      g.term[j - from] = row<const T>(a_.terms[j], o, i) + start;
-      g.factor[j - from] = factor(a_.factors[j], o, i, start);
+  template <bool kVectors>
+  void run_row(int64_t o, int64_t i, uint8_t* mask) const {
+    const int n = a_.n;
+    const bool relu = a_.relu;
+    const T* term[kMaxTerms];
+    RowFactor<Acc> factor[kMaxTerms];
+    for (int j = 0; j < n; ++j) {
+      term[j] = row<const T>(a_.terms[j], o, i);
+      factor[j] = RowFactor<Acc>(a_.factors[j], s_, o, i);
     }
-    if (k == 0) {
-      g.base = factor(a_.shift, o, i, start);
-    } else {
-      g.base.vector = carry_.data();
-    }
-    if (k < groups_ - 1) {
-      g.carry = carry_.data();
-    } else {
-      g.centered = a_.center != nullptr;
-      if (g.centered) g.center = factor({a_.center, 0, 0}, o, i, start);
-      g.relu = a_.relu;
-      g.mask = mask ? mask + start / 8 : nullptr;
-      g.out = a_.out.data ? row<T>(a_.out, o, i) + start : nullptr;
-    }
-    if (g.factor[0].vector != nullptr) {
-      sum_group<T, true>(to - from, g, length);
-    } else {
-      sum_group<T, false>(to - from, g, length);
-    }
+    const RowFactor<Acc> shift(a_.shift, s_, o, i);
+    const int centered = a_.center ? n - 1 : -1;
+    const RowFactor<Acc> center = a_.center ? RowFactor<Acc>({a_.center, 0, 0}, s_, o, i) : RowFactor<Acc>();
+    T* out = a_.out.data ? row<T>(a_.out, o, i) : nullptr;
+    along<P, 4>(row_length(s_, i), [&](int64_t p, auto unroll, auto lanes) {
+      constexpr int U = decltype(unroll)::value;
+      P sum[U];
+#pragma GCC unroll 4
+      for (int u = 0; u < U; ++u)
+        for (int k = 0; k < P::kVecs; ++k)
+          sum[u].v[k] = shift.vector ? Vec::loadu(shift.vector + p + u * P::kLanes + k * P::kWidth) : Vec(shift.scalar);
+      for (int j = 0; j < n; ++j) {
+        P x[U];
+#pragma GCC unroll 4
+        for (int u = 0; u < U; ++u) x[u] = load<P>(term[j] + p + u * P::kLanes, lanes);
+        if (j == centered) {
+#pragma GCC unroll 4
+          for (int u = 0; u < U; ++u)
+            for (int k = 0; k < P::kVecs; ++k)
+              x[u].v[k] = x[u].v[k] -
+                  (kVectors ? Vec::loadu(center.vector + p + u * P::kLanes + k * P::kWidth) : Vec(center.scalar));
+        }
+        const Acc* vector = factor[j].vector;
+        const Vec scalar(factor[j].scalar);
+#pragma GCC unroll 4
+        for (int u = 0; u < U; ++u)
+          for (int k = 0; k < P::kVecs; ++k)
+            sum[u].v[k] = at::vec::fmadd(
+                x[u].v[k], kVectors ? Vec::loadu(vector + p + u * P::kLanes + k * P::kWidth) : scalar, sum[u].v[k]);
+      }
+      if (relu) {
+#pragma GCC unroll 4
+        for (int u = 0; u < U; ++u) sum[u] = sum[u].relu();
+      }
+      if (mask != nullptr) {
+#pragma GCC unroll 4
+        for (int u = 0; u < U; ++u) store_bits(mask + (p + u * P::kLanes) / 8, sum[u].rounded().passed(), lanes);
+      }
+      if (out == nullptr) return;
+#pragma GCC unroll 4
+      for (int u = 0; u < U; ++u) store(sum[u], out + p + u * P::kLanes, lanes);
+    });
   }
 
   const Combine& a_;
   const Shape& s_;
+  bool vectors_;
   int64_t mask_pitch_;
-  int groups_;
-  std::vector<Acc> carry_;
 };
 
 template <typename T>
@@ -192,7 +124,6 @@ class BackwardRows {
  public:
   BackwardRows(const Backward& a, int64_t u, int64_t o)
       : a_(a), s_(a.shape), u_(u), o_(o), mask_pitch_((s_.length + 7) / 8), padded_(s_.padded()) {
-    if (a_.sign != nullptr) sign_.emplace(*a_.sign);
     if (a_.sums == nullptr || !s_.channels_last) return;
     scratch_.resize((1 + a_.n_summed) * padded_);
     for (int k = 0; k <= a_.n_summed; ++k) std::fill_n(sums(k), padded_, 0.0);
@@ -202,12 +133,8 @@ class BackwardRows {
     const int64_t tile = s_.channels_last ? std::min(tile_rows(s_), kBlock) : tile_rows(s_);
     for (int64_t i = begin; i < end; i += tile) {
       const int64_t stop = std::min(i + tile, end);
-      const uint8_t* mask = a_.mask ? a_.mask + (o_ * s_.inner + i) * mask_pitch_ : nullptr;
-      if (sign_) {
-        bits_.resize((stop - i) * mask_pitch_);
-        sign_->run(o_, i, stop, bits_.data());
-        mask = bits_.data();
-      }
+      uint8_t* mask = a_.mask ? a_.mask + (o_ * s_.inner + i) * mask_pitch_ : nullptr;
+      if (a_.sign != nullptr) CombineRows<T>(*a_.sign).run(o_, i, stop, mask);
       if (mask != nullptr) {
         run_tile<true>(i, stop, mask);
       } else {
@@ -246,9 +173,9 @@ class BackwardRows {
     }
   }
 
-  template <bool kMask>
-  static P load_grad(const T* grad, const uint8_t* mask, int n) {
-    const P g = n == P::kLanes ? P::load(grad) : P::load(grad, n);
+  template <bool kMask, typename N>
+  static P load_grad(const T* grad, const uint8_t* mask, N n) {
+    const P g = load<P>(grad, n);
     if constexpr (kMask) return g.masked(load_bits(mask, n));
     return g;
   }
@@ -269,14 +196,14 @@ class BackwardRows {
     }
     const Acc* center = static_cast<const Acc*>(a_.center);
     Acc *plain = part(0), *product = part(1 + j);
-    along<P, 1>(s_.length, [&](int64_t p, auto, int n) {
+    along<P, 1>(s_.length, [&](int64_t p, auto, auto n) {
       P g[R];
       for (int r = 0; r < R; ++r) g[r] = load_grad<kMask>(grad[r] + p, mask + (kMask ? r * mask_pitch_ + p / 8 : 0), n);
       // The rows at hand are summed among themselves first, which keeps the chain of roundings short.
       if (j >= 0) {
         P some;
         for (int r = 0; r < R; ++r) {
-          P t = n == P::kLanes ? P::load(x[r] + p) : P::load(x[r] + p, n);
+          P t = load<P>(x[r] + p, n);
           for (int v = 0; v < P::kVecs; ++v) {
             if (center != nullptr) t.v[v] = t.v[v] - Vec::loadu(center + p + v * P::kWidth);
             some.v[v] = r == 0 ? g[r].v[v] * t.v[v] : at::vec::fmadd(g[r].v[v], t.v[v], some.v[v]);
@@ -316,15 +243,16 @@ class BackwardRows {
         Vec plain[U * P::kVecs], product[U * P::kVecs];
         for (auto& v : plain) v = Vec(Acc(0));
         for (auto& v : product) v = Vec(Acc(0));
-        along<P, U>(std::min(kRun, s_.length - start), [&](int64_t p, auto unroll, int n) {
-          for (int u = 0; u < unroll; ++u) {
+        along<P, U>(std::min(kRun, s_.length - start), [&](int64_t p, auto unroll, auto n) {
+#pragma GCC unroll 4
+          for (int u = 0; u < decltype(unroll)::value; ++u) {
             const int64_t q = start + p + u * P::kLanes;
             const P g = load_grad<kMask>(grad + q, mask + (kMask ? q / 8 : 0), n);
             for (int v = 0; v < P::kVecs; ++v) plain[u * P::kVecs + v] = plain[u * P::kVecs + v] + g.v[v];
             if (x == nullptr) continue;
-            P t = n == P::kLanes ? P::load(x + q) : P::load(x + q, n);
+            P t = load<P>(x + q, n);
             for (int v = 0; v < P::kVecs; ++v) t.v[v] = t.v[v] - center;
-            if (n < P::kLanes) t = t.masked((1u << n) - 1);
+            if constexpr (!kIsFull<decltype(n)>) t = t.masked((1u << n) - 1);
             for (int v = 0; v < P::kVecs; ++v)
               product[u * P::kVecs + v] = at::vec::fmadd(g.v[v], t.v[v], product[u * P::kVecs + v]);
           }
@@ -351,12 +279,13 @@ class BackwardRows {
       offset = RowFactor<Acc>({a_.offset, 0, 0}, s_, o_, i);
     }
     auto at = [](const RowFactor<Acc>& f, int64_t q) { return kVectors ? Vec::loadu(f.vector + q) : Vec(f.scalar); };
-    along<P, 2>(row_length(s_, i), [&](int64_t p, auto unroll, int n) {
-      for (int u = 0; u < unroll; ++u) {
+    along<P, 2>(row_length(s_, i), [&](int64_t p, auto unroll, auto n) {
+#pragma GCC unroll 2
+      for (int u = 0; u < decltype(unroll)::value; ++u) {
         const int64_t q = p + u * P::kLanes;
         P d = load_grad<kMask>(grad + q, mask + (kMask ? q / 8 : 0), n);
         P t;
-        if constexpr (kX) t = n == P::kLanes ? P::load(x + q) : P::load(x + q, n);
+        if constexpr (kX) t = load<P>(x + q, n);
         for (int v = 0; v < P::kVecs; ++v) {
           const int64_t w = q + v * P::kWidth;
           if constexpr (kX) {
@@ -366,11 +295,7 @@ class BackwardRows {
             d.v[v] = d.v[v] * at(factor, w);
           }
         }
-        if (n < P::kLanes) {
-          d.store(out + q, n);
-        } else {
-          d.store(out + q);
-        }
+        store(d, out + q, n);
       }
     });
   }
@@ -380,8 +305,6 @@ class BackwardRows {
   const int64_t u_, o_, mask_pitch_, padded_;
   int64_t block_ = 0;  // rows in the parts that are not in the sums yet
   std::vector<Acc> scratch_;
-  std::vector<uint8_t> bits_;
-  std::optional<CombineRows<T>> sign_;
 };
 
 template <typename T>
