@@ -1,9 +1,9 @@
 """What the Triton kernels share: the tiling of both layouts, the rules for a single element, and two-stage reductions.
 
-A tile is ROWS x COLS elements with the innermost dimension along its columns. Contiguous: rows are channels, columns
-positions of one sample. channels_last: rows are positions, columns channels. AXIS is the tile's axis of positions, along
-which reductions run; what is per channel lies along the other one. A program owns one block of channels and a run of
-tiles of one group: the whole batch, or one sample where a factor differs from sample to sample.
+A tile is ROWS x COLS elements, the innermost dimension along its columns. Contiguous: rows are channels, columns are
+positions of one sample. channels_last: rows are positions, columns are channels. AXIS is the tile's axis of positions:
+reductions run along it, and what is per channel lies along the other one. A program owns one block of channels and a run
+of tiles of one group: the whole batch, or one sample where a factor differs from sample to sample.
 
 Lengths and pitches reach the kernels in units of UNIT elements, which tells the compiler that it may load UNIT at once.
 """
@@ -233,7 +233,7 @@ def empty_partials(x: Tensor, planes: int, tiling: Tiling, dtype: torch.dtype) -
 
 @triton.jit
 def scalar_of(value, WIDE: tl.constexpr):
-    if WIDE == tl.float64:
+    if tl.float64 == WIDE:
         return tl.full((), 0.0, tl.float64) + value[0] + value[1] + value[2]
     else:
         return value
@@ -244,8 +244,8 @@ def assignment(
     channels, blocks, splits, pieces, span, share, tiles,
     AXIS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """What this program works on: its first channel and all of them, C in elements, its group, its row among the partial
-    results, its first tile and the one after its last."""
+    """What this program works on: its first channel, all its channels, C in elements, its group, its row among the
+    partial results, its first tile and the one after its last."""
     BLOCK: tl.constexpr = COLS if AXIS == 0 else ROWS
     pid = tl.program_id(0)
     c0 = (pid % blocks) * BLOCK
@@ -261,8 +261,8 @@ def place(
     t, group, c0, c, channels, length, chunks,
     AXIS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Where tile t lies: (major, minor), which put an element at major * pitch + minor; which elements exist; how many of
-    each channel; the bytes of the mask, and which of them exist."""
+    """Where tile t lies: (major, minor), which put an element at major * pitch + minor; which elements exist; how many
+    of each channel; the bytes of the mask, and which of them exist."""
     BYTES: tl.constexpr = COLS // 8
     t = tl.full((), 0, tl.int64) + t
     if AXIS == 1:

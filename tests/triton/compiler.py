@@ -1,19 +1,18 @@
 """Compiles what the real launchers launch, for a GPU that is not there, and reads what ptxas made of it.
 
-    python tests/triton/compiler.py [80,90,100]
+    python -m tests.triton.compiler [80,90,100]
 
-prints one line per compiled kernel. Must run without TRITON_INTERPRET.
+prints a line per compiled kernel. Must run without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +20,10 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import CompiledKernel
+
+from rkfast.ops.bn_rk_sum import triton as bn_rk_sum
+from rkfast.ops.channel_moments import triton as channel_moments
+from rkfast.ops.rk_sum import triton as rk_sum
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 # Shared memory that a thread block may use, in bytes.
@@ -36,10 +39,14 @@ class Kernel(NamedTuple):
     shared: int
     ptx: str
 
-    def accesses(self) -> set[tuple[str, int]]:
-        """("ld" | "st", bytes) of every access to global memory."""
-        found = re.findall(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.b(\d+)", self.ptx)
-        return {(kind, int(width or 1) * int(bits) // 8) for kind, width, bits in found}
+    def accesses(self, kind: str) -> set[int]:
+        """How many bytes a thread loads ("ld") or stores ("st") in global memory at once, here and there."""
+        found = re.findall(rf"\b{kind}\.global\S*?(?:\.v(\d))?\.b(\d+)", self.ptx)
+        widths = {int(width or 1) * int(bits) // 8 for width, bits in found}
+        if kind == "ld":
+            copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)", self.ptx)
+            widths |= {int(size, 0) for size in copies}
+        return widths
 
 
 class Driver:
@@ -91,3 +98,105 @@ def inspect(compiled: Any, cc: int) -> Kernel:
         metadata.name, cc, metadata.num_warps, found["REG"], found["STACK"] + found["LOCAL"], metadata.shared,
         compiled.asm["ptx"],
     )  # fmt: skip
+
+
+class Launch(NamedTuple):
+    """A call of a launcher at a size that benchmarks use."""
+
+    name: str
+    call: Callable[[], Any]
+    wide: bool  # rows divide into units of 16 bytes, and so should the accesses
+
+
+def launches(dtype: torch.dtype, shape: tuple[int, ...], channels_last: bool, sliced: bool = False) -> list[Launch]:
+    """Every kernel on tensors of this kind; nothing is read or written, so that meta tensors do."""
+    n, c, h, w = shape
+    extra = 16 if sliced else 0
+    memory = torch.channels_last if channels_last else torch.contiguous_format
+    buffer = torch.empty((n, c + extra, h, w), dtype=dtype, device="meta", memory_format=memory)
+    x = buffer[:, extra // 2 : c + extra // 2]
+    vector, gate = torch.empty(c, device="meta"), torch.empty(n, c, device="meta")
+    row = c if channels_last else h * w
+    wide = row * dtype.itemsize % 16 == 0
+
+    def sums() -> None:
+        rk_sum.forward([x] * 4, [1.0, 0.5, 0.25, 0.3], [None] * 4, None, channels_last, False, False, False)
+        _, mask = rk_sum.forward([x] * 2, [1.0, 0.5], [None] * 2, None, channels_last, True, False, True)
+        rk_sum.backward(x, mask, [1.0], [None], [], [], [], False, channels_last)
+
+    def steps() -> None:
+        _, mask, *_ = rk_sum.forward([x] * 2, [1.0, 0.5], [None, vector], vector, channels_last, True, True, True)
+        rk_sum.backward(x, mask, [1.0, 0.5], [None, vector], [x], [0.5], [False], True, channels_last)
+
+    def gates() -> None:
+        _, mask, *_ = rk_sum.forward([x] * 2, [1.0, 0.5], [None, gate], None, channels_last, True, True, True)
+        rk_sum.backward(x, mask, [1.0, 0.5], [None, gate], [x], [0.5], [True], False, channels_last)
+
+    def norm() -> None:
+        bn_rk_sum.forward(x, vector, vector, None, None, [], [], None, channels_last, True, 1e-5, False, False)
+        bn_rk_sum.backward(
+            x, x, vector, vector, vector, vector, None, None, [], channels_last, True, True, 1e-5, True, True, False
+        )
+
+    def join() -> None:
+        _, mask, *_ = bn_rk_sum.forward(
+            x, vector, vector, None, None, [x], [1.0], vector, channels_last, True, 1e-5, True, True
+        )
+        bn_rk_sum.backward(
+            x, x, vector, vector, vector, vector, vector, mask, [1.0], channels_last, True, True, 1e-5, True, True, True
+        )
+
+    def frozen() -> None:
+        bn_rk_sum.backward(
+            x, x, vector, vector, vector, vector, gate, None, [], channels_last, True, False, 1e-5, True, True, True
+        )
+
+    return [Launch(f.__name__, f, wide) for f in (sums, steps, gates, norm, join, frozen)]
+
+
+def most(dtype: torch.dtype, channels_last: bool) -> Launch:
+    """As many terms and steps as there may be: what registers must suffice for."""
+    x = torch.empty((64, 64, 56, 56), dtype=dtype, device="meta")
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    vector = torch.empty(64, device="meta")
+
+    def call() -> None:
+        coeffs, steps = [0.5] * 16, [vector] * 16
+        _, mask, *_ = rk_sum.forward([x] * 16, coeffs, steps, vector, channels_last, True, True, True)
+        rk_sum.backward(x, mask, coeffs, steps, [x] * 16, coeffs, [False] * 16, True, channels_last)
+
+    return Launch("sixteen", call, False)
+
+
+def running() -> Launch:
+    vectors = [torch.empty(64, device="meta") for _ in range(5)]
+    counters = [torch.empty((), dtype=torch.int64, device="meta") for _ in range(5)]
+
+    def call() -> None:
+        for momentum in (0.1, None):
+            channel_moments.update_running_stats(vectors[0], vectors[0], 100, vectors, vectors, counters, momentum)
+
+    return Launch("running", call, False)
+
+
+def table(targets: list[int]) -> Iterator[str]:
+    yield f"{'kernel':28} {'tensors':28}   sm warps registers local shared  bytes loaded, stored at once"
+    for cc in targets:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            for channels_last in (False, True):
+                kind = f"{str(dtype)[6:]} {'channels_last' if channels_last else 'contiguous'}"
+                for launch in (*launches(dtype, (256, 64, 112, 112), channels_last), most(dtype, channels_last)):
+                    with compiling_for(cc) as compiled:
+                        launch.call()
+                    for each in compiled:
+                        k = inspect(each, cc)
+                        name = f"{launch.name}: {k.name.strip('_').removesuffix('_kernel')}"
+                        yield (
+                            f"{name:28} {kind:28} {cc:4} {k.warps:5} {k.registers:9} {k.local:5} {k.shared:6}  "
+                            f"{sorted(k.accesses('ld'))}, {sorted(k.accesses('st'))}"
+                        )
+
+
+if __name__ == "__main__":
+    for line in table([int(cc) for cc in (sys.argv[1] if len(sys.argv) > 1 else "80,90,100").split(",")]):
+        print(line, flush=True)

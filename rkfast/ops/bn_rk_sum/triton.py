@@ -1,4 +1,4 @@
-"""bn_rk_sum in Triton: one pass forward once the moments are known; backward one pass that sums and one that applies."""
+"""bn_rk_sum in Triton: forward one pass once the moments are known; backward one that sums and one that applies."""
 
 from __future__ import annotations
 
@@ -125,9 +125,9 @@ def forward(
     dtype = moments_dtype(x.dtype)
     x = layout.conform(x, channels_last)
     terms = [layout.conform(t, channels_last) for t in terms]
-    given = mean is not None and var is not None
-    if not given:
-        mean, var = channel_moments.forward(x, channels_last)
+    found: tuple[Tensor, ...] = ()
+    if mean is None or var is None:
+        mean, var = found = channel_moments.forward(x, channels_last)
     if out is None:
         out = layout.empty(x, channels_last)
     bits = x.new_empty(layout.mask_shape(x, channels_last), dtype=torch.uint8) if mask else None
@@ -158,7 +158,7 @@ def forward(
     return [
         out,
         *([] if bits is None else [bits]),
-        *([] if given else [mean, var]),
+        *found,
         *([] if partials is None else kernels.merge_moments(partials)),
     ]
 

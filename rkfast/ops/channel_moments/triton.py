@@ -91,9 +91,10 @@ def _running_stats_kernel(
         else:
             weight = kernels.scalar_of(momentum, tl.float64)
         exists = c < sizes[i]
-        unbiased = tl.load(var + c, mask=exists, other=0.0) * kernels.scalar_of(unbias, tl.float64).to(var.dtype.element_ty)
-        _move(running_mean[i], tl.load(mean + c, mask=exists, other=0.0), weight, c, exists)
-        _move(running_var[i], unbiased, weight, c, exists)
+        m = tl.load(mean + c, mask=exists, other=0.0)
+        v = tl.load(var + c, mask=exists, other=0.0)
+        _move(running_mean[i], m, weight, c, exists)
+        _move(running_var[i], v * kernels.scalar_of(unbias, tl.float64).to(v.dtype), weight, c, exists)
 
 
 def update_running_stats(

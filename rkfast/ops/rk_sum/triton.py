@@ -184,7 +184,7 @@ def _backward_kernel(
     for i in tl.static_range(len(outs)):
         factors = factors + (kernels.factor(coeffs[i], steps[i], gates[i], group, c, channels, AXIS, WIDE),)
     sums = ()
-    for i in tl.static_range(len(partials)):
+    for _ in tl.static_range(len(partials)):
         sums = sums + (tl.zeros((ROWS, COLS), WIDE),)
     for t in tl.range(first, last, num_stages=STAGES):
         major, minor, exists, count, at, bytes_exist = kernels.place(
@@ -238,9 +238,7 @@ def backward(
     channels_last: bool,
 ) -> list[Tensor]:
     if grad.numel() == 0:
-        return reference.backward(
-            grad, mask, coeffs, steps, step_terms, step_coeffs, per_sample, shift, channels_last
-        )
+        return reference.backward(grad, mask, coeffs, steps, step_terms, step_coeffs, per_sample, shift, channels_last)
     n, c = grad.shape[:2]
     dtype = moments_dtype(grad.dtype)
     grad = layout.conform(grad, channels_last)

@@ -146,7 +146,8 @@ def rk_sum(name: str, dtype: torch.dtype, shape: tuple[int, ...], how: str) -> N
         shift is not None,
         channels_last,
     )
-    ours, same, true = triton.backward(*backward), reference.backward(*backward), reference.backward(*double(list(backward)))
+    ours, same = triton.backward(*backward), reference.backward(*backward)
+    true = reference.backward(*double(list(backward)))
     magnitudes = reference.backward(*absolute(double(list(backward))))
     assert [t.dtype for t in ours] == [t.dtype for t in same]
     for i in range(len(ours)):
@@ -165,7 +166,7 @@ def test_rk_sum(name: str, dtype: torch.dtype, how: str) -> None:
 
 
 @pytest.mark.usefixtures("tiles")
-@pytest.mark.parametrize("how", LAYOUTS)
+@pytest.mark.parametrize("how", ("contiguous", "channels_last_slice"))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rk_sum_shapes(shape: tuple[int, ...], how: str) -> None:
     for name in ("relu", "gates"):
@@ -249,7 +250,7 @@ def test_bn_rk_sum(name: str, dtype: torch.dtype, how: str) -> None:
 
 
 @pytest.mark.usefixtures("tiles")
-@pytest.mark.parametrize("how", LAYOUTS)
+@pytest.mark.parametrize("how", ("contiguous", "channels_last_slice"))
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s != (1, 9, 1, 1)], ids=str)
 def test_bn_rk_sum_shapes(shape: tuple[int, ...], how: str) -> None:
     for name in ("join", "gate"):
@@ -285,13 +286,13 @@ def test_moments_do_not_cancel(dtype: torch.dtype, how: str) -> None:
 
 @pytest.mark.parametrize("how", LAYOUTS)
 def test_not_finite(how: str) -> None:
-    """NaN passes ReLU, makes its own channel's moments NaN only, and a gradient that is masked off is 0 whatever it was."""
+    """NaN passes ReLU and spoils no moments but its channel's; a gradient that is masked off is 0 whatever it was."""
     channels_last = how.startswith("channels_last")
     x = torch.randn(2, 5, 3, 7)
     x[0, 1, 2, 3], x[1, 2, 0, 0], x[1, 3, 0, 0] = float("nan"), float("inf"), float("-inf")
     x = lay(x, how, 0, "cpu")
     out, mask, mean, var = triton.forward([x], [2.0], [None], None, channels_last, True, True, True)
-    assert torch.equal(out, torch.relu(2 * x).where(~x.isnan(), x)) or torch.allclose(out, torch.relu(2 * x), equal_nan=True)
+    torch.testing.assert_close(out, torch.relu(2 * x), equal_nan=True, rtol=0, atol=0)
     assert out.isnan().sum() == 1 and out.isinf().sum() == 1
     assert_mask(mask, out, channels_last)
     assert var.isnan().tolist() == [False, True, True, False, False]
@@ -375,7 +376,8 @@ def test_public_functions_are_served(how: str) -> None:
         grads = torch.autograd.grad(out.square().sum(), (x, y, gate, bn.weight, bn.bias))
         found = ops.channel_moments(out)
     served = dispatch.served() - before
-    expected = ("rk_sum", "rk_sum_backward", "bn_rk_sum", "bn_rk_sum_backward", "channel_moments", "update_running_stats")
+    expected = [*dispatch.OPS]
+    assert "bn_rk_sum_backward" in expected
     assert served == {(op, "triton"): 1 for op in expected}
     stock = torch.nn.BatchNorm2d(6, momentum=None)
     total = torch.relu(gate[..., None, None] * x + 0.5 * y)
@@ -384,7 +386,8 @@ def test_public_functions_are_served(how: str) -> None:
     torch.testing.assert_close((bn.running_mean, bn.running_var), (stock.running_mean, stock.running_var))
     assert bn.num_batches_tracked == 1
     assert_moments(found.mean, found.var, out.detach())
-    for a, b in zip(grads, torch.autograd.grad(want.square().sum(), (x, y, gate, stock.weight, stock.bias)), strict=True):
+    stock_grads = torch.autograd.grad(want.square().sum(), (x, y, gate, stock.weight, stock.bias))
+    for a, b in zip(grads, stock_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 

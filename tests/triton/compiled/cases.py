@@ -1,0 +1,84 @@
+"""What the launchers launch at sizes of benchmarks, compiled for three GPUs.
+
+Run by tests/triton/test_compiler.py, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rkfast.ops.rk_sum import triton as rk_sum
+from tests.ops.tester import DTYPES
+from tests.triton import compiler
+
+TARGETS = (80, 90, 100)
+STREAMS = ("_forward_kernel", "_backward_kernel", "_moments_kernel")  # they read and write whole tensors
+# Dtypes, layouts, sizes and slices go round the targets; sm_90 gets every kernel of each.
+WORK = [
+    (90, torch.float32, (256, 64, 112, 112), False, False),
+    (90, torch.float32, (64, 36, 32, 32), True, False),
+    (90, torch.bfloat16, (256, 64, 112, 112), True, False),
+    (90, torch.bfloat16, (128, 64, 32, 32), True, True),
+    (90, torch.float16, (256, 64, 112, 112), False, False),
+    (90, torch.float64, (128, 64, 32, 32), True, False),
+    (80, torch.float32, (128, 64, 32, 32), True, True),
+    (80, torch.bfloat16, (256, 64, 112, 112), False, False),
+    (80, torch.float16, (256, 64, 112, 112), True, False),
+    (80, torch.float64, (64, 36, 32, 32), True, False),
+    (100, torch.float32, (128, 64, 32, 32), False, True),
+    (100, torch.bfloat16, (256, 64, 112, 112), True, False),
+    (100, torch.float64, (256, 64, 112, 112), False, False),
+]
+
+
+def check(launch: compiler.Launch, cc: int, itemsize: int) -> None:
+    with compiler.compiling_for(cc) as compiled:
+        launch.call()
+    for each in compiled:
+        kernel = compiler.inspect(each, cc)
+        what = f"{launch.name}: {kernel.name} for sm_{cc}"
+        assert kernel.local == 0, f"{what} spills: {kernel.local} bytes of local memory"
+        assert kernel.shared <= compiler.SHARED[cc] // 2, f"{what} takes {kernel.shared} bytes of shared memory"
+        if launch.wide and kernel.name in STREAMS:
+            loads, stores = kernel.accesses("ld"), kernel.accesses("st")
+            # Besides: vectors and partial results [C] in the dtype of sums, and bytes of the mask.
+            beside = {1, max(4, itemsize), 16}
+            assert 16 in loads and loads <= beside, f"{what} loads {sorted(loads)} bytes at once"
+            assert stores <= beside, f"{what} stores {sorted(stores)} bytes at once"
+            if kernel.name == "_forward_kernel":
+                assert 16 in stores, f"{what} stores {sorted(stores)} bytes at once"
+            if launch.name == "sums":  # nothing beside tensors and masks
+                assert loads <= {1, 16} and stores <= {1, 16}, f"{what}: {sorted(loads)}, {sorted(stores)}"
+
+
+@pytest.mark.parametrize(("cc", "dtype", "shape", "channels_last", "sliced"), WORK, ids=str)
+def test_compiles_without_spills(
+    cc: int, dtype: torch.dtype, shape: tuple[int, ...], channels_last: bool, sliced: bool
+) -> None:
+    for launch in compiler.launches(dtype, shape, channels_last, sliced):
+        if cc == 90 or launch.name in ("sums", "steps", "join"):
+            check(launch, cc, dtype.itemsize)
+
+
+@pytest.mark.parametrize("cc", TARGETS)
+def test_most_terms(cc: int) -> None:
+    check(compiler.most(torch.bfloat16, channels_last=True), cc, 2)
+
+
+@pytest.mark.parametrize("cc", TARGETS)
+def test_running_statistics(cc: int) -> None:
+    check(compiler.running(), cc, 4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_coefficients_and_sizes_do_not_compile_again(dtype: torch.dtype) -> None:
+    def call(coeffs: list[float], shape: tuple[int, ...]) -> int:
+        x = torch.empty(shape, dtype=dtype, device="meta")
+        with compiler.compiling_for(90) as compiled:
+            rk_sum.forward([x] * 3, coeffs, [None] * 3, None, False, True, False, True)
+        return len(compiled)
+
+    call([0.1, 0.2, 0.7], (64, 48, 56, 56))
+    assert call([1.0, 2.0, 16.0], (64, 48, 56, 56)) == 0
+    assert call([0.0, -1 / 3, 1e-40], (32, 80, 28, 28)) == 0
