@@ -174,7 +174,8 @@ template <typename Body>
 void for_each_unit(const Shape& s, int64_t cost, Body&& body) {
   const int64_t splits = s.splits(), units = s.units();
   auto run = [&](int64_t begin, int64_t end) {
-    for (int64_t u = begin; u < end; ++u) {
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t u = s.reverse ? begin + end - 1 - k : k;
       const int64_t o = u / splits, i = u % splits * s.unit;
       body(u, o, i, std::min(i + s.unit, s.inner));
     }

@@ -79,6 +79,7 @@ std::vector<Tensor> bn_rk_sum(const Tensor& x, const Optional& weight, const Opt
   for (int j = 0; j < a.n - 1; ++j) a.terms[j] = operands.add(terms[j]);
   a.terms[a.n - 1] = normalised;
   a.shape = shape_of(rows, norm.by_sample());
+  a.shape.reverse = !mean;
   const int64_t join = join_rows(a.shape, operands.all_dense(), mask);
   a.out.inner *= join;
   for (int j = 0; j < a.n; ++j) a.terms[j].inner *= join;
@@ -174,6 +175,7 @@ std::vector<Tensor> bn_rk_sum_backward(const Tensor& grad, const Tensor& x, cons
       partials.clear();
     }
     a.sign = nullptr;
+    a.shape.reverse = true;
     s0 = partials.sums(0, norm.by_sample());
     s1 = partials.sums(1, norm.by_sample());
     for (int64_t n = 0; n < samples; ++n) {

@@ -19,6 +19,7 @@ struct Shape {
   bool channels_last;
   int64_t replicas;  // rows of few channels that were joined to one: the channels repeat along it
   int64_t unit;      // rows per unit; a unit never spans two samples
+  bool reverse;      // from the last unit to the first: a second pass finds the end of the first in cache
 
   int64_t splits() const { return unit == 0 ? 0 : (inner + unit - 1) / unit; }
   int64_t units() const { return outer * splits(); }
