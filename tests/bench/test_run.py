@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import subprocess
@@ -173,3 +174,21 @@ def test_sizes() -> None:
     for part in ("/n=2/", "/n=8/", "/n=14/", "+steps", "+moments", "/bfloat16/", "/contiguous", "64x64x32x32", "eval+"):
         assert part in ids
     assert len(set(listed["full"])) == len(listed["full"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
+def test_malloc_settings_decide_whether_pages_are_taken_anew(tmp_path: Path) -> None:
+    # Blocks over 32 MiB, up to which glibc raises its threshold by itself.
+    case = "bn_rk_sum/train+residual+relu/16x256x56x56/float32/channels_last"
+    parser = argparse.ArgumentParser()
+    run.add_arguments(parser)
+    args = parser.parse_args(["ops", "bn_rk_sum", "--device", "cpu", "--peers", "", "--seconds", "0"])
+    reports: dict[str, dict[str, Any]] = {case: {}}
+    for setting in run.MALLOC:
+        assert run._measured(run._job(args, [case], 1, setting, None, tmp_path / setting), setting, reports)
+    pages = 16 * 256 * 56 * 56 * 4 / 4096
+    contenders = {setting: found["contenders"] for setting, found in reports[case].items()}
+    ours = {s: next(c for c in each.values() if c["ours"])["faults"]["forward"] for s, each in contenders.items()}
+    assert ours["default"] > 0.9 * pages
+    assert ours["large"] < 0.05 * pages
+    assert contenders["default"]["copy"]["faults"]["forward"] < 0.05 * pages  # it writes memory that is there
