@@ -2,8 +2,8 @@
 
 A tile is ROWS x COLS elements, the innermost dimension along its columns. Contiguous: rows are channels, columns are
 positions of one sample. channels_last: rows are positions, columns are channels. AXIS is the tile's axis of positions:
-reductions run along it, and what is per channel lies along the other one. A program owns one block of channels and a run
-of tiles of one group: the whole batch, or one sample where a factor differs from sample to sample.
+reductions run along it, and what is per channel lies along the other one. A program owns one block of channels and a
+run of tiles of one group: the whole batch, or one sample where a factor differs from sample to sample.
 
 Lengths and pitches reach the kernels in units of UNIT elements, which tells the compiler that it may load UNIT at once.
 """
@@ -28,9 +28,10 @@ WARPS = 4
 MOST_HELD = 96  # registers of a thread that may stay occupied while tiles pass; a thread has 255
 PROGRAMS = 4096  # enough for a small tail on any GPU, few enough for a cheap second stage
 GEOMETRY = ("channels", "length", "chunks", "blocks", "splits", "pieces", "span", "share", "tiles")
+PITCHES = ("pitch", "x_pitch", "out_pitch")
 
 # Alignment is told by UNIT; without this, every new shape could compile again. (A value of 1 is still a constant.)
-jit = functools.partial(triton.jit, do_not_specialize_on_alignment=[*GEOMETRY, "pitch"], do_not_specialize=["rows"])
+jit = functools.partial(triton.jit, do_not_specialize_on_alignment=[*GEOMETRY, *PITCHES], do_not_specialize=["rows"])
 
 
 class Tiling(NamedTuple):

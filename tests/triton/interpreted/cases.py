@@ -218,7 +218,7 @@ def bn_rk_sum(name: str, dtype: torch.dtype, shape: tuple[int, ...], how: str) -
     grad = lay(torch.randn(shape).to(dtype), how, 0, "cpu")
     mask = reference.pack(~(out <= 0), channels_last) if relu else None
     needs = [(True, True, True)]
-    if name in ("join", "gate", "frozen"):
+    if name in ("join", "gate", "frozen") and dtype == torch.float32:
         needs += [(True, False, False), (False, True, False), (False, False, True), (False, False, False)]
     for need_x, need_affine, need_step in needs:
         need = (need_x, need_affine, need_step and step is not None)
@@ -262,7 +262,7 @@ def test_bn_rk_sum_shapes(shape: tuple[int, ...], how: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_channel_moments(dtype: torch.dtype, how: str) -> None:
     channels_last = how.startswith("channels_last")
-    for shape in SHAPES:
+    for shape in SHAPES[:5]:
         x = lay((torch.randn(shape) - 3).to(dtype), how, 0, "cpu")
         assert_moments(*moments_triton.forward(x, channels_last), x)
 
