@@ -1,7 +1,7 @@
 """Who computes: one ordered list of implementations per op, and the only place that chooses among them.
 
-An explicit choice (``with rkfast.use("cpu"):`` or ``RKFAST_BACKEND=cpu``) that cannot serve a call raises the reason; the
-automatic choice takes the first implementation that can, and remembers why the ones before it could not.
+An explicit choice (``with rkfast.use("cpu"):`` or ``RKFAST_BACKEND=cpu``) that cannot serve a call raises the reason;
+the automatic choice takes the first implementation that can, and remembers why the ones before it could not.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ class Op:
         """The last call served; None before the first."""
         if self._last is None:
             return None
-        choice, *seen = self._last
-        return Record(choice.backend, choice.rejected, *seen)
+        choice, shape, dtype, device = self._last
+        return Record(choice.backend, choice.rejected, shape, dtype, device)
 
     def _choose(self, lead: torch.Tensor, args: tuple[Any, ...]) -> Choice:
         explicit = forced()
@@ -106,7 +106,7 @@ class Op:
                     f"rkfast.{self.name}: backend {explicit!r} was asked for and cannot serve this call: {reason}"
                 )
             return _loaded(found[0], [])
-        rejected = []
+        rejected: list[tuple[str, str]] = []
         for implementation in self.implementations:
             reason = self._reason(implementation, lead, args, explicit=False)
             if reason is None:
@@ -149,7 +149,7 @@ def backend_reason(backend: str, device: str, explicit: bool = False) -> str | N
 
 
 def ordered(home: str, function: str) -> tuple[Implementation, ...]:
-    """The usual list: ``function`` of ``home.cuda``, ``home.triton``, ``home.cpu`` and ``home.reference``, in this order."""
+    """The usual list: ``function`` of the modules ``cuda``, ``triton``, ``cpu`` and ``reference`` of ``home``."""
     return tuple(Implementation(backend, f"{home}.{backend}", function) for backend in BACKENDS)
 
 

@@ -58,9 +58,13 @@ def like(x: object, reference: Tensor, name: str, reference_name: str) -> None:
             "expand it first, the op does not broadcast"
         )
     if x.dtype != reference.dtype:
-        raise TypeError(f"{name}: dtype {x.dtype} differs from {reference_name}'s {reference.dtype}; convert one of them")
+        raise TypeError(
+            f"{name}: dtype {x.dtype} differs from {reference_name}'s {reference.dtype}; convert one of them"
+        )
     if x.device != reference.device:
-        raise ValueError(f"{name}: device {x.device} differs from {reference_name}'s {reference.device}; move one of them")
+        raise ValueError(
+            f"{name}: device {x.device} differs from {reference_name}'s {reference.device}; move one of them"
+        )
 
 
 def vector(v: object, x: Tensor, name: str, per_sample: bool = False) -> None:

@@ -87,7 +87,7 @@ class View(NamedTuple):
         held = (sums + vectors * self.channels_last) * max(1, itemsize // 4)  # registers
         while held * per_thread > MOST_HELD and per_thread > 1:
             per_thread //= 2
-        elements = 32 * WARPS * per_thread * (2 if operands <= 4 else 1)
+        elements = 32 * WARPS * per_thread * (2 if operands + sums <= 4 else 1)
         return _tiling(*self[:4], itemsize, unit, per_thread, elements, per_sample, reduces)
 
     def units(self, tiling: Tiling) -> tuple[int, ...]:

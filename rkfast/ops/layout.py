@@ -6,8 +6,8 @@ with stride 1:
 - contiguous: N x C x P, a row is one channel of one sample;
 - channels_last: N x P x C, a row is one position of one sample.
 
-Rows are evenly spaced, so that a slice of the channels of a larger tensor (a slot) is served as it is. csrc/common/layout.h
-says the same to the C++ kernels.
+Rows are evenly spaced, so that a slice of the channels of a larger tensor (a slot) is served as it is.
+csrc/common/layout.h says the same to the C++ kernels.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether x is laid out with its channels innermost. A tensor that is both (C = 1 or P = 1) counts as contiguous."""
+    """Whether x is laid out with its channels innermost. One that is both (C = 1 or P = 1) counts as contiguous."""
     if x.is_contiguous():
         return False
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
@@ -117,7 +117,7 @@ def overlaps(out: Tensor, x: Tensor, channels_last: bool) -> bool:
     another channel slice of the same buffer."""
     if out.numel() == 0 or x.numel() == 0 or out.untyped_storage().data_ptr() != x.untyped_storage().data_ptr():
         return False
-    apart = out.storage_offset() - x.storage_offset()
+    apart = int(out.storage_offset()) - int(x.storage_offset())
     if x.dtype != out.dtype:
         return True
     if x.shape == out.shape and x.stride() == out.stride():

@@ -1,7 +1,7 @@
 """Which backend serves what, found out by calling it: ``python -m tests.ops.served > SUPPORT.md``.
 
-Each op is called once per backend, dtype, layout and direction with the backend forced. Triton's kernels are called in its
-interpreter, CUDA's in the emulation of tests/cuda, so that no GPU is needed to write the table.
+Each op is called once per backend, dtype, layout and direction with the backend forced. Triton's kernels are called
+in its interpreter, CUDA's in the emulation of tests/cuda, so that no GPU is needed to write the table.
 """
 
 from __future__ import annotations
@@ -19,11 +19,17 @@ from tests.ops.tester import DTYPES, LAYOUTS, lay
 HEAD = """\
 # What is served
 
-Written by `python -m tests.ops.served` and checked by `tests/ops/test_served.py`: every cell is a call that was made, with
-the backend forced and its served calls counted. {} dtypes ({}) times {} layouts ({}).
+Written by `python -m tests.ops.served` and checked by `tests/ops/test_served.py`: every cell is a call that was made,
+with the backend forced and its served calls counted. {} dtypes ({}) times {} layouts
+({}).
 
 """
-HOW = {"cpu": "run", "reference": "run", "triton": "run in Triton's interpreter", "cuda": "run in an emulation on the CPU"}
+HOW = {
+    "cpu": "run",
+    "reference": "run",
+    "triton": "run in Triton's interpreter",
+    "cuda": "run in an emulation on the CPU",
+}
 
 
 def calls(backend: str) -> dict[str, list[str]]:
@@ -36,8 +42,10 @@ def calls(backend: str) -> dict[str, list[str]]:
             v = torch.rand(6, requires_grad=True)
             with dispatch.use(backend):
                 total, moments = ops.rk_sum([x, t], [1.0, 0.5], steps=[v, None], relu=True, return_moments=True)
-                joined = ops.bn_rk_sum(total, v, v, v.detach().clone(), v.detach().clone(), terms=[t], coeffs=[1.0], step=v,
-                                       relu=True, training=True, momentum=0.1, eps=1e-5, moments=moments)  # fmt: skip
+                joined = ops.bn_rk_sum(
+                    total, v, v, v.detach().clone(), v.detach().clone(), terms=[t], coeffs=[1.0], step=v, relu=True,
+                    training=True, momentum=0.1, eps=1e-5, moments=moments,
+                )  # fmt: skip
                 ops.channel_moments(x)
                 joined.sum().backward()
             for op, by in dispatch.served() - before:

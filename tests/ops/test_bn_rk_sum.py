@@ -13,8 +13,8 @@ from torch import Tensor
 
 from rkfast import dispatch, native, ops
 from rkfast.ops import layout
-from tests.ops.tester import Inputs, OpTester, lay
 from tests.ops.test_rk_sum import channelwise
+from tests.ops.tester import Inputs, OpTester, lay
 
 
 def case(
@@ -141,7 +141,9 @@ def test_mean_far_larger_than_deviation(dtype: torch.dtype, target: tuple[str, s
     eager = F.batch_norm(x, None, None, None, None, True, 0.1, 1e-5)
     with dispatch.use(backend):
         ours = ops.bn_rk_sum(x, None, None, None, None, training=True, momentum=0.1, eps=1e-5)
-    assert (ours.double() - truth).abs().max() <= 2 * (eager.double() - truth).abs().max() + 1e-2 * (dtype != torch.float32)
+    assert (ours.double() - truth).abs().max() <= 2 * (eager.double() - truth).abs().max() + 1e-2 * (
+        dtype != torch.float32
+    )
 
 
 def test_moments_of_the_result_and_of_the_input(target: tuple[str, str]) -> None:
@@ -209,8 +211,8 @@ def test_bad_input_is_named_and_modifies_nothing() -> None:
     ]
     for kind, words, changes in cases:
         arguments: dict[str, Any] = dict(
-            x=x, weight=bn.weight, bias=bn.bias, running_mean=bn.running_mean, running_var=bn.running_var, training=True,
-            momentum=0.1, eps=1e-5, num_batches_tracked=bn.num_batches_tracked,
+            x=x, weight=bn.weight, bias=bn.bias, running_mean=bn.running_mean, running_var=bn.running_var,
+            training=True, momentum=0.1, eps=1e-5, num_batches_tracked=bn.num_batches_tracked,
         )  # fmt: skip
         with pytest.raises(kind, match=words):
             ops.bn_rk_sum(**{**arguments, **changes})

@@ -35,14 +35,17 @@ class TestRkSum(OpTester):
     }
 
     def coeffs(self, case: dict[str, Any]) -> list[float]:
-        return [[0.5, 1.0, -1 / 3, 1.0, 2.0][j % 5] for j in range(case["n"])] if not case["same"] else [0.5] * case["n"]
+        return (
+            [[0.5, 1.0, -1 / 3, 1.0, 2.0][j % 5] for j in range(case["n"])] if not case["same"] else [0.5] * case["n"]
+        )
 
     def inputs(self, case: dict[str, Any], shape: tuple[int, ...]) -> Inputs:
         n, c = shape[:2]
         return Inputs(
             terms=[torch.randn(shape, dtype=torch.float64) for _ in range(case["n"])],
             steps=[
-                None if s == "-" else torch.randn((c,) if s == "c" else (n, c), dtype=torch.float64) for s in case["steps"]
+                None if s == "-" else torch.randn((c,) if s == "c" else (n, c), dtype=torch.float64)
+                for s in case["steps"]
             ],
             shift=torch.randn(c, dtype=torch.float64) if case["shift"] else None,
         )
@@ -77,7 +80,9 @@ def test_moments_are_those_of_the_stored_result(dtype: torch.dtype, how: str, ta
     assert moments.mean.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     tolerance = 1e-12 if dtype == torch.float64 else 2e-6
     torch.testing.assert_close(moments.mean.double(), mean, rtol=tolerance, atol=0)
-    torch.testing.assert_close(moments.var.double(), var, rtol=max(tolerance, 1e-5 if device == "cuda" else 2e-6), atol=0)
+    torch.testing.assert_close(
+        moments.var.double(), var, rtol=max(tolerance, 1e-5 if device == "cuda" else 2e-6), atol=0
+    )
 
 
 @pytest.mark.parametrize("channels_last", (False, True))
@@ -107,7 +112,11 @@ def test_out_is_refused_where_it_cannot_be_written() -> None:
         (TypeError, "dtype", dict(terms=ts, out=torch.empty(2, 6, 4, 5, dtype=torch.float64))),
         (ValueError, "strides", dict(terms=ts, out=torch.empty(2, 6, 4, 10)[..., ::2])),
         (TypeError, "Tensor", dict(terms=ts, out=[1])),
-        (RuntimeError, "requires grad", dict(terms=[t.requires_grad_() for t in terms(2)], out=torch.empty(2, 6, 4, 5))),
+        (
+            RuntimeError,
+            "requires grad",
+            dict(terms=[t.requires_grad_() for t in terms(2)], out=torch.empty(2, 6, 4, 5)),
+        ),
     ]
     for kind, words, arguments in cases:
         with pytest.raises(kind, match=f"(?s)out: .*{words}"):
@@ -230,7 +239,7 @@ def test_saves_nothing_where_nothing_is_needed() -> None:
 
 def test_explicit_choice_raises_its_reason() -> None:
     a, b = terms(2)
-    with dispatch.use("cuda"), pytest.raises(RuntimeError, match="rk_sum: backend 'cuda' was asked for .* cpu"):
+    with dispatch.use("cuda"), pytest.raises(RuntimeError, match=r"rk_sum: backend 'cuda' was asked for .* cpu"):
         ops.rk_sum([a, b], [1.0, 1.0])
     with pytest.raises(ValueError, match="'gpu' is not a backend"), dispatch.use("gpu"):
         pass

@@ -1,7 +1,7 @@
 """The questions that every op must answer. A subclass says how to call the op and what a user would write instead.
 
-Truth is the user's expression in float64 on the same stored values. An op may be at most twice as far from it as the same
-expression in the op's own dtype, plus the rounding of the result.
+Truth is the user's expression in float64 on the same stored values. An op may be at most twice as far from it as the
+same expression in the op's own dtype, plus the rounding of the result.
 """
 
 from __future__ import annotations
@@ -189,7 +189,13 @@ class OpTester:
             assert_as_good_as(ours, eager, truth, name)
 
     def compare(
-        self, case: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype, how: str, target: tuple[str, str], seed: int
+        self,
+        case: dict[str, Any],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        how: str,
+        target: tuple[str, str],
+        seed: int,
     ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         """(ours, eager's, truth) of the result, every gradient and every buffer."""
         backend, device = target
@@ -198,9 +204,11 @@ class OpTester:
 
         def copy(to: torch.dtype | None) -> Inputs:
             return x.map(
-                lambda _, t: t.detach().clone().to(to or t.dtype).requires_grad_(t.requires_grad)
-                if t.is_floating_point()
-                else t.clone()
+                lambda _, t: (
+                    t.detach().clone().to(to or t.dtype).requires_grad_(t.requires_grad)
+                    if t.is_floating_point()
+                    else t.clone()
+                )
             )
 
         truth = self.evaluate(lambda i: self.eager(case, i), copy(torch.float64), grad)
@@ -391,7 +399,7 @@ class OpTester:
                     torch.testing.assert_close(ours[name], want[name], msg=name)
 
     def test_autocast(self, case: dict[str, Any], target: tuple[str, str]) -> None:
-        """Under autocast an op computes in the dtype it is given: eager's sums and norms do not change theirs either."""
+        """Under autocast an op computes in the dtype it is given: eager's sums and norms do the same."""
         x = self.prepared(case, (2, 4, 3, 5), torch.bfloat16, "channels_last", target[1])
         with dispatch.use(target[0]):
             plain = self.ours(case, self._clone(x))

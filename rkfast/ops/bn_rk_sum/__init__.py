@@ -76,8 +76,8 @@ _forward = dispatch.register(f"bn_rk_sum({_ARGS}, bool mask) -> Tensor[]", _op, 
 # Writes out and returns x's mean and variance, empty where they were given, and out's, empty where not asked for.
 _forward_out = dispatch.register(
     f"bn_rk_sum_out({_ARGS}, Tensor(a!) out) -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda *args: pairs(_op(*args[:-1], False, args[-1]), args[3] is None, args[11]),
-    lambda *args: pairs(_fake(*args[:-1], False), args[3] is None, args[11]),
+    lambda *args: pairs(_op(*args[:12], False, args[12]), args[3] is None, args[11]),
+    lambda *args: pairs(_fake(*args[:12], False), args[3] is None, args[11]),
 )
 # With g' the gradient where the mask is set (relu without a mask: where the output recomputed from x, which then has no
 # terms beside it, is not <= 0), returns [dx], [dweight, dbias], [dstep], each where needed, then [coeffs[i] * g' ...].
@@ -92,7 +92,7 @@ _backward = dispatch.register(
 
 class _BnRkSum(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         coeffs: list[float],
         channels_last: bool,
@@ -129,7 +129,7 @@ class _BnRkSum(torch.autograd.Function):
         if grad is None:
             return (None,) * (9 + len(needed))
         # A gradient of the gradient is asked for: the same in plain, differentiable PyTorch.
-        gradients = reference.gradients if torch.is_grad_enabled() else _gradients
+        gradients: Any = reference.gradients if torch.is_grad_enabled() else _gradients
         return (None,) * 9 + tuple(gradients(grad, *ctx.saved_tensors, *ctx.saved, needed))
 
 
@@ -201,8 +201,9 @@ def bn_rk_sum(
     """BatchNorm scaled and joined with other tensors, ``out = act(sum_j coeffs[j] * terms[j] + step * BN(x))``.
 
     With terms and ReLU this is ResNet's ``relu(identity + bn(conv))``; with a step the join of a learned time step,
-    ``y' = y + step * F(y)`` (TSC, equation 3); with neither, plain BatchNorm and ReLU. Backward reduces once and applies
-    once: ``dx = h * w * rstd * (g' - mean(g') - x_hat * mean(g' * x_hat))`` with ``g'`` the gradient behind the ReLU.
+    ``y' = y + step * F(y)`` (TSC, equation 3); with neither, plain BatchNorm and ReLU. Backward reduces once and
+    applies once: ``dx = h * w * rstd * (g' - mean(g') - x_hat * mean(g' * x_hat))`` with ``g'`` the gradient behind
+    the ReLU.
 
     Equivalent to::
 
@@ -228,7 +229,8 @@ def bn_rk_sum(
         out: a tensor to write into, dense or a channel slice; not differentiable.
 
     Returns:
-        Tensor [N, C, ...] in the memory format of ``out`` or else of x; with ``return_moments`` a pair (Tensor, Moments).
+        Tensor [N, C, ...] in the memory format of ``out`` or else of x; with ``return_moments`` a pair (Tensor,
+        Moments).
 
     Differentiable any number of times in x, weight, bias, step and terms. Deterministic.
 
@@ -248,7 +250,9 @@ def bn_rk_sum(
             raise ValueError("num_batches_tracked: momentum=None averages over all batches and needs the counter")
         mean, var = (None, None) if moments is None else moments[:2]
     elif running_mean is None:
-        raise ValueError("running_mean: expected running statistics when training=False; pass training=True to use x's own")
+        raise ValueError(
+            "running_mean: expected running statistics when training=False; pass training=True to use x's own"
+        )
     else:
         mean, var = running_mean, running_var
     if seen:
@@ -295,7 +299,9 @@ def _checked(
         raise TypeError(f"terms: expected a list of tensors, got {type(terms).__name__}")
     terms = list(terms)
     if len(terms) > checks.MAX_TERMS:
-        raise ValueError(f"terms: expected at most {checks.MAX_TERMS} tensors, got {len(terms)}; sum some of them first")
+        raise ValueError(
+            f"terms: expected at most {checks.MAX_TERMS} tensors, got {len(terms)}; sum some of them first"
+        )
     coeffs = checks.coefficients(coeffs, terms)
     names = ("weight", "bias", "running_mean", "running_var")
     if not seen:

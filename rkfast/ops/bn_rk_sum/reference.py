@@ -148,6 +148,9 @@ def gradients(
         inputs = [t for t, need in zip((x, weight, bias, step), needed, strict=False) if t is not None and need]
         found = iter(torch.autograd.grad(normed, inputs, g, create_graph=True) if inputs else ())
         return [
-            *(next(found) if t is not None and need else None for t, need in zip((x, weight, bias, step), needed)),
+            *(
+                next(found) if t is not None and need else None
+                for t, need in zip((x, weight, bias, step), needed, strict=False)
+            ),
             *(c * g if need else None for c, need in zip(coeffs, need_terms, strict=True)),
         ]

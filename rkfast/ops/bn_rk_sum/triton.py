@@ -133,7 +133,11 @@ def forward(
     bits = x.new_empty(layout.mask_shape(x, channels_last), dtype=torch.uint8) if mask else None
     view = kernels.view([out, x, *terms], channels_last, per_channel=True, mask=mask)
     tiling = view.tiling(
-        x.element_size(), operands=2 + len(terms), per_sample=step is not None and step.dim() == 2, reduces=moments
+        x.element_size(),
+        operands=2 + len(terms),
+        sums=2 * moments,
+        per_sample=step is not None and step.dim() == 2,
+        reduces=moments,
     )
     partials = kernels.empty_partials(x, 3, tiling, dtype) if moments else None
     pitch, x_pitch, *pitches = view.units(tiling)
@@ -342,6 +346,7 @@ def backward(
         tiling = view.tiling(
             x.element_size(),
             operands=2 + len(written),
+            sums=2 * reduces,
             per_sample=per_channel and step is not None and step.dim() == 2,
             reduces=reduces,
         )

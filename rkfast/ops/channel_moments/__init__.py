@@ -14,13 +14,13 @@ from rkfast.ops.channel_moments.reference import moments_dtype as moments_dtype
 
 
 class Moments(NamedTuple):
-    """Moments of each channel of a tensor [N, C, ...] as stored: ``mean`` and biased ``var`` [C] in float32 (float64 for
-    float64 tensors), and the ``count`` N * H * W they were taken over. Variance is kept rather than its inverse root,
-    because eps may differ from one reader to the next."""
+    """Moments of each channel of a tensor [N, C, ...] as stored: ``mean`` and biased ``var`` [C] in float32 (float64
+    for float64 tensors), and the ``count`` N * H * W they were taken over. Variance is kept rather than its inverse
+    root, because eps may differ from one reader to the next."""
 
     mean: Tensor
     var: Tensor
-    count: int
+    count: int  # type: ignore[assignment]  # the field's name; nobody looks for values in moments with tuple.count
 
 
 def pairs(result: list[Tensor], *present: bool) -> tuple[Tensor, ...]:
@@ -47,7 +47,8 @@ _forward = dispatch.register(
 update_running_stats_op = dispatch.Op(
     "update_running_stats", dispatch.ordered("rkfast.ops.channel_moments", "update_running_stats")
 )
-# running_mean[i] and running_var[i] take their first channels' share of mean and var; count 0 counts and changes nothing else.
+# running_mean[i] and running_var[i] take their first channels' share of mean and var; count 0 counts and changes
+# nothing else.
 update_running_stats = dispatch.register(
     "update_running_stats(Tensor mean, Tensor var, int count, Tensor(a!)[] running_mean, Tensor(b!)[] running_var, "
     "Tensor(c!)[] num_batches_tracked, float? momentum) -> ()",

@@ -17,7 +17,7 @@ def per_channel(v: Tensor, x: Tensor) -> Tensor:
 
 
 def sums(x: Tensor, per_sample: bool) -> Tensor:
-    """Sum of x [N, C, ...] over each channel -> [C], or over each channel of each sample -> [N, C]; added in float64."""
+    """Sum of x [N, C, ...] over each channel -> [C], or over each channel of each sample -> [N, C], in float64."""
     axes = [*([] if per_sample else [0]), *range(2, x.dim())]
     return x.sum(axes, dtype=torch.float64).to(x.dtype) if axes else x
 

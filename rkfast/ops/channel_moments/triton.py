@@ -56,7 +56,7 @@ def forward(x: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]:
     x = layout.conform(x, channels_last)
     dtype = moments_dtype(x.dtype)
     view = kernels.view([x], channels_last, per_channel=True, mask=False)
-    tiling = view.tiling(x.element_size(), operands=1, reduces=True)
+    tiling = view.tiling(x.element_size(), operands=1, sums=2, reduces=True)
     partials = kernels.empty_partials(x, 3, tiling, dtype)
     tiling.launch(_moments_kernel, x, x, *view.units(tiling), partials, tiling.partials, WIDE=kernels.WIDE[dtype])
     return kernels.merge_moments(partials)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rkfast import dispatch
 from rkfast.ops import checks, layout
-from rkfast.ops.channel_moments import Moments, moments_dtype, pairs
+from rkfast.ops.channel_moments import Moments, channel_moments, moments_dtype, pairs
 from rkfast.ops.rk_sum import reference
 
 
@@ -61,11 +61,12 @@ _forward = dispatch.register(f"rk_sum({_ARGS}, bool mask) -> Tensor[]", _op, _fa
 # Writes out and returns its mean and variance, empty where not asked for.
 _forward_out = dispatch.register(
     f"rk_sum_out({_ARGS}, Tensor(a!) out) -> (Tensor, Tensor)",
-    lambda *args: pairs(_op(*args[:-1], False, args[-1]), args[6]),
-    lambda *args: pairs(_fake(*args[:-1], False), args[6]),
+    lambda *args: pairs(_op(*args[:7], False, args[7]), args[6]),
+    lambda *args: pairs(_fake(*args[:7], False), args[6]),
 )
 # With g' the gradient where the mask is set, returns [coeffs[i] * steps[i] * g' ...], then [step_coeffs[j] *
-# sum(g' * step_terms[j]) ...] over each channel (of each sample, where per_sample[j]), then [sum(g')] where shift is set.
+# sum(g' * step_terms[j]) ...] over each channel (of each sample, where per_sample[j]), then [sum(g')] where shift is
+# set.
 _backward = dispatch.register(
     "rk_sum_backward(Tensor grad, Tensor? mask, float[] coeffs, Tensor?[] steps, Tensor[] step_terms, "
     "float[] step_coeffs, bool[] per_sample, bool shift, bool channels_last) -> Tensor[]",
@@ -78,7 +79,7 @@ class _RkSum(torch.autograd.Function):
     """tensors: the terms, the steps of the terms in step_at, the shift if there is one."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         coeffs: list[float],
         step_at: tuple[int, ...],
@@ -115,7 +116,8 @@ class _RkSum(torch.autograd.Function):
             return (None,) * (6 + len(needed))
         coeffs, step_at, channels_last, has_shift = ctx.saved
         mask, *saved = ctx.saved_tensors or (None,)
-        steps, step_terms = saved[: len(step_at)], saved[len(step_at) :]
+        steps: list[Tensor] = saved[: len(step_at)]
+        step_terms: list[Tensor | None] = saved[len(step_at) :]
         # A gradient of the gradient is asked for: the same in plain, differentiable PyTorch.
         gradients = reference.gradients if torch.is_grad_enabled() else _gradients
         return (None,) * 6 + tuple(
@@ -224,7 +226,7 @@ def rk_sum(
     seen = checks.survey(terms, (shift,), steps or ())
     terms, coeffs, steps, step_at = _checked(terms, coeffs, steps, shift, seen)
     first = terms[0]
-    tensors = (*terms, *(steps[i] for i in step_at)) if step_at else terms
+    tensors: Sequence[Any] = (*terms, *(steps[i] for i in step_at)) if step_at else terms
     if shift is not None:
         tensors = (*tensors, shift)
     if seen:
@@ -236,10 +238,10 @@ def rk_sum(
     if out is not None:
         channels_last = checks.slot(out, first, terms, needs_grad)
         result = _forward_out(terms, coeffs, steps, shift, channels_last, relu, return_moments, out)
-        return (out, Moments(*result, layout.count(first))) if return_moments else out
+        return (out, Moments(result[0], result[1], layout.count(first))) if return_moments else out
     if not plain and torch._C._are_functorch_transforms_active():
         total = reference.weighted_sum(terms, coeffs, steps, shift, relu)
-        return (total, Moments(*reference.channel_moments.forward(total, False), layout.count(total))) if return_moments else total
+        return (total, channel_moments(total)) if return_moments else total
     if needs_grad:
         result = _RkSum.apply(coeffs, step_at, channels_last, relu, return_moments, plain, *tensors)
         if not return_moments:

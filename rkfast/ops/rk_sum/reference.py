@@ -63,13 +63,13 @@ def backward(
 ) -> list[Tensor]:
     dtype = moments_dtype(grad.dtype)
     g = masked(grad, mask, channels_last).to(dtype)
-    scaled = (c * g if step is None else c * per_channel(step.to(dtype), grad) * g for c, step in zip(coeffs, steps))
+    scaled = (
+        c * g if step is None else c * per_channel(step.to(dtype), grad) * g
+        for c, step in zip(coeffs, steps, strict=True)
+    )
     return [
         *(layout.empty(grad, channels_last).copy_(each) for each in scaled),
-        *(
-            c * sums(g * t.to(dtype), each)
-            for t, c, each in zip(step_terms, step_coeffs, per_sample, strict=True)
-        ),
+        *(c * sums(g * t.to(dtype), each) for t, c, each in zip(step_terms, step_coeffs, per_sample, strict=True)),
         *([sums(g, False)] if shift else []),
     ]
 
