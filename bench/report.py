@@ -18,6 +18,7 @@ COLUMNS = (
     "op", "case", "backend", "device", "mode", "dtype", "layout", "shape", "threads", "malloc",
     "ms_p20", "ms_p50", "ms_p80", "bytes", "gb_per_s", "copy_share", "peak_bytes", "saved_bytes", "page_faults",
 )  # fmt: skip
+BUSY = 0.5  # load before a run from which on its figures time the scheduler: a thread without a core waits for a slice
 TINY_US = 100  # up to here a table says microseconds
 
 Reports = dict[str, dict[str, Any]]  # what contest.run gave, by malloc setting
@@ -173,6 +174,11 @@ def markdown(document: dict[str, Any]) -> str:
         + (" `*`: measured in an earlier run on this machine." if _any_kept(found) else ""),
         "",
     ]
+    if document["machine"]["gpu"] is None and (document["load"][0] or 0) > BUSY:
+        lines += [
+            f"**Not to be quoted: other work ran on this machine (load {document['load'][0]} at the start).**",
+            "",
+        ]
     if found:
         peers = peer_names(found)
         head = ["op", "case", "backend", "mode", "dtype", "layout", "shape", "threads", "time", "GB/s", "copy"]

@@ -157,6 +157,16 @@ def test_compiled_pytorch_is_a_peer(tmp_path: Path) -> None:
     assert all(row["peers"]["compile"]["speedup"] > 0 for row in rows)
 
 
+@pytest.mark.parametrize(("load", "quotable"), [(0.1, True), (3.9, False)])
+def test_figures_of_a_busy_machine_say_so(
+    load: float, quotable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run.machine, "load", lambda: load)
+    document = measured(tmp_path, "channel_moments", "--filter", "float32")
+    assert document["load"] == [load, load]
+    assert ("Not to be quoted" in capsys.readouterr().out) is not quotable
+
+
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(SystemExit, match="'rk_summ' is not an op; there are rk_sum"):
         run.main(["ops", "rk_summ", *TINY])

@@ -28,7 +28,7 @@ def _fake(
     relu: bool,
     eps: float,
     moments: bool,
-    mask: bool,
+    mask: bool = False,
 ) -> list[Tensor]:
     result = [layout.empty(x, channels_last)]
     if mask:
@@ -77,7 +77,7 @@ _forward = dispatch.register(f"bn_rk_sum({_ARGS}, bool mask) -> Tensor[]", _op, 
 _forward_out = dispatch.register(
     f"bn_rk_sum_out({_ARGS}, Tensor(a!) out) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda *args: pairs(_op(*args[:12], False, args[12]), args[3] is None, args[11]),
-    lambda *args: pairs(_fake(*args[:12], False), args[3] is None, args[11]),
+    lambda *args: pairs(_fake(*args[:12]), args[3] is None, args[11]),
 )
 # With g' the gradient where the mask is set (relu without a mask: where the output recomputed from x, which then has no
 # terms beside it, is not <= 0), returns [dx], [dweight, dbias], [dstep], each where needed, then [coeffs[i] * g' ...].

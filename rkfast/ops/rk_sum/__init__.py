@@ -22,7 +22,7 @@ def _fake(
     channels_last: bool,
     relu: bool,
     moments: bool,
-    mask: bool,
+    mask: bool = False,
 ) -> list[Tensor]:
     x = terms[0]
     result = [layout.empty(x, channels_last)]
@@ -62,7 +62,7 @@ _forward = dispatch.register(f"rk_sum({_ARGS}, bool mask) -> Tensor[]", _op, _fa
 _forward_out = dispatch.register(
     f"rk_sum_out({_ARGS}, Tensor(a!) out) -> (Tensor, Tensor)",
     lambda *args: pairs(_op(*args[:7], False, args[7]), args[6]),
-    lambda *args: pairs(_fake(*args[:7], False), args[6]),
+    lambda *args: pairs(_fake(*args[:7]), args[6]),
 )
 # With g' the gradient where the mask is set, returns [coeffs[i] * steps[i] * g' ...], then [step_coeffs[j] *
 # sum(g' * step_terms[j]) ...] over each channel (of each sample, where per_sample[j]), then [sum(g')] where shift is
