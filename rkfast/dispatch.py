@@ -76,7 +76,8 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         first = args[0]
         lead = first if isinstance(first, torch.Tensor) else first[0]
-        key = (forced(), lead.device.type, lead.dtype)
+        device, dtype = lead.device, lead.dtype
+        key = (forced() if _forced or _environment != "auto" else None, device.type, dtype)
         choice = self._chosen.get(key)
         if choice is None:
             choice = self._choose(lead, args)
@@ -85,7 +86,7 @@ class Op:
         result = choice.function(*args)
         with _lock:
             _served[self.name, choice.backend] += 1
-        self._last = (choice, lead.shape, lead.dtype, lead.device)
+        self._last = (choice, lead.shape, dtype, device)
         return result
 
     @property

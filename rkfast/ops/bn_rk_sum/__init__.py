@@ -94,13 +94,7 @@ class _BnRkSum(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        coeffs: list[float],
-        channels_last: bool,
-        relu: bool,
-        batch_stats: bool,
-        eps: float,
-        moments: bool,
-        plain: bool,
+        call: tuple[list[float], bool, bool, bool, float, bool, bool],
         mean: Tensor | None,
         var: Tensor | None,
         x: Tensor,
@@ -109,6 +103,8 @@ class _BnRkSum(torch.autograd.Function):
         step: Tensor | None,
         *terms: Tensor,
     ) -> Any:
+        # One argument, because each costs apply as much as a tensor.
+        coeffs, channels_last, relu, batch_stats, eps, moments, plain = call
         # Without terms the sign of the output follows from x, so that nothing need be kept for it.
         mask = relu and len(terms) > 0
         result = (_op if plain else _forward)(
@@ -125,12 +121,12 @@ class _BnRkSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
-        needed = ctx.needs_input_grad[9:]
+        needed = ctx.needs_input_grad[3:]
         if grad is None:
-            return (None,) * (9 + len(needed))
+            return (None,) * (3 + len(needed))
         # A gradient of the gradient is asked for: the same in plain, differentiable PyTorch.
         gradients: Any = reference.gradients if torch.is_grad_enabled() else _gradients
-        return (None,) * 9 + tuple(gradients(grad, *ctx.saved_tensors, *ctx.saved, needed))
+        return (None, None, None, *gradients(grad, *ctx.saved_tensors, *ctx.saved, needed))
 
 
 def _gradients(
@@ -262,7 +258,7 @@ def bn_rk_sum(
         needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
         channels_last = layout.is_channels_last(x)
     plain = bool(seen & checks.PLAIN)
-    update: Any = update_running_stats if not plain else update_running_stats_op
+    update: Any = update_running_stats
     tail = (relu, eps, return_moments)
     if out is not None:
         channels_last = checks.slot(out, x, [x, *terms], needs_grad)
@@ -273,7 +269,14 @@ def bn_rk_sum(
         update = channel_moments.update_running_stats
     elif needs_grad:
         total, *found = _BnRkSum.apply(
-            coeffs, channels_last, relu, training, eps, return_moments, plain, mean, var, x, weight, bias, step, *terms
+            (coeffs, channels_last, relu, training, eps, return_moments, plain),
+            mean,
+            var,
+            x,
+            weight,
+            bias,
+            step,
+            *terms,
         )
     else:
         run = _op if plain else _forward
@@ -281,9 +284,13 @@ def bn_rk_sum(
     if tracked:
         if mean is None:
             mean, var = found[:2]
-        with torch.no_grad():
-            counters = [] if num_batches_tracked is None else [num_batches_tracked]
-            update(mean, var, count, [running_mean], [running_var], counters, momentum)
+        counters = [] if num_batches_tracked is None else [num_batches_tracked]
+        moved = (mean, var, count, [running_mean], [running_var], counters, momentum)
+        if plain:  # nothing here requires grad
+            update_running_stats_op(*moved)
+        else:
+            with torch.no_grad():
+                update(*moved)
     return (total, Moments(found[-2], found[-1], layout.count(x))) if return_moments else total
 
 

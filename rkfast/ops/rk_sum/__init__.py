@@ -81,47 +81,45 @@ class _RkSum(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        coeffs: list[float],
-        step_at: tuple[int, ...],
-        channels_last: bool,
-        relu: bool,
-        moments: bool,
-        plain: bool,
+        call: tuple[list[float], tuple[int, ...], bool, bool, bool, bool],
         *tensors: Tensor,
     ) -> Any:
+        # One argument, because each costs apply as much as a tensor.
+        coeffs, step_at, channels_last, relu, moments, plain = call
         n = len(coeffs)
-        terms = list(tensors[:n])
-        steps = _placed(tensors[n:], step_at, n)
-        has_shift = len(tensors) > n + len(step_at)
-        shift = tensors[-1] if has_shift else None
+        terms, vectors = list(tensors[:n]), tensors[n:]
+        steps = _placed(vectors, step_at, n)
+        has_shift = len(vectors) > len(step_at)
+        shift = vectors[-1] if has_shift else None
         result = (_op if plain else _forward)(terms, coeffs, steps, shift, channels_last, relu, moments, relu)
         ctx.saved = (coeffs, step_at, channels_last, has_shift)
-        ctx.set_materialize_grads(False)
         if relu or step_at:
-            needed = ctx.needs_input_grad[6 + n :]
+            needed = ctx.needs_input_grad[1 + n :]
             ctx.save_for_backward(
                 result[1] if relu else None,
-                *tensors[n : n + len(step_at)],
+                *vectors[: len(step_at)],
                 *(terms[i] if needed[k] else None for k, i in enumerate(step_at)),
             )
         if not moments:
             return result[0]
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*result[-2:])
         return result[0], result[-2], result[-1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
-        needed = ctx.needs_input_grad[6:]
+        needed = ctx.needs_input_grad[1:]
         if grad is None:
-            return (None,) * (6 + len(needed))
+            return (None,) * (1 + len(needed))
         coeffs, step_at, channels_last, has_shift = ctx.saved
         mask, *saved = ctx.saved_tensors or (None,)
         steps: list[Tensor] = saved[: len(step_at)]
         step_terms: list[Tensor | None] = saved[len(step_at) :]
         # A gradient of the gradient is asked for: the same in plain, differentiable PyTorch.
         gradients = reference.gradients if torch.is_grad_enabled() else _gradients
-        return (None,) * 6 + tuple(
-            gradients(grad, mask, coeffs, step_at, steps, step_terms, has_shift, needed, channels_last)
+        return (
+            None,
+            *gradients(grad, mask, coeffs, step_at, steps, step_terms, has_shift, needed, channels_last),
         )
 
 
@@ -243,7 +241,7 @@ def rk_sum(
         total = reference.weighted_sum(terms, coeffs, steps, shift, relu)
         return (total, channel_moments(total)) if return_moments else total
     if needs_grad:
-        result = _RkSum.apply(coeffs, step_at, channels_last, relu, return_moments, plain, *tensors)
+        result = _RkSum.apply((coeffs, step_at, channels_last, relu, return_moments, plain), *tensors)
         if not return_moments:
             return result
     else:
