@@ -27,6 +27,7 @@ THREAD_BYTES = 16  # of one tensor, loaded by one thread at once
 WARPS = 4
 MOST_HELD = 96  # registers of a thread that may stay occupied while tiles pass; a thread has 255
 PROGRAMS = 4096  # enough for a small tail on any GPU, few enough for a cheap second stage
+PARTIAL_ROWS = 1024  # read at once by the second stage
 GEOMETRY = ("channels", "length", "chunks", "blocks", "splits", "pieces", "span", "share", "tiles")
 PITCHES = ("pitch", "x_pitch", "out_pitch")
 
@@ -206,7 +207,7 @@ WIDE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 def reduce(kernel: Any, lead: Tensor, groups: int, rows: int, channels: int, *args: Any) -> None:
     """Launch a second stage, which reduces ``rows`` partial results per group and channel."""
-    height = min(triton.next_power_of_2(rows), 1024)
+    height = min(triton.next_power_of_2(rows), PARTIAL_ROWS)
     width = min(triton.next_power_of_2(channels), max(4, 2048 // height), 32)
     with torch.cuda.device_of(lead):
         kernel[(groups * _cdiv(channels, width),)](

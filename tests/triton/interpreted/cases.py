@@ -40,6 +40,7 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     """Small tensors in many tiles: all of them in one program's loop, or each in a program of its own."""
     monkeypatch.setattr(kernels, "WARPS", 1)
     monkeypatch.setattr(kernels, "PROGRAMS", 1 if request.param == "one program" else 1 << 20)
+    monkeypatch.setattr(kernels, "PARTIAL_ROWS", 2)  # and so for their partial results
     kernels._tiling.cache_clear()
     yield
     kernels._tiling.cache_clear()
