@@ -403,3 +403,29 @@ def test_empty(shape: tuple[int, ...]) -> None:
         for a, b in zip(bn_triton.backward(*bn), bn_reference.backward(*bn), strict=True):
             assert torch.equal(a, b)
         assert all(not t.any() for t in moments_triton.forward(x, channels_last))
+
+
+@pytest.mark.parametrize("channels_last", (False, True))
+def test_each_tile_has_one_owner(channels_last: bool) -> None:
+    """At sizes that the interpreter cannot reach; and no program begins with a tile smaller than its others."""
+    sizes = ((256, 64, 12544), (64, 36, 1024), (7, 150, 3136), (3, 5, 100_003), (33, 2048, 49), (1, 1, 1 << 22))
+    for n, c, p in sizes:
+        for itemsize, per_sample, reduces in ((4, False, True), (2, True, True), (8, False, False), (2, True, False)):
+            pitch = c if channels_last else c * p
+            tiling = kernels.View(n, c, p, channels_last, (pitch,)).tiling(
+                itemsize, operands=2, per_sample=per_sample, reduces=reduces
+            )
+            rows, cols = tiling.constants["ROWS"], tiling.constants["COLS"]
+            assert tiling.blocks * (cols if channels_last else rows) >= c
+            covered = 0
+            for split in range(tiling.splits):
+                first = split // tiling.pieces * tiling.span + split % tiling.pieces * tiling.share
+                last = min(first + tiling.share, (split // tiling.pieces + 1) * tiling.span, tiling.tiles)
+                assert covered == first < last
+                covered = last
+                if not channels_last and last - first > 1:
+                    assert first % tiling.chunks < tiling.chunks - 1 or tiling.chunks == 1
+            assert covered == tiling.tiles
+            positions = n * p // tiling.groups
+            reached = tiling.tiles * rows if channels_last else tiling.tiles // tiling.chunks * p
+            assert reached >= positions and tiling.chunks * cols >= (0 if channels_last else p)
