@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -269,10 +270,12 @@ def test_editable(tree: Path, tmp_path: Path) -> None:
     run(*PIP, "install", *BUILD, "--prefix", tmp_path / "prefix", "-e", source, RKFAST_CPU="0", RKFAST_CUDA="0")
     (packages,) = {file.parent.parent for file in tmp_path.glob("prefix/**/*.dist-info/RECORD")}
     code = (
-        f"import site; site.addsitedir({str(packages)!r})\nimport rkfast, rkfast.bench.ops, rkfast.native\n"
+        f"import site, sys; site.addsitedir({str(packages)!r}); sys.path.append({sysconfig.get_path('purelib')!r})\n"
+        "import rkfast, rkfast.bench.ops, rkfast.native\n"
         "print(rkfast.__file__, rkfast.bench.ops.__file__)\nprint(rkfast.native.cpu_reason())"
     )
-    files, reason = python("-c", code, path=None).splitlines()
+    # Without site, because rkfast may be installed here in the same way.
+    files, reason = python("-S", "-c", code, path=None).splitlines()
     assert files.split() == [str(source / "rkfast" / "__init__.py"), str(source / "bench" / "ops" / "__init__.py")]
     assert reason == "rkfast._C was not built: RKFAST_CPU=0 at build"
 
