@@ -61,7 +61,7 @@ std::vector<Tensor> bn_rk_sum(const Tensor& x, const Optional& weight, const Opt
   TORCH_CHECK_VALUE(terms.size() < kMaxTerms && terms.size() == coeffs.size(),
                     "terms, coeffs: expected as many of each, at most 16");
   const Rows rows(x, channels_last);
-  Operands operands(rows);
+  Operands operands(x, rows);
   const Operand normalised = operands.add(x);
   std::vector<Tensor> result{out ? *out : empty_rows(x, channels_last)};
   std::vector<Tensor> statistics;
@@ -124,7 +124,7 @@ std::vector<Tensor> bn_rk_sum_backward(const Tensor& grad, const Tensor& x, cons
   std::vector<Tensor> dterms;
   for (size_t k = 0; k < coeffs.size(); ++k) dterms.push_back(empty_rows(x, channels_last));
 
-  Operands operands(rows);
+  Operands operands(x, rows);
   Operand input = operands.add(x);
   Backward a{};
   a.dtype = dtype_of(x);
@@ -143,7 +143,7 @@ std::vector<Tensor> bn_rk_sum_backward(const Tensor& grad, const Tensor& x, cons
   Combine sign{};
   Tensor recomputed;
   if (mask) {
-    a.mask = const_cast<uint8_t*>(mask->const_data_ptr<uint8_t>());
+    a.mask = operands.mask(*mask);
   } else if (relu) {
     recomputed = empty_mask(x, rows);
     a.mask = recomputed.mutable_data_ptr<uint8_t>();

@@ -67,7 +67,7 @@ std::vector<double> Partials::sums(int64_t which, bool by_sample) {
 std::pair<Tensor, Tensor> channel_moments(const Tensor& x, bool channels_last) {
   WithoutAutocast guard;
   const Rows rows(x, channels_last);
-  Operands operands(rows);
+  Operands operands(x, rows);
   const Operand operand = operands.add(x);
   return own_moments(x, operand, rows, operands.all_dense());
 }

@@ -87,12 +87,13 @@ inline bool is_dense(int64_t outer, int64_t inner, const Rows& r) {
   return inner == r.length() && (r.outer() <= 1 || outer == r.inner() * r.length());
 }
 
-// Conforming operands stay alive here while a kernel runs.
+// Conforming operands stay alive here while a kernel runs. All have the shape, dtype and device of the first.
 class Operands {
  public:
-  explicit Operands(const Rows& r) : rows_(r) {}
+  Operands(const Tensor& first, const Rows& r) : first_(first), rows_(r) {}
 
   Operand add(const Tensor& x) {
+    check(x);
     Pitch p;
     kept_.push_back(conform(x, rows_, p));
     dense_ = dense_ && is_dense(p.outer, p.inner, rows_);
@@ -101,6 +102,7 @@ class Operands {
 
   // A tensor that is written: it is never copied.
   Operand output(const Tensor& x) {
+    check(x);
     Pitch p;
     TORCH_CHECK_VALUE(find_pitch(x, rows_, p), "out: neither dense nor a channel slice in the layout of the call");
     dense_ = dense_ && is_dense(p.outer, p.inner, rows_);
@@ -109,7 +111,21 @@ class Operands {
 
   bool all_dense() const { return dense_; }
 
+  // Bits of a kept mask.
+  uint8_t* mask(const Tensor& m) const {
+    TORCH_CHECK_VALUE(m.scalar_type() == at::kByte && m.is_cpu() && m.is_contiguous() &&
+                          m.numel() == rows_.outer() * rows_.inner() * mask_bytes(rows_),
+                      "mask: expected contiguous uint8 [rows, ceil(length / 8)] of this call, got ", m.sizes());
+    return const_cast<uint8_t*>(m.const_data_ptr<uint8_t>());
+  }
+
  private:
+  void check(const Tensor& x) const {
+    TORCH_CHECK_VALUE(x.is_cpu() && x.scalar_type() == first_.scalar_type() && x.sizes() == first_.sizes(),
+                      "expected CPU tensors of one shape and dtype, got ", x.sizes(), " beside ", first_.sizes());
+  }
+
+  const Tensor& first_;
   const Rows& rows_;
   bool dense_ = true;
   std::vector<Tensor> kept_;
@@ -123,6 +139,8 @@ class Vector {
   Vector(const Optional& v, int64_t channels, double otherwise) : channels_(channels), otherwise_(otherwise) {
     if (!v) return;
     by_sample_ = v->dim() == 2;
+    TORCH_CHECK_VALUE(v->is_cpu() && v->numel() == (by_sample_ ? v->size(0) * channels : channels),
+                      "a vector per channel: expected ", channels, " channels, got ", v->sizes());
     if (v->scalar_type() == at::kFloat && v->is_contiguous()) {
       kept_ = *v;
       float_ = kept_.const_data_ptr<float>();

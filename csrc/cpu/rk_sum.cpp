@@ -47,7 +47,7 @@ std::vector<Tensor> rk_sum(const std::vector<Tensor>& terms, const std::vector<d
   const Steps factors(coeffs, steps, rows);
   std::vector<Tensor> result{out ? *out : empty_rows(first, channels_last)};
 
-  Operands operands(rows);
+  Operands operands(first, rows);
   Combine a{};
   a.dtype = dtype_of(first);
   a.n = static_cast<int>(terms.size());
@@ -98,11 +98,11 @@ std::vector<Tensor> rk_sum_backward(const Tensor& grad, const Optional& mask, co
   const bool by_sample = std::find(per_sample.begin(), per_sample.end(), true) != per_sample.end();
   const bool sums = shift || !step_terms.empty();
 
-  Operands operands(rows);
+  Operands operands(grad, rows);
   Backward a{};
   a.dtype = dtype_of(grad);
   a.grad = operands.add(grad);
-  if (mask) a.mask = const_cast<uint8_t*>(mask->const_data_ptr<uint8_t>());
+  if (mask) a.mask = operands.mask(*mask);
   a.sum_grad = shift;
   a.n_summed = static_cast<int>(step_terms.size());
   for (int j = 0; j < a.n_summed; ++j) a.summed[j] = operands.add(step_terms[j]);
