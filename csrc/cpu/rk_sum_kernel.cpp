@@ -1,5 +1,8 @@
 #include <ATen/Parallel.h>
 
+#include <array>
+#include <utility>
+
 #include "cpu/accumulate.h"
 
 namespace rkfast {
@@ -7,6 +10,40 @@ inline namespace CPU_CAPABILITY {
 namespace {
 
 inline int64_t row_length(const Shape& s, int64_t i) { return i == s.inner - 1 ? s.last : s.length; }
+
+// A row of act(sum_j factor_j * term_j + shift). The number of terms is known, so that pointers and factors stay in
+// registers: they need not be read again after each store.
+template <typename P, int N, typename T, typename Acc>
+void sum_row(const T* const* terms, const RowFactor<Acc>* factors, Acc shift, bool relu, T* out, int64_t length) {
+  using Vec = typename P::Vec;
+  const T* term[N];
+  Vec factor[N];
+  for (int j = 0; j < N; ++j) {
+    term[j] = terms[j];
+    factor[j] = Vec(factors[j].scalar);
+  }
+  const Vec start(shift);
+  along<P, 2>(length, [&](int64_t p, auto unroll, auto lanes) {
+#pragma GCC unroll 2
+    for (int u = 0; u < decltype(unroll)::value; ++u) {
+      const int64_t q = p + u * P::kLanes;
+      P sum;
+      for (auto& v : sum.v) v = start;
+#pragma GCC unroll 16
+      for (int j = 0; j < N; ++j) {
+        const P x = load<P>(term[j] + q, lanes);
+        for (int k = 0; k < P::kVecs; ++k) sum.v[k] = at::vec::fmadd(x.v[k], factor[j], sum.v[k]);
+      }
+      if (relu) sum = sum.relu();
+      store(sum, out + q, lanes);
+    }
+  });
+}
+
+template <typename P, typename T, typename Acc, size_t... N>
+constexpr auto sum_rows(std::index_sequence<N...>) {
+  return std::array{&sum_row<P, static_cast<int>(N) + 1, T, Acc>...};
+}
 
 // Rows of out = act(sum_j factor_j * (term_j - center_j) + shift), all terms of a few registers at a time.
 template <typename T>
@@ -42,6 +79,10 @@ class CombineRows {
     const int centered = a_.center ? n - 1 : -1;
     const RowFactor<Acc> center = a_.center ? RowFactor<Acc>({a_.center, 0, 0}, s_, o, i) : RowFactor<Acc>();
     T* out = a_.out.data ? row<T>(a_.out, o, i) : nullptr;
+    if (!kVectors && mask == nullptr && out != nullptr && centered < 0) {
+      constexpr auto kSumRow = sum_rows<P, T, Acc>(std::make_index_sequence<kMaxTerms>());
+      return kSumRow[n - 1](term, factor, shift.scalar, relu, out, row_length(s_, i));
+    }
     along<P, 4>(row_length(s_, i), [&](int64_t p, auto unroll, auto lanes) {
       constexpr int U = decltype(unroll)::value;
       P sum[U];
