@@ -1,53 +1,101 @@
-"""Models by name: ``create_model("ho_resnet-18", method="rk4")``."""
+"""Models by name: ``create_model("ho_resnet-18", method="rk4")``, ``create_model("irknet-5x1_5x1_5x1-ab")``."""
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from rkfast.models import ho_resnet
+from rkfast.models import cliquenet, densenet, ho_resnet, rkcnn, rknet
+from rkfast.models.base import Family
+from rkfast.models.base import ImageModel as ImageModel
+from rkfast.models.cliquenet import CliqueNet as CliqueNet
+from rkfast.models.convert import erknet_from_densenet as erknet_from_densenet
+from rkfast.models.convert import irknet_from_cliquenet as irknet_from_cliquenet
+from rkfast.models.densenet import DenseNet as DenseNet
 from rkfast.models.ho_resnet import HOResNet as HOResNet
+from rkfast.models.rkcnn import RKCNN as RKCNN
+from rkfast.models.rknet import RKNet as RKNet
 
-__all__ = ["HOResNet", "create_model", "list_models"]
+__all__ = [
+    "RKCNN",
+    "CliqueNet",
+    "DenseNet",
+    "HOResNet",
+    "ImageModel",
+    "RKNet",
+    "create_model",
+    "erknet_from_densenet",
+    "irknet_from_cliquenet",
+    "list_models",
+]
 
-_FAMILIES: dict[str, Callable[..., nn.Module]] = {"ho_resnet": ho_resnet.build}
-_NAMES = {"ho_resnet": ho_resnet.NAMES}
-_NAME = re.compile(r"([a-z][a-z0-9_]{0,31})-([0-9]{1,6})", re.ASCII)
+_FAMILIES: dict[str, Family] = {
+    **ho_resnet.FAMILIES,
+    **rknet.FAMILIES,
+    **rkcnn.FAMILIES,
+    **densenet.FAMILIES,
+    **cliquenet.FAMILIES,
+}
+_WORD = re.compile(r"[a-z]{1,16}(?:_[a-z]{1,16})?")
+_MAX_NAME = 256
 
 
 def list_models() -> list[str]:
-    """The models of the papers. Each family also builds other depths of the same form."""
-    return [name for names in _NAMES.values() for name in names]
+    """The models of the papers. Each family also builds others of the same form."""
+    return [name for family in _FAMILIES.values() for name in family.names]
 
 
 def create_model(name: str, *, fused: bool = True, **options: Any) -> nn.Module:
-    """A model by its name, such as ``"ho_resnet-18"``: the family, and the number of layers.
+    """A model by the name that its paper gives it, in upper or lower case.
 
     Args:
-        name: one of ``list_models()``, or another depth of such a family.
+        name: one of ``list_models()``, or another of such a form: ``ho_resnet-<layers>``;
+            ``erknet-<s>x<r>_<s>x<r>_...``, and ``irknet-``, ``rknet-`` alike, with s stages and r steps per period and
+            at the end -a for attention in the transitions, -b for bottlenecks, -ab for both;
+            ``rkcnn-e-<s>_<s>_...``, ``rkcnn-i-``, ``rkcnn-r-``; ``densenet121``, 161, 169 and 201;
+            ``densenet-<depth>`` and ``densenet-<depth>-bc`` for CIFAR; ``cliquenet-<T>`` with T layers in three blocks
+            and any of a, b and c (compression) at the end.
         fused: False builds the same model, with the same parameters and keys, of stock PyTorch operations.
-        options: ho_resnet: ``method="rk4"|"midpoint"|"euler"``, ``width=64``, ``num_classes=10``, ``in_chans=3``,
-            ``step=1.0``.
+        options: ``num_classes``, ``in_chans=3`` for all;
+
+            ho_resnet: ``method="rk4"|"midpoint"|"euler"``, ``width=64``, ``step=1.0``;
+            all others: ``drop_rate=0.0``, a dropout after each convolution of the blocks and transitions;
+            erknet, rknet: ``growth_rate=36`` and ``m=1``, each an int or one per period,
+            ``stem="cifar"|"imagenet"``, ``multiscale``, ``neck`` (4), ``time_channel=False``;
+            irknet, rknet: ``growth_rate``, ``stem``, ``multiscale``, ``neck`` (1), ``rounds=1``;
+            rknet: ``methods="erk"|"irk"``, or one per period;
+            rkcnn: ``growth_rate=36``, ``steps=1``, ``rounds=1``, each an int or one per period, ``neck=1``,
+            ``attention=False``, ``multiscale=True``;
+            densenet: ``growth_rate``, ``init_channels``;
+            cliquenet: ``growth_rate=64``, ``init_channels=64``, ``transition_channels`` (as many as are read).
 
     Raises:
         TypeError: an option that the family does not have, or of a wrong type.
-        ValueError: an unknown name, or a number that is out of range or does not fit the method.
+        ValueError: an unknown name, or a number that is out of range or does not fit.
     """
     if not isinstance(name, str):
         raise TypeError(f"name: expected a str, got {type(name).__name__}")
-    match = _NAME.fullmatch(name)
-    if match is None or match[1] not in _FAMILIES:
+    # Not lower() of anything: there are other letters and digits that it maps to these.
+    known = name.lower() if name.isascii() and len(name) <= _MAX_NAME else ""
+    word = _WORD.match(known)
+    family = _FAMILIES.get(word[0]) if word else None
+    if word is None or family is None:
         raise ValueError(
-            f"name: {name[:64]!r} is not a model; expected <family>-<layers> of the families {', '.join(_FAMILIES)}, "
-            f"such as {', '.join(list_models())}"
+            f"name: {name[:64]!r} is not a model; expected one of the families {', '.join(_FAMILIES)}, such as "
+            f"{', '.join(family.names[0] for family in _FAMILIES.values())}"
         )
-    family = _FAMILIES[match[1]]
-    supported = [option for option in inspect.signature(family).parameters if option not in ("layers", "fused")]
+    match = family.pattern.fullmatch(known, word.end())
+    if match is None:
+        raise ValueError(
+            f"name: {name[:64]!r} is not a model; expected {family.form}, such as {', '.join(family.names[:3])}"
+        )
+    parts = match.groupdict()
+    hidden = {*parts, *family.fixed, "fused"}
+    supported = [option for option in inspect.signature(family.build).parameters if option not in hidden]
     for option in options:
         if option not in supported:
-            raise TypeError(f"{option}: not an option of {match[1]}; supported are {', '.join(supported)}")
-    return family(int(match[2]), fused=fused, **options)
+            raise TypeError(f"{option}: not an option of {word[0]}; supported are {', '.join(supported)}")
+    return family.build(**parts, **family.fixed, fused=fused, **options)

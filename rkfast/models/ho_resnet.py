@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import math
+import re
 
 from torch import Tensor, nn
 
 from rkfast import tableau as tableaux
+from rkfast.models.base import MAX_CHANNELS, MAX_LAYERS, Family, ImageModel, common, real, whole
 from rkfast.nn import Period, PreActBranch, RKStep, batch_norm_relu
 from rkfast.nn.norm import reads_moments
-from rkfast.nn.step import with_moments
 from rkfast.tableau import Tableau
 
-NAMES = [f"ho_resnet-{layers}" for layers in (10, 18, 26, 30, 34, 58)]
-MAX_LAYERS = 2050
-MAX_WIDTH = 4096
 
-
-class HOResNet(nn.Module):
+class HOResNet(ImageModel):
     """A 3x3 stem, Runge-Kutta steps at full resolution, BatchNorm-ReLU, global average pool and a linear layer.
 
     Args:
@@ -42,8 +38,7 @@ class HOResNet(nn.Module):
         step: float = 1.0,
         fused: bool = True,
     ) -> None:
-        super().__init__()
-        self.fused = fused
+        super().__init__(num_classes=num_classes, fused=fused)
         self.stem = nn.Conv2d(in_chans, width, 3, padding=1, bias=False)
         self.period = Period(
             *(
@@ -58,19 +53,28 @@ class HOResNet(nn.Module):
         )
         self.norm = nn.BatchNorm2d(width)
         self.fc = nn.Linear(width, num_classes)
+        self.num_features = width
+        self.feature_info = [{"num_chs": width, "reduction": 1, "module": "period"}]
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def init_classifier(self, linear: nn.Linear) -> None:
+        linear.reset_parameters()
+
+    def forward_features(self, x: Tensor) -> Tensor:
         wanted = self.fused and reads_moments(self.norm)
-        y, moments = with_moments(self.period, self.stem(x), return_moments=wanted)
-        y = batch_norm_relu(self.norm, y, moments, fused=self.fused)
-        return self.fc(y.mean((2, 3)))
+        y, moments = self._period(self.period, self.stem(x), return_moments=wanted)
+        return batch_norm_relu(self.norm, y, moments, fused=self.fused)
+
+    def forward_head(self, features: Tensor | list[Tensor], pre_logits: bool = False) -> Tensor:
+        assert isinstance(features, Tensor)
+        pooled = features.mean((2, 3))
+        return pooled if pre_logits else self.fc(pooled)
 
 
 def build(
-    layers: int,
+    layers: str,
     *,
     method: str = "rk4",
     width: int = 64,
@@ -81,20 +85,16 @@ def build(
 ) -> HOResNet:
     """``layers`` counts the stem, the linear layer and two convolutions per branch."""
     tableau = tableaux.get(method)
-    _whole("layers", layers, 4, MAX_LAYERS)
-    branches, odd = divmod(layers - 2, 2)
+    total = whole("layers", int(layers), 4, MAX_LAYERS)
+    branches, odd = divmod(total - 2, 2)
     if odd or branches % tableau.stages:
         raise ValueError(
-            f"layers: {layers} does not fit {method}, which has {tableau.stages} branches of 2 layers per step; "
+            f"layers: {total} does not fit {method}, which has {tableau.stages} branches of 2 layers per step; "
             f"expected 2 + {2 * tableau.stages} * steps, such as {2 + 2 * tableau.stages} or {2 + 8 * tableau.stages}"
         )
-    _whole("width", width, 1, MAX_WIDTH)
-    _whole("num_classes", num_classes, 1, 1_000_000)
-    _whole("in_chans", in_chans, 1, MAX_WIDTH)
-    if isinstance(step, bool) or not isinstance(step, (int, float)):
-        raise TypeError(f"step: expected a number, got {step!r}")
-    if not (math.isfinite(step) and 0 < step <= 16):
-        raise ValueError(f"step: expected a number in (0, 16], got {step}")
+    whole("width", width, 1, MAX_CHANNELS)
+    common(num_classes, in_chans, 0, fused)
+    real("step", step, 0, 16, "(]")
     return HOResNet(
         tableau,
         branches // tableau.stages,
@@ -106,8 +106,12 @@ def build(
     )
 
 
-def _whole(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {value!r}")
-    if not low <= value <= high:
-        raise ValueError(f"{name}: expected {low} to {high}, got {value}")
+FAMILIES = {
+    "ho_resnet": Family(
+        "ho_resnet-<layers>",
+        re.compile(r"-(?P<layers>[0-9]{1,6})"),
+        build,
+        [f"ho_resnet-{layers}" for layers in (10, 18, 26, 30, 34, 58)],
+        {},
+    )
+}

@@ -1,8 +1,35 @@
 """Modules: the parts of which the models are built, with the parameters and keys of their stock PyTorch twins."""
 
 from rkfast.nn.branch import PreActBranch as PreActBranch
+from rkfast.nn.clique import CliqueBlock as CliqueBlock
+from rkfast.nn.clique import IRKStep as IRKStep
+from rkfast.nn.clique import RKCNNStep as RKCNNStep
+from rkfast.nn.dense import DenseBlock as DenseBlock
+from rkfast.nn.dense import DenseLayer as DenseLayer
+from rkfast.nn.dense import ERKStep as ERKStep
+from rkfast.nn.dense import TimePeriod as TimePeriod
 from rkfast.nn.norm import batch_norm_relu as batch_norm_relu
 from rkfast.nn.step import Period as Period
 from rkfast.nn.step import RKStep as RKStep
+from rkfast.nn.transition import Attention as Attention
+from rkfast.nn.transition import MultiscaleHead as MultiscaleHead
+from rkfast.nn.transition import NormPool as NormPool
+from rkfast.nn.transition import Transition as Transition
 
-__all__ = ["Period", "PreActBranch", "RKStep", "batch_norm_relu"]
+__all__ = [
+    "Attention",
+    "CliqueBlock",
+    "DenseBlock",
+    "DenseLayer",
+    "ERKStep",
+    "IRKStep",
+    "MultiscaleHead",
+    "NormPool",
+    "Period",
+    "PreActBranch",
+    "RKCNNStep",
+    "RKStep",
+    "TimePeriod",
+    "Transition",
+    "batch_norm_relu",
+]

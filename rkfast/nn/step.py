@@ -103,12 +103,9 @@ class RKStep(nn.Module):
         if not learn:
             return None
         a, b = self.tableau.floats()
-        initial = {
-            "a": [a[i][j] for i in range(self.tableau.stages) for j in range(i)],
-            "b": list(b),
-            "h": self.step,
-        }
-        return nn.ParameterDict({name: nn.Parameter(torch.tensor(initial[name])) for name in LEARNABLE if name in learn})
+        below = [a[i][j] for i in range(self.tableau.stages) for j in range(i)]
+        initial = {name: torch.tensor(v) for name, v in (("a", below), ("b", b), ("h", self.step)) if name in learn}
+        return nn.ParameterDict({name: nn.Parameter(value) for name, value in initial.items()})
 
     def _row(self, i: int) -> Sequence[float | Tensor]:
         """h * a_ij for all j < i."""
@@ -151,7 +148,7 @@ class Period(nn.Sequential):
         """The steps, taking y's moments if they are known, and leaving those of the result if asked for (and fused)."""
         steps = list(self)
         for i, step in enumerate(steps):
-            wanted = return_moments if i + 1 == len(steps) else _reads_moments(steps[i + 1])
+            wanted = return_moments if i + 1 == len(steps) else asks_for_moments(steps[i + 1])
             y, moments = with_moments(step, y, moments, return_moments=wanted)
         return y, moments
 
@@ -213,6 +210,7 @@ def _start(i: int) -> int:
     return i * (i - 1) // 2
 
 
-def _reads_moments(step: nn.Module) -> bool:
-    asks = getattr(step, "reads_moments", None)
-    return asks is not None and not hooked(step) and asks()
+def asks_for_moments(module: nn.Module) -> bool:
+    """Whether a step, transition or head makes use of its input's moments."""
+    asks = getattr(module, "reads_moments", None)
+    return asks is not None and not hooked(module) and asks()

@@ -1,0 +1,250 @@
+"""Dense connections: DenseNet's layer and block, and the explicit Runge-Kutta step that is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rkfast.nn.step import Period, weighted_sum
+from rkfast.ops import Moments
+
+NormLayer = Callable[[int], nn.Module]
+
+
+def concatenated(tensors: Sequence[Tensor]) -> Tensor:
+    """``torch.cat(tensors, 1)``, without the copy that it makes of a single tensor."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), 1)
+
+
+def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
+    return F.dropout(x, rate, training) if rate > 0 else x
+
+
+class DenseLayer(nn.Module):
+    """One growth of a dense block, in stock PyTorch operations (Huang et al., "Densely Connected Convolutional
+    Networks", section 3).
+
+    ``conv1(relu1(norm1(x)))`` with a 3x3 convolution; with a bottleneck ``conv2(relu2(norm2(conv1(relu1(norm1(x))))))``
+    with a 1x1 and a 3x3 convolution. Names and keys are torchvision's.
+
+    Args:
+        in_channels: C of the input.
+        growth_rate: k, channels of the output.
+        bottleneck: width of the 1x1 convolution; None for none.
+        drop_rate: of a dropout after each convolution.
+        norm_layer: makes a BatchNorm of that many channels.
+        time_channel: conv1 reads one channel more, which comes after norm1 and relu1 and is filled with the time.
+
+    Shape: Tensor [N, C, H, W] -> [N, k, H, W]; time: Tensor [].
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        growth_rate: int,
+        *,
+        bottleneck: int | None = None,
+        drop_rate: float = 0.0,
+        norm_layer: NormLayer = nn.BatchNorm2d,
+        time_channel: bool = False,
+    ) -> None:
+        super().__init__()
+        self.drop_rate = drop_rate
+        self.has_bottleneck = bottleneck is not None
+        self.norm1 = norm_layer(in_channels)
+        self.relu1 = nn.ReLU(inplace=True)
+        read = in_channels + time_channel
+        if bottleneck is None:
+            self.conv1 = nn.Conv2d(read, growth_rate, 3, padding=1, bias=False)
+        else:
+            self.conv1 = nn.Conv2d(read, bottleneck, 1, bias=False)
+            self.norm2 = norm_layer(bottleneck)
+            self.relu2 = nn.ReLU(inplace=True)
+            self.conv2 = nn.Conv2d(bottleneck, growth_rate, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        x = self.relu1(self.norm1(x))
+        if time is not None:
+            # Not before: BatchNorm would make a constant channel zero.
+            x = torch.cat([x, time.to(x.dtype).expand(x.shape[0], 1, *x.shape[2:])], 1)
+        x = dropout(self.conv1(x), self.drop_rate, self.training)
+        if self.has_bottleneck:
+            x = dropout(self.conv2(self.relu2(self.norm2(x))), self.drop_rate, self.training)
+        return x
+
+
+class DenseBlock(nn.ModuleDict):
+    """DenseNet's block: each layer reads the input and what all earlier layers made (Huang et al., equation 2).
+
+    ``g_i = layer_i([y, g_1, ..., g_{i-1}])``; the block returns ``[y, g_1, ..., g_layers]``, concatenated. Its children
+    ``denselayer1``, ... have torchvision's keys.
+
+    Args:
+        layers: how many.
+        in_channels: C of the input.
+        growth_rate: k, channels that each layer adds.
+        bottleneck, drop_rate, norm_layer, time_channel: as in DenseLayer.
+        fused: False takes stock PyTorch operations, with the same parameters and keys.
+
+    Shape: Tensor [N, C, H, W] -> [N, C + layers * k, H, W].
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        in_channels: int,
+        growth_rate: int,
+        *,
+        bottleneck: int | None = None,
+        drop_rate: float = 0.0,
+        norm_layer: NormLayer = nn.BatchNorm2d,
+        time_channel: bool = False,
+        fused: bool = True,
+    ) -> None:
+        super().__init__(
+            {
+                f"denselayer{i + 1}": DenseLayer(
+                    in_channels + i * growth_rate,
+                    growth_rate,
+                    bottleneck=bottleneck,
+                    drop_rate=drop_rate,
+                    norm_layer=norm_layer,
+                    time_channel=time_channel,
+                )
+                for i in range(layers)
+            }
+        )
+        self.in_channels = in_channels
+        self.growth_rate = growth_rate
+        self.fused = fused
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self._plain(y)
+
+    def _plain(self, y: Tensor, time: Tensor | None = None) -> Tensor:
+        slots = [y]
+        for layer in self.values():
+            slots.append(layer(concatenated(slots), time))
+        return concatenated(slots)
+
+    def extra_repr(self) -> str:
+        return f"fused={self.fused}"
+
+
+class ERKStep(DenseBlock):
+    """An explicit Runge-Kutta step with s stages as a dense block and a sum (Zhu et al., "Convolutional Neural Networks
+    combined with Runge-Kutta Methods", section 3.3.1).
+
+    Every m growths of k channels make one increment ``h b_i z_i = E_i(y, h b_1 z_1, ..., h b_{i-1} z_{i-1})`` of m * k
+    channels, as many as y has; coefficients and step size are learned within the convolutions::
+
+        y' = y + sum_i h b_i z_i
+
+    Args:
+        stages: s.
+        growth_rate: k.
+        m: growths per stage.
+        bottleneck, drop_rate, norm_layer: as in DenseLayer.
+        time_channel: the step of Appendix C, with one stage: the growths read the time T/u besides, make Q(T/u, y), and
+            ``y' = y + (h/u) Q``. h/u is one scalar, which cannot be negative: the square of the parameter
+            ``sqrt_step``, 1 at first.
+        fused: False takes stock PyTorch operations, with the same parameters and keys.
+
+    Shape: Tensor [N, m * k, H, W] -> [N, m * k, H, W].
+
+    Raises:
+        ValueError: stages, m or growth_rate is less than 1, or a time channel is asked for with several stages.
+    """
+
+    def __init__(
+        self,
+        stages: int,
+        growth_rate: int,
+        *,
+        m: int = 1,
+        bottleneck: int | None = None,
+        drop_rate: float = 0.0,
+        norm_layer: NormLayer = nn.BatchNorm2d,
+        time_channel: bool = False,
+        fused: bool = True,
+    ) -> None:
+        for name, value in (("stages", stages), ("growth_rate", growth_rate), ("m", m)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if time_channel and stages != 1:
+            raise ValueError(f"stages: a time channel goes with 1 stage (the Euler method), got {stages}")
+        super().__init__(
+            m * stages,
+            m * growth_rate,
+            growth_rate,
+            bottleneck=bottleneck,
+            drop_rate=drop_rate,
+            norm_layer=norm_layer,
+            time_channel=time_channel,
+            fused=fused,
+        )
+        self.stages = stages
+        self.m = m
+        self.sqrt_step = nn.Parameter(torch.ones(())) if time_channel else None
+
+    def forward(self, y: Tensor, time: Tensor | None = None) -> Tensor:
+        return self.forward_with_moments(y, time=time)[0]
+
+    def forward_with_moments(
+        self,
+        y: Tensor,
+        moments: Moments | None = None,
+        *,
+        return_moments: bool = False,
+        time: Tensor | None = None,
+    ) -> tuple[Tensor, Moments | None]:
+        """The step, taking y's moments if they are known, and leaving those of y' if asked for (and fused).
+
+        time: Tensor [], T/u of a step with a time channel; 0 if not given."""
+        weights: list[float | Tensor] = [1.0] * self.stages
+        if self.sqrt_step is None:
+            slots = self._plain(y)
+        else:
+            slots = self._plain(y, self.sqrt_step.new_zeros(()) if time is None else time)
+            weights = [self.step_size()]
+        increments = slots[:, self.in_channels :].split(self.in_channels, 1)
+        return weighted_sum(y, increments, weights, fused=self.fused, return_moments=return_moments)
+
+    def step_size(self) -> Tensor:
+        """h/u of a step with a time channel, Tensor []."""
+        if self.sqrt_step is None:
+            raise RuntimeError("step_size: this step has no time channel; its step size is part of its weights")
+        return self.sqrt_step.square()
+
+    def extra_repr(self) -> str:
+        return f"stages={self.stages}, m={self.m}, {super().extra_repr()}"
+
+
+class TimePeriod(Period):
+    """Steps with a time channel: T_0 = 0, ``T_{n+1} = T_n + h_n`` (Zhu et al., equation 8; all divided by u)."""
+
+    def forward_with_moments(
+        self, y: Tensor, moments: Moments | None = None, *, return_moments: bool = False
+    ) -> tuple[Tensor, Moments | None]:
+        """The steps. No moments are passed on."""
+        time: Tensor | None = None
+        for step in self:
+            y = step(y, time)
+            size = cast(ERKStep, step).step_size()
+            time = size if time is None else time + size
+        return y, None
+
+    def step_sizes(self) -> list[float]:
+        """h_n/u of each step (Zhu et al., Table 4), in float64: the square of a float32 may be less than a float32."""
+        return [cast(Tensor, cast(ERKStep, step).sqrt_step).detach().double().square().item() for step in self]
+
+    def times(self) -> list[float]:
+        """T_n/u at the beginning of each step, and at the end of the last."""
+        times = [0.0]
+        for size in self.step_sizes():
+            times.append(times[-1] + size)
+        return times

@@ -1,0 +1,154 @@
+"""What stands between periods, and behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rkfast.nn.dense import NormLayer, concatenated, dropout
+from rkfast.nn.norm import batch_norm_relu, reads_moments
+from rkfast.ops import Moments
+
+
+class Attention(nn.Module):
+    """A gate per sample and channel, ``x * sigmoid(fc2(relu(fc1(mean(x)))))`` (Yang et al., "Convolutional Neural
+    Networks with Alternately Updated Clique", attentional transition).
+
+    Args:
+        channels: C; fc1 has C // 2 outputs, at least one.
+
+    Shape: Tensor [N, C, H, W] -> [N, C, H, W].
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels, max(channels // 2, 1))
+        self.fc2 = nn.Linear(max(channels // 2, 1), channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = torch.sigmoid(self.fc2(F.relu(self.fc1(x.mean((2, 3))))))
+        return x * gate[:, :, None, None]
+
+
+class Transition(nn.Module):
+    """From one period to the next, at half the resolution: ``pool(attention(dropout(conv(relu(norm(y))))))``.
+
+    A 1x1 convolution without bias and an average over 2x2; names and keys are torchvision's.
+
+    Args:
+        in_channels, out_channels: of the convolution.
+        attention: gate the convolution's result (the "A" of IRKNet-AB and CliqueNet).
+        drop_rate: of a dropout after the convolution.
+        norm_layer: makes the BatchNorm.
+        norm_name: what it is called in the state_dict.
+        fused: False takes stock PyTorch operations, with the same parameters and keys.
+
+    Shape: Tensor [N, in_channels, H, W] -> [N, out_channels, H // 2, W // 2].
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        attention: bool = False,
+        drop_rate: float = 0.0,
+        norm_layer: NormLayer = nn.BatchNorm2d,
+        norm_name: str = "norm",
+        fused: bool = True,
+    ) -> None:
+        super().__init__()
+        self.fused = fused
+        self.drop_rate = drop_rate
+        self.norm_name = norm_name
+        self.add_module(norm_name, norm_layer(in_channels))
+        self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        self.attention = Attention(out_channels) if attention else None
+        self.pool = nn.AvgPool2d(2)
+
+    def forward(self, y: Tensor, moments: Moments | None = None) -> Tensor:
+        x = self.conv(batch_norm_relu(self.get_submodule(self.norm_name), y, moments, fused=self.fused))
+        x = dropout(x, self.drop_rate, self.training)
+        if self.attention is not None:
+            x = self.attention(x)
+        return self.pool(x)
+
+    def reads_moments(self) -> bool:
+        """Whether forward makes use of its input's moments."""
+        return self.fused and reads_moments(self.get_submodule(self.norm_name))
+
+    def extra_repr(self) -> str:
+        return f"fused={self.fused}"
+
+
+class NormPool(nn.Module):
+    """The values that a period gives to the classifier, ``mean(relu(norm(y)))`` over H and W.
+
+    Args:
+        channels: C.
+        norm_layer, norm_name, fused: as in Transition.
+
+    Shape: Tensor [N, C, H, W] -> [N, C].
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        norm_layer: NormLayer = nn.BatchNorm2d,
+        norm_name: str = "norm",
+        fused: bool = True,
+    ) -> None:
+        super().__init__()
+        self.fused = fused
+        self.norm_name = norm_name
+        self.add_module(norm_name, norm_layer(channels))
+
+    def forward(self, y: Tensor, moments: Moments | None = None) -> Tensor:
+        return batch_norm_relu(self.get_submodule(self.norm_name), y, moments, fused=self.fused).mean((2, 3))
+
+    def reads_moments(self) -> bool:
+        """Whether forward makes use of its input's moments."""
+        return self.fused and reads_moments(self.get_submodule(self.norm_name))
+
+    def extra_repr(self) -> str:
+        return f"fused={self.fused}"
+
+
+class MultiscaleHead(nn.Module):
+    """A linear layer over what several periods end with (Zhu et al., "Convolutional Neural Networks combined with
+    Runge-Kutta Methods", Appendix B), ``fc([mean(relu(norm_t(y_t))) for each period t])``.
+
+    Args:
+        channels: C_t of each period that takes part.
+        num_classes: of the result; 0 leaves the linear layer out.
+        norm_layer, fused: as in Transition.
+
+    Shape: Tensors [N, C_t, H_t, W_t] -> [N, num_classes].
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        num_classes: int,
+        *,
+        norm_layer: NormLayer = nn.BatchNorm2d,
+        fused: bool = True,
+    ) -> None:
+        super().__init__()
+        self.pools = nn.ModuleList(NormPool(c, norm_layer=norm_layer, fused=fused) for c in channels)
+        self.fc = nn.Linear(sum(channels), num_classes) if num_classes else nn.Identity()
+
+    def forward(
+        self,
+        states: Sequence[Tensor],
+        moments: Sequence[Moments | None] | None = None,
+        *,
+        pre_logits: bool = False,
+    ) -> Tensor:
+        known = moments or [None] * len(states)
+        pooled = concatenated([pool(y, m) for pool, y, m in zip(self.pools, states, known, strict=True)])
+        return pooled if pre_logits else self.fc(pooled)
