@@ -56,8 +56,8 @@ def create_model(name: str, *, fused: bool = True, **options: Any) -> nn.Module:
             ``erknet-<s>x<r>_<s>x<r>_...``, and ``irknet-``, ``rknet-`` alike, with s stages and r steps per period and
             at the end -a for attention in the transitions, -b for bottlenecks, -ab for both;
             ``rkcnn-e-<s>_<s>_...``, ``rkcnn-i-``, ``rkcnn-r-``; ``densenet121``, 161, 169 and 201;
-            ``densenet-<depth>`` and ``densenet-<depth>-bc`` for CIFAR; ``cliquenet-<T>`` with T layers in three blocks
-            and any of a, b and c (compression) at the end.
+            ``densenet-<depth>`` and ``densenet-<depth>-bc`` for CIFAR; ``cliquenet-<T>`` with T convolutions in three
+            blocks and any of a, b and c (compression) at the end.
         fused: False builds the same model, with the same parameters and keys, of stock PyTorch operations.
         options: ``num_classes``, ``in_chans=3`` for all;
 

@@ -133,15 +133,17 @@ def _contexts(module: nn.Module) -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def _statistics_stay(module: nn.Module) -> Iterator[None]:
-    """Batch statistics are used as before, and running ones not moved a second time."""
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    """What is run meanwhile moves copies of the running statistics. (Without any, batch_norm would keep another number
+    of tensors than the first time, which checkpoint refuses.)"""
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
+    kept = [dict(norm._buffers) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm._buffers.update({name: b.clone() for name, b in norm._buffers.items() if b is not None})
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, buffers in zip(norms, kept, strict=True):
+            norm._buffers.update(buffers)
 
 
 def init_rk(model: nn.Module) -> None:
