@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rkfast.nn.dense import NormLayer, concatenated, dropout
-from rkfast.nn.norm import batch_norm_relu, reads_moments
+from rkfast.nn.norm import batch_norm_relu, hooked, reads_moments
 from rkfast.ops import Moments
 
 
@@ -29,8 +29,11 @@ class Attention(nn.Module):
         self.fc2 = nn.Linear(max(channels // 2, 1), channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = torch.sigmoid(self.fc2(F.relu(self.fc1(x.mean((2, 3))))))
-        return x * gate[:, :, None, None]
+        return x * self.gate(x.mean((2, 3)))
+
+    def gate(self, mean: Tensor) -> Tensor:
+        """The factor [N, C, 1, 1] from the mean of x over H and W, Tensor [N, C]."""
+        return torch.sigmoid(self.fc2(F.relu(self.fc1(mean))))[:, :, None, None]
 
 
 class Transition(nn.Module):
@@ -44,7 +47,7 @@ class Transition(nn.Module):
         drop_rate: of a dropout after the convolution.
         norm_layer: makes the BatchNorm.
         norm_name: what it is called in the state_dict.
-        fused: False takes stock PyTorch operations, with the same parameters and keys.
+        fused: False takes stock PyTorch operations in this order, with the same parameters and keys.
 
     Shape: Tensor [N, in_channels, H, W] -> [N, out_channels, H // 2, W // 2].
     """
@@ -70,11 +73,28 @@ class Transition(nn.Module):
         self.pool = nn.AvgPool2d(2)
 
     def forward(self, y: Tensor, moments: Moments | None = None) -> Tensor:
-        x = self.conv(batch_norm_relu(self.get_submodule(self.norm_name), y, moments, fused=self.fused))
-        x = dropout(x, self.drop_rate, self.training)
+        x = batch_norm_relu(self.get_submodule(self.norm_name), y, moments, fused=self.fused)
+        if self._pools_first():
+            pooled = self.conv(self.pool(x))
+            if self.attention is None:
+                return pooled
+            # The mean of the convolution's result is the convolution of the mean, also where the pool leaves out a row.
+            return pooled * self.attention.gate(F.linear(x.mean((2, 3)), self.conv.weight.flatten(1)))
+        x = dropout(self.conv(x), self.drop_rate, self.training)
         if self.attention is not None:
             x = self.attention(x)
         return self.pool(x)
+
+    def _pools_first(self) -> bool:
+        """Whether the average comes before the 1x1 convolution, with which it commutes: a quarter of the products. Not
+        where something that does not commute, or is not known to, stands between them."""
+        between = [self.conv, self.pool, *([self.attention] if self.attention is not None else [])]
+        return (
+            self.fused
+            and [type(module) for module in between] == [nn.Conv2d, nn.AvgPool2d, Attention][: len(between)]
+            and not any(map(hooked, between))
+            and not (self.training and self.drop_rate > 0)
+        )
 
     def reads_moments(self) -> bool:
         """Whether forward makes use of its input's moments."""

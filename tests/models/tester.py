@@ -1,0 +1,203 @@
+"""What the tests of the models share: counting on the meta device, and a fused model beside its stock twin."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import rkfast
+from rkfast.nn import Attention, ERKStep, IRKStep, NormPool, RKCNNStep
+from tests.ops.tester import assert_as_good_as
+
+
+def on_meta(name: str, **options: Any) -> nn.Module:
+    with torch.device("meta"):
+        return rkfast.create_model(name, fused=False, **options)
+
+
+def parameters(name: str, **options: Any) -> int:
+    return sum(p.numel() for p in on_meta(name, **options).parameters())
+
+
+def _convolution(x: Sequence[int], w: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:
+    return math.prod(out_shape) * (2 * math.prod(w[1:]) - 1)
+
+
+def _linear(bias: Sequence[int], x: Sequence[int], w: Sequence[int], *, out_shape: Sequence[int], **__: Any) -> int:
+    return math.prod(out_shape) * (2 * x[1] - 1)
+
+
+def flops(name: str, size: int, **options: Any) -> int:
+    """Of one image, by the convention that fits the printed digits of RKNet's tables: the multiplications and additions
+    of convolutions and linear layers (2 n - 1 per output), the explicit sums, the means over H and W and the product of
+    an attention; nothing else."""
+    model, extra = on_meta(name, **options).eval(), []
+    for module in model.modules():
+        if isinstance(module, (ERKStep, IRKStep, RKCNNStep)):
+            module.register_forward_hook(lambda m, args, _: extra.append(m.stages * args[0].numel()))
+        elif isinstance(module, (NormPool, Attention)):
+            times = 2 if isinstance(module, Attention) else 1
+            module.register_forward_hook(lambda _, args, __, times=times: extra.append(times * args[0].numel()))
+        elif module is getattr(model, "features", None):
+            module.register_forward_hook(lambda _, __, out: extra.append(out.numel()))
+    counted = {torch.ops.aten.convolution: _convolution, torch.ops.aten.addmm: _linear}
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=counted) as counter:
+        model(torch.empty(1, 3, size, size, device="meta"))
+    assert extra
+    return counter.get_total_flops() + sum(extra)
+
+
+def twins(name: str, **options: Any) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """A fused model, its stock twin, and that in float64. Statistics and BatchNorms are no longer as they were made."""
+    torch.manual_seed(0)
+    fused = rkfast.create_model(name, **options)
+    with torch.no_grad():
+        for module in fused.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(0, 0.3)
+                module.running_mean.normal_(0, 0.3)
+                module.running_var.uniform_(0.5, 2)
+    stock = rkfast.create_model(name, fused=False, **options)
+    stock.load_state_dict(fused.state_dict())
+    return fused, stock, copy.deepcopy(stock).double()
+
+
+def seen(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    x = x.to(next(model.parameters()).dtype).requires_grad_()
+    model.zero_grad()
+    out = model(x)
+    F.cross_entropy(out, torch.arange(len(x)) % out.shape[1]).backward()
+    assert x.grad is not None
+    found = {"out": out.detach(), "x.grad": x.grad}
+    found |= {f"{name}.grad": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return found | {name: b.clone() for name, b in model.named_buffers()}
+
+
+def check_fused(name: str, size: int = 16, batch: int = 6, **options: Any) -> None:
+    """Outputs, gradients and statistics of the fused model, in training and eval, in both memory formats."""
+    x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
+    for training in (True, False):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            fused, stock, truth = (model.train(training) for model in twins(name, **options))
+            fused, stock = (model.to(memory_format=layout) for model in (fused, stock))  # type: ignore[call-overload]
+            x = x.contiguous(memory_format=layout)
+            ours, eager, expected = seen(fused, x.clone()), seen(stock, x.clone()), seen(truth, x.clone())
+            assert ours.keys() == eager.keys() == expected.keys()
+            assert {k.removesuffix(".grad") for k in ours} >= {k for k, _ in fused.named_parameters()}
+            exact = [key for key, value in expected.items() if not value.is_floating_point()]
+            assert all(torch.equal(ours[key], expected[key]) for key in exact)
+            # Of a few channels the one's rounding is ten times the other's by luck: a kind is compared as a whole, each
+            # tensor in units of its largest element.
+            for kind in ("out", "x.grad", ".grad", "running_mean", "running_var"):
+                keys = [key for key in expected if key.endswith(kind) and (kind == "x.grad" or key != "x.grad")]
+                sizes = [expected[key].abs().max().clamp(min=1e-30) for key in keys]
+                parts = [torch.cat([(t[k] / s).flatten() for k, s in zip(keys, sizes, strict=True)])
+                         for t in (ours, eager, expected)]
+                assert_as_good_as(*parts, f"{kind} ({training=}, {layout})")
+
+
+def check_interface(name: str, **options: Any) -> None:
+    """What users of timm and of nn.Module expect of a model."""
+    torch.manual_seed(0)
+    model = rkfast.create_model(name, **options).eval()
+    x = torch.randn(2, 3, 32, 32)
+    out = model(x)
+    assert out.shape == (2, model.num_classes)
+
+    features = model.forward_features(x)
+    torch.testing.assert_close(model.forward_head(features), out)
+    logits = model.get_classifier()(model.forward_head(features, pre_logits=True))
+    torch.testing.assert_close(logits, out)
+    assert model.forward_head(features, pre_logits=True).shape == (2, model.num_features)
+
+    shapes: dict[str, torch.Size] = {}
+    handles = [
+        module.register_forward_hook(lambda _, __, y, n=n: shapes.update({n: y.shape}))
+        for n, module in model.named_modules()
+        if n in {info["module"] for info in model.feature_info}
+    ]
+    torch.testing.assert_close(model(x), out, rtol=1e-4, atol=1e-5)
+    for handle in handles:
+        handle.remove()
+    for info in model.feature_info:
+        assert shapes[info["module"]] == (2, info["num_chs"], 32 // info["reduction"], 32 // info["reduction"])
+
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(x), out)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    twin = rkfast.create_model(name, **options).eval()
+    assert not torch.equal(twin(x), out)
+    twin.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(twin(x), out)
+
+    with pytest.warns(UserWarning, match="set_grad_checkpointing: nothing to do"):
+        model.set_grad_checkpointing()
+    assert not model.grad_checkpointing
+    assert "fused=True" in repr(model)
+
+    model.reset_classifier(7)
+    assert model(x).shape == (2, 7) and model.num_classes == 7
+    assert model.get_classifier().bias.eq(0).all() or name.startswith("ho_resnet")
+    model.reset_classifier(0)
+    assert torch.equal(model(x), model.forward_head(model.forward_features(x), pre_logits=True))
+    with pytest.raises(ValueError, match="num_classes: expected 0 to 1000000, got -1"):
+        model.reset_classifier(-1)
+
+
+def check_checkpointing(name: str, **options: Any) -> None:
+    """The same gradients and statistics, of fewer bytes kept."""
+    fused, plain, _ = twins(name, **options)
+    del fused
+    x = torch.randn(4, 3, 16, 16)
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.set_grad_checkpointing()
+    kept = []
+    for model in (plain, checkpointed):
+        sizes: list[int] = []
+
+        def pack(t: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(t.numel())
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            model(x)
+        kept.append(sum(sizes))
+    assert kept[1] < 0.5 * kept[0]
+    expected, ours = seen(plain, x.clone()), seen(checkpointed, x.clone())
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+    checkpointed.set_grad_checkpointing(False)
+    assert not checkpointed.grad_checkpointing
+
+
+def check_dropout(name: str, dropouts: int, **options: Any) -> None:
+    """So many dropouts, of this rate, in training only."""
+    for fused in (False, True):
+        torch.manual_seed(0)
+        model = rkfast.create_model(name, fused=fused, drop_rate=0.25, **options)
+        twin = rkfast.create_model(name, fused=fused, **options)
+        twin.load_state_dict(model.state_dict())
+        x = torch.randn(2, 3, 16, 16)
+        torch.testing.assert_close(model.eval()(x), twin.eval()(x), rtol=1e-4, atol=1e-5)
+        with torch.profiler.profile() as profile:
+            model.train()(x)
+        counts = {event.key: event.count for event in profile.key_averages()}
+        assert counts.get("aten::dropout", 0) == dropouts
+        torch.manual_seed(1)
+        first = model(x)
+        torch.manual_seed(1)
+        assert torch.equal(model(x), first)
+        torch.manual_seed(2)
+        assert not torch.equal(model(x), first)
