@@ -102,8 +102,10 @@ def check_fused(name: str, size: int = 16, batch: int = 6, **options: Any) -> No
             for kind in ("out", "x.grad", ".grad", "running_mean", "running_var"):
                 keys = [key for key in expected if key.endswith(kind) and (kind == "x.grad" or key != "x.grad")]
                 sizes = [expected[key].abs().max().clamp(min=1e-30) for key in keys]
-                parts = [torch.cat([(t[k] / s).flatten() for k, s in zip(keys, sizes, strict=True)])
-                         for t in (ours, eager, expected)]
+                parts = [
+                    torch.cat([(t[k] / s).flatten() for k, s in zip(keys, sizes, strict=True)])
+                    for t in (ours, eager, expected)
+                ]
                 assert_as_good_as(*parts, f"{kind} ({training=}, {layout})")
 
 
@@ -142,6 +144,13 @@ def check_interface(name: str, **options: Any) -> None:
     assert not torch.equal(twin(x), out)
     twin.load_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(twin(x), out)
+
+    heard: set[str] = set()
+    twin = copy.deepcopy(model)
+    for n, module in twin.named_modules():
+        module.register_forward_hook(lambda *_, n=n: heard.add(n))
+    torch.testing.assert_close(twin(x), out, rtol=1e-4, atol=1e-5)
+    assert heard == {n for n, m in model.named_modules() if not isinstance(m, (nn.ModuleList, nn.ParameterList))}
 
     with pytest.warns(UserWarning, match="set_grad_checkpointing: nothing to do"):
         model.set_grad_checkpointing()
