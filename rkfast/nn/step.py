@@ -100,12 +100,12 @@ class RKStep(nn.Module):
         unknown = [name for name in learn if name not in LEARNABLE]
         if unknown:
             raise ValueError(f"learn: {unknown[0]!r} is not a coefficient; expected some of {', '.join(LEARNABLE)}")
-        if not learn:
-            return None
         a, b = self.tableau.floats()
         below = [a[i][j] for i in range(self.tableau.stages) for j in range(i)]
         initial = {name: torch.tensor(v) for name, v in (("a", below), ("b", b), ("h", self.step)) if name in learn}
-        return nn.ParameterDict({name: nn.Parameter(value) for name, value in initial.items()})
+        # Of a method with one stage there is no a.
+        found = {name: nn.Parameter(value) for name, value in initial.items() if value.numel()}
+        return nn.ParameterDict(found) if found else None
 
     def _row(self, i: int) -> Sequence[float | Tensor]:
         """h * a_ij for all j < i."""

@@ -103,43 +103,45 @@ def test_irknet_from_cliquenet(suffix: str) -> None:
 
 
 def test_rules_of_densenets() -> None:
-    with pytest.raises(ValueError, match="Rule 1: y has m \\* k channels; denseblock1 reads 10, .* growth rate 4"):
+    with pytest.raises(ValueError, match=r"Rule 1: y has m \* k channels; denseblock1 reads 10, .* growth rate 4"):
         erknet_from_densenet(densenet(channels=10))
-    with pytest.raises(ValueError, match="Rule 3: there are m \\* s growths; denseblock1 has 3, .* of m = 2"):
+    with pytest.raises(ValueError, match=r"Rule 3: there are m \* s growths; denseblock1 has 3, .* of m = 2"):
         erknet_from_densenet(densenet(layers=(3, 4)))
     wider = densenet()
     wider.features.denseblock1["denselayer2"] = DenseLayer(12, 5, bottleneck=16)
-    with pytest.raises(ValueError, match="Rule 2: .* denseblock1.denselayer2 makes 5 of 12 channels, expected 4 of 12"):
+    with pytest.raises(
+        ValueError, match=r"Rule 2: .* denseblock1.denselayer2 makes 5 of 12 channels, expected 4 of 12"
+    ):
         erknet_from_densenet(wider)
     forgetful = densenet()
     forgetful.features.denseblock1["denselayer2"] = DenseLayer(8, 4, bottleneck=16)
-    with pytest.raises(ValueError, match="Rule 2: .* denseblock1.denselayer2 makes 4 of 8 channels, expected 4 of 12"):
+    with pytest.raises(ValueError, match=r"Rule 2: .* denseblock1.denselayer2 makes 4 of 8 channels, expected 4 of 12"):
         erknet_from_densenet(forgetful)
     uneven = densenet()
     uneven.features.denseblock1["denselayer2"] = DenseLayer(12, 4, bottleneck=8)
-    with pytest.raises(ValueError, match="model: the bottlenecks of denseblock1 differ"):
+    with pytest.raises(ValueError, match=r"model: the bottlenecks of denseblock1 differ"):
         erknet_from_densenet(uneven)
 
 
 def test_rules_of_cliquenets() -> None:
-    with pytest.raises(ValueError, match="Rule 1: .* blocks.0 reads 64, and its growth rate is 4"):
+    with pytest.raises(ValueError, match=r"Rule 1: .* blocks.0 reads 64, and its growth rate is 4"):
         irknet_from_cliquenet(rkfast.create_model("cliquenet-6", growth_rate=4))
-    with pytest.raises(ValueError, match="Rule 1: .* blocks.1 reads 8, and its growth rate is 4"):
+    with pytest.raises(ValueError, match=r"Rule 1: .* blocks.1 reads 8, and its growth rate is 4"):
         irknet_from_cliquenet(rkfast.create_model("cliquenet-6", growth_rate=4, init_channels=4))
     forgetful = cliquenet()
     forgetful.blocks[1].init_norm1[1] = nn.BatchNorm2d(4)
-    with pytest.raises(ValueError, match="Rule 2: .* growth 2 of blocks.1 makes 4 of 4 channels, expected 4 of 8"):
+    with pytest.raises(ValueError, match=r"Rule 2: .* growth 2 of blocks.1 makes 4 of 4 channels, expected 4 of 8"):
         irknet_from_cliquenet(forgetful)
     single = cliquenet()
     block = single.blocks[2]
     block.weight1 = nn.ParameterList([block.weight1[0]])
     block.stages = 1
-    with pytest.raises(ValueError, match="Rule 3: there are s growths, s > 1; blocks.2 has 1 growths"):
+    with pytest.raises(ValueError, match=r"Rule 3: there are s growths, s > 1; blocks.2 has 1 growths"):
         irknet_from_cliquenet(single)
 
 
 def test_other_models_are_refused() -> None:
-    with pytest.raises(TypeError, match="model: Linear is no DenseNet; expected features.conv0"):
+    with pytest.raises(TypeError, match=r"model: Linear is no DenseNet; expected features.conv0"):
         erknet_from_densenet(nn.Linear(3, 3))
-    with pytest.raises(TypeError, match="model: expected a CliqueNet, got DenseNet"):
+    with pytest.raises(TypeError, match=r"model: expected a CliqueNet, got DenseNet"):
         irknet_from_cliquenet(densenet())

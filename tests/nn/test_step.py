@@ -196,3 +196,68 @@ def test_other_bad_arguments_are_refused() -> None:
         RKStep("rk9", Decay())
     with pytest.raises(ValueError, match="step: expected a finite number, got nan"):
         RKStep("euler", Decay(), step=float("nan"))
+
+
+@pytest.mark.parametrize("fused", (True, False), ids=("fused", "stock"))
+@pytest.mark.parametrize("learn", (("h",), ("b",), ("a",), ("a", "b", "h")), ids="".join)
+@pytest.mark.parametrize("method", METHODS)
+def test_learned_coefficients(method: str, learn: tuple[str, ...], fused: bool) -> None:
+    """The first values are the tableau's; the gradients those of the formula (RKNet, equation 4)."""
+    torch.manual_seed(0)
+    branches = [nn.Linear(4, 4).double() for _ in range(tableau.get(method).stages)]
+    y = torch.randn(3, 4, dtype=torch.float64)
+    fixed = RKStep(method, branches, step=0.5, fused=fused)
+    step = RKStep(method, branches, step=0.5, learn=learn, fused=fused).double()
+    learned = step.learned or {}
+    assert fixed.learned is None
+    assert set(learned) == set(learn) - ({"a"} if method == "euler" else set())
+    torch.testing.assert_close(step(y), fixed(y), rtol=1e-6, atol=1e-6)
+
+    for p in learned.values():
+        nn.init.uniform_(p, 0.5, 1.5)
+    s = step.tableau.stages
+    values = {name: p.detach().clone().requires_grad_() for name, p in learned.items()}
+    a, b = step.tableau.floats()
+    h = values.get("h", 0.5)
+    weights = iter(values["a"]) if "a" in values else None
+    slopes: list[Tensor] = []
+    for i in range(s):
+        row = [next(weights) if weights else a[i][j] for j in range(i)]
+        slopes.append(branches[i](y + h * sum(w * k for w, k in zip(row, slopes, strict=True))))
+    expected = y + h * sum(values.get("b", b)[i] * slopes[i] for i in range(s))
+    out = step(y)
+    torch.testing.assert_close(out, expected)
+    out.square().sum().backward()
+    expected.square().sum().backward()
+    for name, value in values.items():
+        torch.testing.assert_close(learned[name].grad, value.grad)
+
+    read_a, read_b, read_h = step.coefficients()
+    assert read_h == (values["h"].item() if "h" in values else 0.5)
+    assert read_b == tuple(values["b"].tolist() if "b" in values else b)
+    below = [read_a[i][j] for i in range(s) for j in range(i)]
+    assert below == (values["a"].tolist() if "a" in values else [a[i][j] for i in range(s) for j in range(i)])
+    assert all(read_a[i][j] == 0 for i in range(s) for j in range(i, s))
+
+
+def test_learned_coefficients_under_half_precision() -> None:
+    """A scalar in float32 leaves the dtype of the sum alone."""
+    for fused in (True, False):
+        step = RKStep("midpoint", nn.Identity(), learn=("a", "b", "h"), fused=fused)
+        out, moments = step.forward_with_moments(torch.randn(2, 4, 3, 3).bfloat16(), return_moments=True)
+        assert out.dtype == torch.bfloat16
+        assert (moments is not None) == fused
+        assert "learn=('a', 'b', 'h')" in repr(step)
+
+
+@pytest.mark.parametrize(
+    ("learn", "error", "message"),
+    (
+        ("abh", TypeError, "learn: expected a sequence of str"),
+        (("a", 1), TypeError, "learn: expected a sequence of str"),
+        (("c",), ValueError, "learn: 'c' is not a coefficient; expected some of a, b, h"),
+    ),
+)
+def test_learning_something_else_is_refused(learn: tuple[str, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        RKStep("rk4", Decay(), learn=learn)
