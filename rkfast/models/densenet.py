@@ -44,9 +44,9 @@ class Features(nn.Sequential):
         modules = list(self)
         for i, module in enumerate(modules):
             follower = modules[i + 1] if i + 1 < len(modules) else None
-            if isinstance(follower, nn.ReLU) and not hooked(follower):
+            if type(follower) is nn.ReLU and not hooked(follower):
                 x = batch_norm_relu(module, x, fused=self.fused)
-            elif isinstance(module, nn.ReLU) and i and not hooked(module):
+            elif type(module) is nn.ReLU and i and not hooked(module):
                 continue
             elif isinstance(module, DenseBlock) and self.grad_checkpointing:
                 x = checkpointed(module, x)

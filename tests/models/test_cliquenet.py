@@ -47,6 +47,18 @@ def test_names() -> None:
     assert all(transition.attention is not None for transition in on_meta("cliquenet-15-a").transitions)
 
 
+def test_blocks_give_their_input_and_stage_two() -> None:
+    torch.manual_seed(0)
+    model = rkfast.create_model("cliquenet-6", growth_rate=4, init_channels=6).eval()
+    x = torch.randn(2, 3, 8, 8)
+    y = model.stem(x)
+    for t, feature in enumerate(model.forward_features(x)):
+        z = model.blocks[t](y)
+        torch.testing.assert_close(feature, torch.cat([y, z], 1))
+        if t < 2:
+            y = model.transitions[t](z)
+
+
 SMALL: list[tuple[str, dict[str, Any]]] = [
     ("cliquenet-6", {"growth_rate": 4, "init_channels": 6}),
     ("cliquenet-9-c", {"growth_rate": 4, "transition_channels": 5}),

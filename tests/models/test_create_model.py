@@ -66,7 +66,7 @@ def test_options_of_all() -> None:
         ("__import__('os')", ValueError, "is not a model"),
         ("erknet-" + "9" * 10_000, ValueError, "is not a model"),
         ("ﬀ", ValueError, "is not a model"),
-        ("\N{KELVIN SIGN}", ValueError, "is not a model"),
+        ("r\N{KELVIN SIGN}cnn-e-5_5", ValueError, "is not a model"),
     ),
 )
 def test_bad_names(name: Any, error: type[Exception], message: str) -> None:

@@ -151,7 +151,10 @@ def test_stem_of_imagenet() -> None:
             if t < 4:
                 y = getattr(f, f"transition{t}")(y)
         y = torch.relu(f.norm5(y))
+        before = rkfast.dispatch.served()
         torch.testing.assert_close(model.forward_features(x), y, rtol=1e-4, atol=1e-5)
+        calls = sum(n for (op, _), n in (rkfast.dispatch.served() - before).items() if op == "bn_rk_sum")
+        assert calls == (5 if fused else 0)  # one for each of norm0, three transitions, norm5
         assert f.norm0.num_batches_tracked == f.norm5.num_batches_tracked == 2
 
 

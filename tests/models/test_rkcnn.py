@@ -33,6 +33,13 @@ def test_keys(method: str, attention: bool) -> None:
     assert set(model.state_dict()) == expected
 
 
+def test_options() -> None:
+    model = on_meta("rkcnn-r-2_3", steps=(1, 2), rounds=(2, 3))
+    assert [step.rounds for step in model.list_block] == [2, 3, 3]
+    assert [step.stages for step in model.list_block] == [2, 3, 3]
+    assert [info["module"] for info in model.feature_info] == ["list_block.0", "list_block.2"]
+
+
 def closed_form(method: str, stages: tuple[int, ...], k: int, width: int) -> int:
     periods = len(stages)
     total = 27 * k + (periods - 1) * (k * k + 2 * k) + 2 * k * periods + 10 * k * periods + 10

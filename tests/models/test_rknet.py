@@ -98,7 +98,7 @@ SMALL: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("name", "options"), SMALL)
 def test_fused_equals_stock(name: str, options: dict[str, Any]) -> None:
-    check_fused(name, size=32 if "stem" in options else 13, **options)
+    check_fused(name, size=32 if "stem" in options else 9, **options)
 
 
 @pytest.mark.parametrize(("name", "options"), SMALL)
