@@ -61,7 +61,8 @@ def create_model(name: str, *, fused: bool = True, **options: Any) -> nn.Module:
         fused: False builds the same model, with the same parameters and keys, of stock PyTorch operations.
         options: ``num_classes``, ``in_chans=3`` for all;
 
-            ho_resnet: ``method="rk4"|"midpoint"|"euler"``, ``width=64``, ``step=1.0``;
+            ho_resnet: ``method="rk4"|"midpoint"|"euler"``, ``width=64``, ``step=1.0``, ``learn=()`` or some of
+            "a", "b", "h";
             all others: ``drop_rate=0.0``, a dropout after each convolution of the blocks and transitions;
             erknet, rknet: ``growth_rate=36`` and ``m=1``, each an int or one per period,
             ``stem="cifar"|"imagenet"``, ``multiscale``, ``neck`` (4), ``time_channel=False``;

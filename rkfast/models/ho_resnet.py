@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -22,6 +23,8 @@ class HOResNet(ImageModel):
         width: channels.
         num_classes, in_chans: of output and input.
         step: the step size h.
+        learn: which coefficients of each step are learned, as in RKStep; with all of them its stages are g_i of RKNet's
+            equation 4.
         fused: False takes stock PyTorch operations, with the same parameters and keys.
 
     Shape: Tensor [N, in_chans, H, W] -> [N, num_classes].
@@ -36,6 +39,7 @@ class HOResNet(ImageModel):
         num_classes: int = 10,
         in_chans: int = 3,
         step: float = 1.0,
+        learn: Sequence[str] = (),
         fused: bool = True,
     ) -> None:
         super().__init__(num_classes=num_classes, fused=fused)
@@ -46,6 +50,7 @@ class HOResNet(ImageModel):
                     tableau,
                     [PreActBranch(width, fused=fused) for _ in range(tableau.stages)],
                     step=step,
+                    learn=learn,
                     fused=fused,
                 )
                 for _ in range(steps)
@@ -81,6 +86,7 @@ def build(
     num_classes: int = 10,
     in_chans: int = 3,
     step: float = 1.0,
+    learn: Sequence[str] = (),
     fused: bool = True,
 ) -> HOResNet:
     """``layers`` counts the stem, the linear layer and two convolutions per branch."""
@@ -102,6 +108,7 @@ def build(
         num_classes=num_classes,
         in_chans=in_chans,
         step=step,
+        learn=learn,
         fused=fused,
     )
 

@@ -37,7 +37,8 @@ class RKCNN(ImageModel):
     """A 3x3 stem, periods of steps with transitions between them, and a linear layer over what they end with.
 
     Names and keys are those of the authors' code: ``fir_trans``, ``list_block`` with the steps of all periods,
-    ``list_trans``, ``list_gb``, ``fc``.
+    ``list_trans``, ``list_gb``, ``fc``. (Their training script saves a DataParallel, whose keys begin with ``module.``;
+    torch.nn.modules.utils.consume_prefix_in_state_dict_if_present takes that away.)
 
     Args:
         method: "e", "i" or "r", as in RKCNNStep.

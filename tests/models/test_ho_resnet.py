@@ -147,6 +147,16 @@ def test_interface() -> None:
     check_checkpointing("ho_resnet-18", width=4)
 
 
+def test_learned_coefficients() -> None:
+    model = rkfast.create_model("ho_resnet-10", width=4, learn=("a", "b", "h"))
+    assert model.no_weight_decay() == {f"period.0.learned.{name}" for name in "abh"}
+    plain = rkfast.create_model("ho_resnet-10", width=4)
+    assert plain.no_weight_decay() == set()
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if "learned" not in k})
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(model(x), plain(x))
+
+
 def test_hooks_and_replaced_modules() -> None:
     """Whoever listens to a module or puts another in its place gets what he asked for."""
     model, _, _ = models("midpoint", channels_last=False)
@@ -183,6 +193,7 @@ def test_hooks_and_replaced_modules() -> None:
         ("ho_resnet-18", {"in_chans": -1}, ValueError, "in_chans: expected 1 to 4096, got -1"),
         ("ho_resnet-18", {"step": 0}, ValueError, r"step: expected a number in \(0, 16\], got 0"),
         ("ho_resnet-18", {"step": float("nan")}, ValueError, "step: expected a number in .* got nan"),
+        ("ho_resnet-18", {"learn": "abh"}, TypeError, "learn: expected a sequence of str"),
         ("ho_resnet-18", {"step": "1"}, TypeError, "step: expected a number, got '1'"),
         ("ho_resnet-18", {"depth": 3}, TypeError, "depth: not an option of ho_resnet; supported are method, width"),
         ("ho_resnet-18", {"layers": 3}, TypeError, "layers: not an option of ho_resnet"),
