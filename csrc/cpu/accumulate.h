@@ -87,6 +87,7 @@ class ColumnMoments {
     along<P, 1>(length_, [&](int64_t p, auto, auto n) {
       P x[R];
       for (int r = 0; r < R; ++r) x[r] = load<P>(row[r] + p, n);
+      for (int r = 0; r < R; ++r) __builtin_prefetch(row[r] + p + R * pitch);
       for (int k = 0; k < P::kVecs; ++k) {
         const int64_t at = p + k * P::kWidth;
         const Vec center = Vec::loadu(center_ + at);

@@ -86,10 +86,7 @@ std::vector<Tensor> bn_rk_sum(const Tensor& x, const Optional& weight, const Opt
 
   Vectors vectors(a.shape, moments_dtype(x.scalar_type()));
   const Folded folded = norm.fold(vectors);
-  for (int j = 0; j < a.n - 1; ++j) {
-    const double c = coeffs[j];
-    a.factors[j] = channels_last ? vectors.add(1, [c](int64_t, int64_t) { return c; }) : Factor{nullptr, 0, c};
-  }
+  for (int j = 0; j < a.n - 1; ++j) a.factors[j] = {nullptr, 0, coeffs[j]};
   a.factors[a.n - 1] = folded.scale;
   a.shift = folded.shift;
   a.center = folded.center.vector;

@@ -47,8 +47,8 @@ struct Moments {  // of each unit or sample, in double, [partials][padded]
   double* m2 = nullptr;
 };
 
-// out = act(sum_j factor_j * (term_j - center_j) + shift); a center belongs to the last term only. In channels_last calls
-// either every factor is a vector or none is, and a center comes with vectors.
+// out = act(sum_j factor_j * (term_j - center_j) + shift); a center belongs to the last term only, whose factor is then a
+// vector.
 struct Combine {
   Shape shape;
   DType dtype;

@@ -20,9 +20,8 @@ class Steps {
   bool any() const { return any_; }
   bool by_sample() const { return by_sample_; }
 
-  // Kernels take vectors for all terms of a channels_last call or for none.
-  Factor factor(size_t j, bool as_vector, Vectors& vectors) const {
-    if (!given_[j] && !as_vector) return {nullptr, 0, coeffs_[j]};
+  Factor factor(size_t j, Vectors& vectors) const {
+    if (!given_[j]) return {nullptr, 0, coeffs_[j]};
     return vectors.add(steps_[j].by_sample() ? samples_ : 1,
                        [&](int64_t n, int64_t c) { return coeffs_[j] * steps_[j].at(n, c); });
   }
@@ -69,7 +68,7 @@ std::vector<Tensor> rk_sum(const std::vector<Tensor>& terms, const std::vector<d
     for (int j = 0; j < a.n; ++j) a.terms[j].inner *= join;
   }
   Vectors vectors(a.shape, moments_dtype(first.scalar_type()));
-  for (int j = 0; j < a.n; ++j) a.factors[j] = factors.factor(j, channels_last && factors.any(), vectors);
+  for (int j = 0; j < a.n; ++j) a.factors[j] = factors.factor(j, vectors);
   if (shift) {
     const Vector v(shift, rows.channels, 0);
     a.shift = vectors.add(1, [&](int64_t n, int64_t c) { return v.at(n, c); });
@@ -121,7 +120,7 @@ std::vector<Tensor> rk_sum_backward(const Tensor& grad, const Optional& mask, co
     for (int k = 0; k < a.n_outputs; ++k) a.outputs[k].inner *= join;
   }
   Vectors vectors(a.shape, moments_dtype(grad.scalar_type()));
-  for (int k = 0; k < a.n_outputs; ++k) a.factors[k] = factors.factor(k, false, vectors);
+  for (int k = 0; k < a.n_outputs; ++k) a.factors[k] = factors.factor(k, vectors);
   Partials partials(a.shape, sums ? 1 + a.n_summed : 0);
   if (sums) a.sums = partials.data();
   if (grad.numel() > 0) {

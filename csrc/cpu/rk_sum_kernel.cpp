@@ -11,38 +11,96 @@ namespace {
 
 inline int64_t row_length(const Shape& s, int64_t i) { return i == s.inner - 1 ? s.last : s.length; }
 
-// A row of act(sum_j factor_j * term_j + shift). The number of terms is known, so that pointers and factors stay in
-// registers: they need not be read again after each store.
-template <typename P, int N, typename T, typename Acc>
-void sum_row(const T* const* terms, const RowFactor<Acc>* factors, Acc shift, bool relu, T* out, int64_t length) {
+// What a row of CombineRows is made of.
+template <typename T, typename Acc>
+struct CombineRow {
+  int n;
+  const T* terms[kMaxTerms];
+  RowFactor<Acc> factors[kMaxTerms];
+  RowFactor<Acc> shift, center;
+  bool relu, centered;
+  T* out;         // or null
+  uint8_t* mask;  // or null
+  int64_t length;
+};
+
+enum class Center { kNone, kScalar, kVector };  // of the last term; kVector: its factor and the shift are vectors, too
+
+// A row whose number of terms is known, so that pointers and factors stay in registers: they need not be read again
+// after each store.
+template <typename P, int N, Center C, typename T, typename Acc>
+void combine_row(const CombineRow<T, Acc>& row) {
   using Vec = typename P::Vec;
-  const T* term[N];
-  Vec factor[N];
+  constexpr bool kVector = C == Center::kVector;
+  const T* terms[N];
+  Vec factors[N];
   for (int j = 0; j < N; ++j) {
-    term[j] = terms[j];
-    factor[j] = Vec(factors[j].scalar);
+    terms[j] = row.terms[j];
+    factors[j] = Vec(row.factors[j].scalar);
   }
-  const Vec start(shift);
-  along<P, 2>(length, [&](int64_t p, auto unroll, auto lanes) {
+  const Acc *scales = row.factors[N - 1].vector, *shifts = row.shift.vector, *centers = row.center.vector;
+  const Vec shift(row.shift.scalar), center(row.center.scalar);
+  const bool relu = row.relu;
+  T* const out = row.out;
+  uint8_t* const mask = row.mask;
+  along<P, 2>(row.length, [&](int64_t p, auto unroll, auto lanes) {
 #pragma GCC unroll 2
     for (int u = 0; u < decltype(unroll)::value; ++u) {
       const int64_t q = p + u * P::kLanes;
       P sum;
-      for (auto& v : sum.v) v = start;
-#pragma GCC unroll 16
+      for (int k = 0; k < P::kVecs; ++k) sum.v[k] = kVector && shifts ? Vec::loadu(shifts + q + k * P::kWidth) : shift;
+#pragma GCC unroll 17
       for (int j = 0; j < N; ++j) {
-        const P x = load<P>(term[j] + q, lanes);
-        for (int k = 0; k < P::kVecs; ++k) sum.v[k] = at::vec::fmadd(x.v[k], factor[j], sum.v[k]);
+        const P x = load<P>(terms[j] + q, lanes);
+        for (int k = 0; k < P::kVecs; ++k) {
+          const int64_t w = q + k * P::kWidth;
+          if (kVector && j == N - 1) {
+            sum.v[k] = at::vec::fmadd(x.v[k] - Vec::loadu(centers + w), Vec::loadu(scales + w), sum.v[k]);
+          } else if (C == Center::kScalar && j == N - 1) {
+            sum.v[k] = at::vec::fmadd(x.v[k] - center, factors[j], sum.v[k]);
+          } else {
+            sum.v[k] = at::vec::fmadd(x.v[k], factors[j], sum.v[k]);
+          }
+        }
       }
       if (relu) sum = sum.relu();
-      store(sum, out + q, lanes);
+      if (mask != nullptr) store_bits(mask + q / 8, sum.rounded().passed(), lanes);
+      if (out != nullptr) store(sum, out + q, lanes);
     }
   });
 }
 
-template <typename P, typename T, typename Acc, size_t... N>
-constexpr auto sum_rows(std::index_sequence<N...>) {
-  return std::array{&sum_row<P, static_cast<int>(N) + 1, T, Acc>...};
+template <typename P, Center C, typename T, typename Acc, size_t... N>
+constexpr auto combine_rows(std::index_sequence<N...>) {
+  return std::array{&combine_row<P, static_cast<int>(N) + 1, C, T, Acc>...};
+}
+
+// Any number of terms, with vectors or without.
+template <typename P, typename T, typename Acc>
+void combine_row_of_vectors(const CombineRow<T, Acc>& row) {
+  using Vec = typename P::Vec;
+  along<P, 2>(row.length, [&](int64_t p, auto unroll, auto lanes) {
+#pragma GCC unroll 2
+    for (int u = 0; u < decltype(unroll)::value; ++u) {
+      const int64_t q = p + u * P::kLanes;
+      auto at = [&](const RowFactor<Acc>& f, int k) {
+        return f.vector ? Vec::loadu(f.vector + q + k * P::kWidth) : Vec(f.scalar);
+      };
+      P sum;
+      for (int k = 0; k < P::kVecs; ++k) sum.v[k] = at(row.shift, k);
+      for (int j = 0; j < row.n; ++j) {
+        const P x = load<P>(row.terms[j] + q, lanes);
+        const bool centered = j == row.n - 1 && row.centered;
+        for (int k = 0; k < P::kVecs; ++k) {
+          const Vec d = centered ? x.v[k] - at(row.center, k) : x.v[k];
+          sum.v[k] = at::vec::fmadd(d, at(row.factors[j], k), sum.v[k]);
+        }
+      }
+      if (row.relu) sum = sum.relu();
+      if (row.mask != nullptr) store_bits(row.mask + q / 8, sum.rounded().passed(), lanes);
+      if (row.out != nullptr) store(sum, row.out + q, lanes);
+    }
+  });
 }
 
 // Rows of out = act(sum_j factor_j * (term_j - center_j) + shift), all terms of a few registers at a time.
@@ -50,83 +108,54 @@ template <typename T>
 class CombineRows {
   using P = Pack<T>;
   using Acc = typename P::Acc;
-  using Vec = typename P::Vec;
 
  public:
-  explicit CombineRows(const Combine& a)
-      : a_(a), s_(a.shape), vectors_(a.shape.channels_last && a.factors[0].vector != nullptr),
-        mask_pitch_((s_.length + 7) / 8) {}
+  explicit CombineRows(const Combine& a) : a_(a), s_(a.shape), mask_pitch_((s_.length + 7) / 8) {
+    const bool last = a.n > 0 && a.factors[a.n - 1].vector != nullptr;
+    bool others = false;
+    for (int j = 0; j + 1 < a.n; ++j) others |= a.factors[j].vector != nullptr;
+    constexpr auto kPlain = combine_rows<P, Center::kNone, T, Acc>(std::make_index_sequence<kMany>());
+    constexpr auto kScalar = combine_rows<P, Center::kScalar, T, Acc>(std::make_index_sequence<kFew>());
+    constexpr auto kVector = combine_rows<P, Center::kVector, T, Acc>(std::make_index_sequence<kFew>());
+    row_ = combine_row_of_vectors<P, T, Acc>;
+    if (s_.channels_last && (last || others || a.shift.vector)) {
+      if (!others && a.center != nullptr && a.n <= kFew) row_ = kVector[a.n - 1];
+    } else if (a.center == nullptr) {
+      if (a.n <= kMany) row_ = kPlain[a.n - 1];
+    } else if (a.n <= kFew) {
+      row_ = kScalar[a.n - 1];
+    }
+  }
 
   // The mask of the rows begins at `mask` where it is not the call's own.
   void run(int64_t o, int64_t begin, int64_t end, uint8_t* mask = nullptr) const {
     if (mask == nullptr && a_.mask != nullptr) mask = a_.mask + (o * s_.inner + begin) * mask_pitch_;
-    for (int64_t i = begin; i < end; ++i, mask += mask ? mask_pitch_ : 0)
-      vectors_ ? run_row<true>(o, i, mask) : run_row<false>(o, i, mask);
+    CombineRow<T, Acc> r{};
+    r.n = a_.n;
+    r.relu = a_.relu;
+    r.centered = a_.center != nullptr;
+    for (int64_t i = begin; i < end; ++i, mask += mask ? mask_pitch_ : 0) {
+      for (int j = 0; j < a_.n; ++j) {
+        r.terms[j] = row<const T>(a_.terms[j], o, i);
+        r.factors[j] = RowFactor<Acc>(a_.factors[j], s_, o, i);
+      }
+      r.shift = RowFactor<Acc>(a_.shift, s_, o, i);
+      if (r.centered) r.center = RowFactor<Acc>({a_.center, 0, 0}, s_, o, i);
+      r.out = a_.out.data ? row<T>(a_.out, o, i) : nullptr;
+      r.mask = mask;
+      r.length = row_length(s_, i);
+      row_(r);
+    }
   }
 
  private:
-  template <bool kVectors>
-  void run_row(int64_t o, int64_t i, uint8_t* mask) const {
-    const int n = a_.n;
-    const bool relu = a_.relu;
-    const T* term[kMaxTerms];
-    RowFactor<Acc> factor[kMaxTerms];
-    for (int j = 0; j < n; ++j) {
-      term[j] = row<const T>(a_.terms[j], o, i);
-      factor[j] = RowFactor<Acc>(a_.factors[j], s_, o, i);
-    }
-    const RowFactor<Acc> shift(a_.shift, s_, o, i);
-    const int centered = a_.center ? n - 1 : -1;
-    const RowFactor<Acc> center = a_.center ? RowFactor<Acc>({a_.center, 0, 0}, s_, o, i) : RowFactor<Acc>();
-    T* out = a_.out.data ? row<T>(a_.out, o, i) : nullptr;
-    if (!kVectors && mask == nullptr && out != nullptr && centered < 0) {
-      constexpr auto kSumRow = sum_rows<P, T, Acc>(std::make_index_sequence<kMaxTerms>());
-      return kSumRow[n - 1](term, factor, shift.scalar, relu, out, row_length(s_, i));
-    }
-    along<P, 4>(row_length(s_, i), [&](int64_t p, auto unroll, auto lanes) {
-      constexpr int U = decltype(unroll)::value;
-      P sum[U];
-#pragma GCC unroll 4
-      for (int u = 0; u < U; ++u)
-        for (int k = 0; k < P::kVecs; ++k)
-          sum[u].v[k] = shift.vector ? Vec::loadu(shift.vector + p + u * P::kLanes + k * P::kWidth) : Vec(shift.scalar);
-      for (int j = 0; j < n; ++j) {
-        P x[U];
-#pragma GCC unroll 4
-        for (int u = 0; u < U; ++u) x[u] = load<P>(term[j] + p + u * P::kLanes, lanes);
-        if (j == centered) {
-#pragma GCC unroll 4
-          for (int u = 0; u < U; ++u)
-            for (int k = 0; k < P::kVecs; ++k)
-              x[u].v[k] = x[u].v[k] -
-                  (kVectors ? Vec::loadu(center.vector + p + u * P::kLanes + k * P::kWidth) : Vec(center.scalar));
-        }
-        const Acc* vector = factor[j].vector;
-        const Vec scalar(factor[j].scalar);
-#pragma GCC unroll 4
-        for (int u = 0; u < U; ++u)
-          for (int k = 0; k < P::kVecs; ++k)
-            sum[u].v[k] = at::vec::fmadd(
-                x[u].v[k], kVectors ? Vec::loadu(vector + p + u * P::kLanes + k * P::kWidth) : scalar, sum[u].v[k]);
-      }
-      if (relu) {
-#pragma GCC unroll 4
-        for (int u = 0; u < U; ++u) sum[u] = sum[u].relu();
-      }
-      if (mask != nullptr) {
-#pragma GCC unroll 4
-        for (int u = 0; u < U; ++u) store_bits(mask + (p + u * P::kLanes) / 8, sum[u].rounded().passed(), lanes);
-      }
-      if (out == nullptr) return;
-#pragma GCC unroll 4
-      for (int u = 0; u < U; ++u) store(sum[u], out + p + u * P::kLanes, lanes);
-    });
-  }
+  // Terms with loops of their own: of float as many as there are, and few beside a BatchNorm.
+  static constexpr int kMany = std::is_same_v<T, float> ? kMaxTerms : 6, kFew = 3;
 
   const Combine& a_;
   const Shape& s_;
-  bool vectors_;
   int64_t mask_pitch_;
+  void (*row_)(const CombineRow<T, Acc>&);
 };
 
 template <typename T>
@@ -200,16 +229,25 @@ class BackwardRows {
         s_.channels_last ? sum_columns<kMask>(begin, end, mask, j, alone) : sum_rows<kMask>(begin, end, mask, j, alone);
       }
     }
-    for (int k = 0; k < a_.n_outputs; ++k) {
-      const uint8_t* bits = mask;
-      for (int64_t i = begin; i < end; ++i, bits += kMask ? mask_pitch_ : 0) {
-        const bool with_x = k == 0 && a_.x.data != nullptr;
-        const RowFactor<Acc> factor(a_.factors[k], s_, o_, i);
-        if (factor.vector != nullptr) {
-          with_x ? spread<kMask, true, true>(i, k, bits, factor) : spread<kMask, true, false>(i, k, bits, factor);
-        } else {
-          with_x ? spread<kMask, false, true>(i, k, bits, factor) : spread<kMask, false, false>(i, k, bits, factor);
-        }
+    // An output with a vector of its own, or with an x, and up to two scalar ones beside it in one go.
+    for (int k = 0; k < a_.n_outputs;) {
+      int n = 1;
+      while (n < 3 && k + n < a_.n_outputs && a_.factors[k + n].vector == nullptr) ++n;
+      const bool with_x = k == 0 && a_.x.data != nullptr;
+      n == 1 ? spread_rows<kMask, 1>(begin, end, k, mask, with_x)
+             : n == 2 ? spread_rows<kMask, 2>(begin, end, k, mask, with_x) : spread_rows<kMask, 3>(begin, end, k, mask, with_x);
+      k += n;
+    }
+  }
+
+  template <bool kMask, int N>
+  void spread_rows(int64_t begin, int64_t end, int k, const uint8_t* mask, bool with_x) {
+    const bool vectors = s_.channels_last && a_.factors[k].vector != nullptr;
+    for (int64_t i = begin; i < end; ++i, mask += kMask ? mask_pitch_ : 0) {
+      if (vectors) {
+        with_x ? spread<kMask, N, true, true>(i, k, mask) : spread<kMask, N, true, false>(i, k, mask);
+      } else {
+        with_x ? spread<kMask, N, false, true>(i, k, mask) : spread<kMask, N, false, false>(i, k, mask);
       }
     }
   }
@@ -235,11 +273,17 @@ class BackwardRows {
       grad[r] = row<const T>(a_.grad, o_, i + r);
       x[r] = j < 0 ? nullptr : row<const T>(a_.summed[j], o_, i + r);
     }
+    const int64_t grad_pitch = a_.grad.inner, x_pitch = j < 0 ? 0 : a_.summed[j].inner;
     const Acc* center = static_cast<const Acc*>(a_.center);
     Acc *plain = part(0), *product = part(1 + j);
     along<P, 1>(s_.length, [&](int64_t p, auto, auto n) {
       P g[R];
       for (int r = 0; r < R; ++r) g[r] = load_grad<kMask>(grad[r] + p, mask + (kMask ? r * mask_pitch_ + p / 8 : 0), n);
+      // Several rows at once are more streams than the processor foresees.
+      for (int r = 0; r < R; ++r) {
+        __builtin_prefetch(grad[r] + p + R * grad_pitch);
+        if (x[r] != nullptr) __builtin_prefetch(x[r] + p + R * x_pitch);
+      }
       // The rows at hand are summed among themselves first, which keeps the chain of roundings short.
       if (j >= 0) {
         P some;
@@ -306,11 +350,17 @@ class BackwardRows {
     }
   }
 
-  // outputs_k = factor_k * g', and slope * (x - center) + offset beside it.
-  template <bool kMask, bool kVectors, bool kX>
-  void spread(int64_t i, int k, const uint8_t* mask, const RowFactor<Acc>& factor) {
-    const T* grad = row<const T>(a_.grad, o_, i);
-    T* out = row<T>(a_.outputs[k], o_, i);
+  // outputs_k = factor_k * g' for N outputs from `first` on, and slope * (x - center) + offset beside the first of them.
+  template <bool kMask, int N, bool kVectors, bool kX>
+  void spread(int64_t i, int first, const uint8_t* mask) {
+    const T* const grad = row<const T>(a_.grad, o_, i);
+    T* out[N];
+    Vec factors[N];
+    for (int k = 0; k < N; ++k) {
+      out[k] = row<T>(a_.outputs[first + k], o_, i);
+      factors[k] = Vec(RowFactor<Acc>(a_.factors[first + k], s_, o_, i).scalar);
+    }
+    const RowFactor<Acc> factor(a_.factors[first], s_, o_, i);
     const T* x = nullptr;
     RowFactor<Acc> center, slope, offset;
     if constexpr (kX) {
@@ -324,19 +374,24 @@ class BackwardRows {
 #pragma GCC unroll 2
       for (int u = 0; u < decltype(unroll)::value; ++u) {
         const int64_t q = p + u * P::kLanes;
-        P d = load_grad<kMask>(grad + q, mask + (kMask ? q / 8 : 0), n);
-        P t;
-        if constexpr (kX) t = load<P>(x + q, n);
+        const P g = load_grad<kMask>(grad + q, mask + (kMask ? q / 8 : 0), n);
+        P d;
+        if constexpr (kX) d = load<P>(x + q, n);
         for (int v = 0; v < P::kVecs; ++v) {
           const int64_t w = q + v * P::kWidth;
           if constexpr (kX) {
-            const Vec correction = at::vec::fmadd(t.v[v] - at(center, w), at(slope, w), at(offset, w));
-            d.v[v] = at::vec::fmadd(d.v[v], at(factor, w), correction);
+            d.v[v] = at::vec::fmadd(d.v[v] - at(center, w), at(slope, w), at(offset, w));
+            d.v[v] = at::vec::fmadd(g.v[v], at(factor, w), d.v[v]);
           } else {
-            d.v[v] = d.v[v] * at(factor, w);
+            d.v[v] = g.v[v] * at(factor, w);
           }
         }
-        store(d, out + q, n);
+        store(d, out[0] + q, n);
+#pragma GCC unroll 2
+        for (int k = 1; k < N; ++k) {
+          for (int v = 0; v < P::kVecs; ++v) d.v[v] = g.v[v] * factors[k];
+          store(d, out[k] + q, n);
+        }
       }
     });
   }
