@@ -97,6 +97,7 @@ std::vector<Tensor> bn_rk_sum(const Tensor& x, const Optional& weight, const Opt
   result.insert(result.end(), statistics.begin(), statistics.end());
   Partials partials(a.shape, moments ? 2 : 0);
   if (moments) a.moments = partials.moments();
+  a.stream = !moments && outgrows_cache(x, a.n + 1);
   if (x.numel() > 0) combine(a);
   if (moments) {
     auto [out_mean, out_var] = partials.merge_moments(x);
@@ -217,6 +218,7 @@ std::vector<Tensor> bn_rk_sum_backward(const Tensor& grad, const Tensor& x, cons
     result.push_back(dstep);
   }
   result.insert(result.end(), dterms.begin(), dterms.end());
+  a.stream = outgrows_cache(x, a.n_outputs + 2);
   if (a.n_outputs > 0 && x.numel() > 0) backward(a);
   return result;
 }

@@ -83,6 +83,14 @@ inline Shape flat_shape(int64_t numel) {
   return s;
 }
 
+// Whether a call that touches so many tensors like x leaves nothing of their beginnings in the last cache. Its results
+// are then written past the caches, which saves reading what is overwritten. What the system says of the cache's size is
+// no guide: it may be the sum over sockets.
+inline bool outgrows_cache(const Tensor& x, int64_t tensors) {
+  constexpr int64_t kLastCache = int64_t(32) << 20;
+  return static_cast<int64_t>(x.nbytes()) * tensors > kLastCache;
+}
+
 inline bool is_dense(int64_t outer, int64_t inner, const Rows& r) {
   return inner == r.length() && (r.outer() <= 1 || outer == r.inner() * r.length());
 }

@@ -61,6 +61,7 @@ struct Combine {
   Operand out;              // none: only the mask is written
   uint8_t* mask = nullptr;  // [rows][(length + 7) / 8]
   Moments moments;
+  bool stream = false;  // out is written past the caches; not with moments, which read it back
 };
 
 // With g' = grad where the mask is set:
@@ -78,6 +79,7 @@ struct Backward {
   double* sums = nullptr;  // [1 + n_summed][partials][padded]
   int n_outputs = 0;
   std::array<Operand, kMaxTerms> outputs;
+  bool stream = false;  // outputs are written past the caches
   std::array<Factor, kMaxTerms> factors;
   Operand x;
   const void* center = nullptr;

@@ -60,6 +60,29 @@ inline Vectorized<double> keep(const Vectorized<double>& v, uint32_t bits) {
 #endif
 }
 
+#if defined(CPU_CAPABILITY_AVX512)
+inline void stream_lines(const void* from, void* to, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += 64)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(static_cast<char*>(to) + i),
+                        _mm512_load_si512(static_cast<const char*>(from) + i));
+}
+#elif defined(CPU_CAPABILITY_AVX2)
+inline void stream_lines(const void* from, void* to, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += 32)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(static_cast<char*>(to) + i),
+                        _mm256_load_si256(reinterpret_cast<const __m256i*>(static_cast<const char*>(from) + i)));
+}
+#endif
+
+inline void fence_streams() {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  _mm_sfence();
+#endif
+}
+
+// Whether a row may be streamed to: its registers fill whole lines from the first on.
+inline bool on_line(const void* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; }
+
 template <typename T>
 struct Pack {
   static constexpr bool kReduced = !std::is_floating_point_v<T>;
@@ -112,6 +135,17 @@ struct Pack {
     }
   }
 
+  // Past the caches, where p is aligned to whole cache lines. fence_streams() comes before anyone else reads.
+  void stream(T* p) const {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+    alignas(64) T lanes[kLanes];
+    store(lanes);
+    stream_lines(lanes, p, sizeof(lanes));
+#else
+    store(p);
+#endif
+  }
+
   // The value as it is read back after a store.
   Pack rounded() const {
     if constexpr (!kReduced) return *this;
@@ -161,6 +195,15 @@ template <typename P, typename T, typename N>
 inline void store(const P& x, T* p, N n) {
   if constexpr (kIsFull<N>) {
     x.store(p);
+  } else {
+    x.store(p, n);
+  }
+}
+
+template <typename P, typename T, typename N>
+inline void store(const P& x, T* p, N n, bool stream) {
+  if constexpr (kIsFull<N>) {
+    stream ? x.stream(p) : x.store(p);
   } else {
     x.store(p, n);
   }

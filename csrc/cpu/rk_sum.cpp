@@ -75,6 +75,7 @@ std::vector<Tensor> rk_sum(const std::vector<Tensor>& terms, const std::vector<d
   }
   Partials partials(a.shape, moments ? 2 : 0);
   if (moments) a.moments = partials.moments();
+  a.stream = !moments && outgrows_cache(first, a.n + 1);
   if (first.numel() > 0) combine(a);
   if (moments) {
     auto [mean, var] = partials.merge_moments(first);
@@ -123,6 +124,7 @@ std::vector<Tensor> rk_sum_backward(const Tensor& grad, const Optional& mask, co
   for (int k = 0; k < a.n_outputs; ++k) a.factors[k] = factors.factor(k, vectors);
   Partials partials(a.shape, sums ? 1 + a.n_summed : 0);
   if (sums) a.sums = partials.data();
+  a.stream = outgrows_cache(grad, a.n_outputs + a.n_summed + 1);
   if (grad.numel() > 0) {
     backward(a);
   } else {

@@ -18,7 +18,7 @@ struct CombineRow {
   const T* terms[kMaxTerms];
   RowFactor<Acc> factors[kMaxTerms];
   RowFactor<Acc> shift, center;
-  bool relu, centered;
+  bool relu, centered, stream;
   T* out;         // or null
   uint8_t* mask;  // or null
   int64_t length;
@@ -40,7 +40,7 @@ void combine_row(const CombineRow<T, Acc>& row) {
   }
   const Acc *scales = row.factors[N - 1].vector, *shifts = row.shift.vector, *centers = row.center.vector;
   const Vec shift(row.shift.scalar), center(row.center.scalar);
-  const bool relu = row.relu;
+  const bool relu = row.relu, stream = row.stream;
   T* const out = row.out;
   uint8_t* const mask = row.mask;
   along<P, 2>(row.length, [&](int64_t p, auto unroll, auto lanes) {
@@ -65,7 +65,7 @@ void combine_row(const CombineRow<T, Acc>& row) {
       }
       if (relu) sum = sum.relu();
       if (mask != nullptr) store_bits(mask + q / 8, sum.rounded().passed(), lanes);
-      if (out != nullptr) store(sum, out + q, lanes);
+      if (out != nullptr) store(sum, out + q, lanes, stream);
     }
   });
 }
@@ -98,7 +98,7 @@ void combine_row_of_vectors(const CombineRow<T, Acc>& row) {
       }
       if (row.relu) sum = sum.relu();
       if (row.mask != nullptr) store_bits(row.mask + q / 8, sum.rounded().passed(), lanes);
-      if (row.out != nullptr) store(sum, row.out + q, lanes);
+      if (row.out != nullptr) store(sum, row.out + q, lanes, row.stream);
     }
   });
 }
@@ -142,6 +142,7 @@ class CombineRows {
       r.shift = RowFactor<Acc>(a_.shift, s_, o, i);
       if (r.centered) r.center = RowFactor<Acc>({a_.center, 0, 0}, s_, o, i);
       r.out = a_.out.data ? row<T>(a_.out, o, i) : nullptr;
+      r.stream = a_.stream && on_line(r.out);
       r.mask = mask;
       r.length = row_length(s_, i);
       row_(r);
@@ -164,7 +165,10 @@ void run(const Combine& a) {
   const int64_t padded = s.padded();
   for_each_unit(s, a.n + 1, [&](int64_t u, int64_t o, int64_t begin, int64_t end) {
     CombineRows<T> rows(a);
-    if (a.moments.mean == nullptr) return rows.run(o, begin, end);
+    if (a.moments.mean == nullptr) {
+      rows.run(o, begin, end);
+      return fence_streams();
+    }
     if (s.channels_last) {
       ColumnMoments<T> columns(s, a.moments.mean + u * padded, a.moments.m2 + u * padded);
       const int64_t tile = tile_rows(s);
@@ -360,6 +364,8 @@ class BackwardRows {
       out[k] = row<T>(a_.outputs[first + k], o_, i);
       factors[k] = Vec(RowFactor<Acc>(a_.factors[first + k], s_, o_, i).scalar);
     }
+    bool stream = a_.stream;
+    for (int k = 0; k < N; ++k) stream = stream && on_line(out[k]);
     const RowFactor<Acc> factor(a_.factors[first], s_, o_, i);
     const T* x = nullptr;
     RowFactor<Acc> center, slope, offset;
@@ -386,11 +392,11 @@ class BackwardRows {
             d.v[v] = g.v[v] * at(factor, w);
           }
         }
-        store(d, out[0] + q, n);
+        store(d, out[0] + q, n, stream);
 #pragma GCC unroll 2
         for (int k = 1; k < N; ++k) {
           for (int v = 0; v < P::kVecs; ++v) d.v[v] = g.v[v] * factors[k];
-          store(d, out[k] + q, n);
+          store(d, out[k] + q, n, stream);
         }
       }
     });
@@ -407,6 +413,7 @@ template <typename T>
 void run(const Backward& a) {
   for_each_unit(a.shape, a.n_outputs + a.n_summed + 1, [&](int64_t u, int64_t o, int64_t begin, int64_t end) {
     BackwardRows<T>(a, u, o).run(begin, end);
+    fence_streams();
   });
 }
 
