@@ -114,9 +114,9 @@ class CombineRows {
     const bool last = a.n > 0 && a.factors[a.n - 1].vector != nullptr;
     bool others = false;
     for (int j = 0; j + 1 < a.n; ++j) others |= a.factors[j].vector != nullptr;
-    constexpr auto kPlain = combine_rows<P, Center::kNone, T, Acc>(std::make_index_sequence<kMany>());
-    constexpr auto kScalar = combine_rows<P, Center::kScalar, T, Acc>(std::make_index_sequence<kFew>());
-    constexpr auto kVector = combine_rows<P, Center::kVector, T, Acc>(std::make_index_sequence<kFew>());
+    static constexpr auto kPlain = combine_rows<P, Center::kNone, T, Acc>(std::make_index_sequence<kMany>());
+    static constexpr auto kScalar = combine_rows<P, Center::kScalar, T, Acc>(std::make_index_sequence<kFew>());
+    static constexpr auto kVector = combine_rows<P, Center::kVector, T, Acc>(std::make_index_sequence<kFew>());
     row_ = combine_row_of_vectors<P, T, Acc>;
     if (s_.channels_last && (last || others || a.shift.vector)) {
       if (!others && a.center != nullptr && a.n <= kFew) row_ = kVector[a.n - 1];
