@@ -71,13 +71,13 @@ class Op:
         self._last: tuple[Choice, torch.Size, torch.dtype, torch.device] | None = None
         # Where the choice depends on device and dtype alone it is made once.
         self._static = all(i.supports is None and i.deterministic for i in implementations)
-        self._chosen: dict[tuple[str | None, str, torch.dtype], Choice] = {}
+        self._chosen: dict[tuple[str | None, torch.device, torch.dtype], Choice] = {}
 
     def __call__(self, *args: Any) -> Any:
         first = args[0]
         lead = first if isinstance(first, torch.Tensor) else first[0]
         device, dtype = lead.device, lead.dtype
-        key = (forced() if _forced or _environment != "auto" else None, device.type, dtype)
+        key = (forced() if _forced or _environment != "auto" else None, device, dtype)
         choice = self._chosen.get(key)
         if choice is None:
             choice = self._choose(lead, args)

@@ -1,4 +1,4 @@
-"""rk_sum beside chains of torch.add(alpha=)."""
+"""rk_sum beside the sum as it is written, ``y + c1 * k1 + ...``, and chains of torch.add(alpha=)."""
 
 from __future__ import annotations
 
@@ -59,12 +59,19 @@ class RkSum:
 
     def peers(self) -> dict[str, Function]:
         def eager(activations: list[Tensor], vectors: list[Tensor], buffers: list[Tensor]) -> tuple[Tensor, ...]:
+            total = activations[0]
+            for i, (term, c) in enumerate(zip(activations[1:], self.coeffs[1:], strict=True)):
+                total = total + (c * vectors[i].view(1, -1, 1, 1).to(term.dtype) * term if vectors else c * term)
+            return self._with_moments(torch.relu(total) if self.relu else total)
+
+        def add_alpha(activations: list[Tensor], vectors: list[Tensor], buffers: list[Tensor]) -> tuple[Tensor, ...]:
             return self._with_moments(self._chain(activations, vectors, self.relu, False))
 
         def in_place(activations: list[Tensor], vectors: list[Tensor], buffers: list[Tensor]) -> tuple[Tensor, ...]:
             return self._with_moments(self._chain(activations, vectors, self.relu, True))
 
-        return {"eager": eager, "in_place": in_place} if self.n > 2 or self.relu else {"eager": eager}
+        tuned = {"add_alpha": add_alpha, "in_place": in_place} if self.n > 2 or self.relu else {"add_alpha": add_alpha}
+        return {"eager": eager, **tuned}
 
     def _chain(self, terms: list[Tensor], steps: list[Tensor], relu: bool, in_place: bool) -> Tensor:
         total = terms[0]

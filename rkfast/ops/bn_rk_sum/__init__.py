@@ -94,7 +94,7 @@ class _BnRkSum(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        call: tuple[list[float], bool, bool, bool, float, bool, bool],
+        call: tuple[list[float], bool, bool, bool, float, bool, list[Tensor] | None],
         mean: Tensor | None,
         var: Tensor | None,
         x: Tensor,
@@ -104,18 +104,21 @@ class _BnRkSum(torch.autograd.Function):
         *terms: Tensor,
     ) -> Any:
         # One argument, because each costs apply as much as a tensor.
-        coeffs, channels_last, relu, batch_stats, eps, moments, plain = call
+        coeffs, channels_last, relu, batch_stats, eps, moments, found = call
         # Without terms the sign of the output follows from x, so that nothing need be kept for it.
         mask = relu and len(terms) > 0
-        result = (_op if plain else _forward)(
+        result = (_forward if found is None else _op)(
             x, weight, bias, mean, var, list(terms), coeffs, step, channels_last, relu, eps, moments, mask
         )
         vectors = result[2 if mask else 1 :]
         if mean is None:
             mean, var = vectors[:2]
         ctx.saved = (coeffs, channels_last, relu, batch_stats, eps)
-        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, bias, mean, var, step, result[1] if mask else None)
+        if found is not None:  # outputs that nobody differentiates cost apply as much as the others
+            found.extend(vectors)
+            return result[0]
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*vectors)
         return (result[0], *vectors)
 
@@ -268,8 +271,9 @@ def bn_rk_sum(
         total, *found = reference.composite(x, weight, bias, mean, var, terms, coeffs, step, *tail)
         update = channel_moments.update_running_stats
     elif needs_grad:
-        total, *found = _BnRkSum.apply(
-            (coeffs, channels_last, relu, training, eps, return_moments, plain),
+        found = []
+        returned = _BnRkSum.apply(
+            (coeffs, channels_last, relu, training, eps, return_moments, found if plain else None),
             mean,
             var,
             x,
@@ -278,6 +282,7 @@ def bn_rk_sum(
             step,
             *terms,
         )
+        total, *found = (returned, *found) if plain else returned
     else:
         run = _op if plain else _forward
         total, *found = run(x, weight, bias, mean, var, terms, coeffs, step, channels_last, *tail, False)
@@ -302,9 +307,10 @@ def _checked(
     step: Tensor | None,
     seen: int,
 ) -> tuple[Tensor, list[Tensor], list[float]]:
-    if isinstance(terms, Tensor) or not isinstance(terms, Sequence):
-        raise TypeError(f"terms: expected a list of tensors, got {type(terms).__name__}")
-    terms = list(terms)
+    if type(terms) is not list:
+        if isinstance(terms, Tensor) or not isinstance(terms, Sequence):
+            raise TypeError(f"terms: expected a list of tensors, got {type(terms).__name__}")
+        terms = list(terms)
     if len(terms) > checks.MAX_TERMS:
         raise ValueError(
             f"terms: expected at most {checks.MAX_TERMS} tensors, got {len(terms)}; sum some of them first"

@@ -260,9 +260,10 @@ def _checked(
     shift: Tensor | None,
     seen: int,
 ) -> tuple[list[Tensor], list[float], list[Tensor | None], tuple[int, ...]]:
-    if isinstance(terms, Tensor) or not isinstance(terms, Sequence):
-        raise TypeError(f"terms: expected a list of tensors, got {type(terms).__name__}")
-    terms = list(terms)
+    if type(terms) is not list:
+        if isinstance(terms, Tensor) or not isinstance(terms, Sequence):
+            raise TypeError(f"terms: expected a list of tensors, got {type(terms).__name__}")
+        terms = list(terms)
     n = len(terms)
     if not 1 <= n <= checks.MAX_TERMS:
         raise ValueError(f"terms: expected 1 to {checks.MAX_TERMS} tensors, got {n}; sum the rest in a second call")
