@@ -21,7 +21,10 @@ COMPILE = {
     "compile_max_autotune": "max-autotune-no-cudagraphs",
     "compile_cuda_graphs": "reduce-overhead",
 }
-PEERS = ("eager", "eager_channels_last", "add_alpha", "in_place", "compile", "compile_max_autotune", "compile_cuda_graphs")
+PEERS = (
+    *("eager", "eager_channels_last", "add_alpha", "in_place"),
+    *("compile", "compile_max_autotune", "compile_cuda_graphs"),
+)
 
 
 @dataclass(frozen=True)
