@@ -1,6 +1,8 @@
 // Moments of a unit of rows while they are in cache. Included by *_kernel.cpp files only.
 #pragma once
 
+#include <ATen/Parallel.h>
+
 #include <algorithm>
 #include <cmath>
 #include <vector>

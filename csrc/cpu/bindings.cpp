@@ -64,4 +64,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("channel_moments", &rkfast::channel_moments, release(), arg("x"), arg("channels_last"));
   m.def("update_running_stats", &rkfast::update_running_stats, release(), arg("mean"), arg("var"), arg("count"),
         arg("running_mean"), arg("running_var"), arg("num_batches_tracked"), arg("momentum"));
+  m.def("dense_block", &rkfast::dense_block, release(), arg("x"), arg("conv1"), arg("conv2"), arg("norms"),
+        arg("keeps"), arg("keep_scale"), arg("reads"), arg("writes"), arg("eps"), arg("channels"), arg("summed"),
+        arg("mean"), arg("var"), arg("keep"));
+  m.def("dense_block_backward", &rkfast::dense_block_backward, release(), arg("grad"), arg("buffer"), arg("mean"),
+        arg("var"), arg("mid_moments"), arg("mids"), arg("conv1"), arg("conv2"), arg("norms"), arg("keeps"),
+        arg("keep_scale"), arg("reads"), arg("writes"), arg("eps"), arg("inputs"), arg("summed"));
 }

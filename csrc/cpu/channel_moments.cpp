@@ -5,6 +5,7 @@
 
 #include "common/arithmetic.h"
 #include "cpu/host.h"
+#include "cpu/slots.h"
 
 namespace rkfast {
 
@@ -26,6 +27,11 @@ void Dispatch<Args>::operator()(const Args& args) const {
 template struct Dispatch<Combine>;
 template struct Dispatch<Backward>;
 template struct Dispatch<MomentsOf>;
+template struct Dispatch<NormaliseRows>;
+template struct Dispatch<MomentsOfRows>;
+template struct Dispatch<FinishRows>;
+template struct Dispatch<ReadBackwardRows>;
+template struct Dispatch<TransposeRows>;
 
 std::pair<Tensor, Tensor> Partials::merge_moments(const Tensor& x) {
   const int64_t channels = s_.channels(), padded = s_.padded();

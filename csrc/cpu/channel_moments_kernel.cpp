@@ -1,5 +1,3 @@
-#include <ATen/Parallel.h>
-
 #include "cpu/accumulate.h"
 
 namespace rkfast {

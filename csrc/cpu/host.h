@@ -269,5 +269,17 @@ std::pair<Tensor, Tensor> channel_moments(const Tensor& x, bool channels_last);
 void update_running_stats(const Tensor& mean, const Tensor& var, int64_t count, const std::vector<Tensor>& running_mean,
                           const std::vector<Tensor>& running_var, const std::vector<Tensor>& num_batches_tracked,
                           std::optional<double> momentum);
+std::vector<Tensor> dense_block(const Tensor& x, const std::vector<Tensor>& conv1, const std::vector<Tensor>& conv2,
+                                const std::vector<Optional>& norms, const std::vector<Optional>& keeps, double keep_scale,
+                                const std::vector<int64_t>& reads, const std::vector<int64_t>& writes,
+                                const std::vector<double>& eps, int64_t channels, const std::vector<int64_t>& summed,
+                                const Optional& mean, const Optional& var, bool keep);
+std::vector<Tensor> dense_block_backward(const Tensor& grad, const Tensor& buffer, const Tensor& mean, const Tensor& var,
+                                         const std::vector<Tensor>& mid_moments, const std::vector<Tensor>& mids,
+                                         const std::vector<Tensor>& conv1, const std::vector<Tensor>& conv2,
+                                         const std::vector<Optional>& norms, const std::vector<Optional>& keeps,
+                                         double keep_scale, const std::vector<int64_t>& reads,
+                                         const std::vector<int64_t>& writes, const std::vector<double>& eps,
+                                         int64_t inputs, const std::vector<int64_t>& summed);
 
 }  // namespace rkfast

@@ -1,5 +1,3 @@
-#include <ATen/Parallel.h>
-
 #include <array>
 #include <utility>
 

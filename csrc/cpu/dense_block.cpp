@@ -1,0 +1,603 @@
+#include "cpu/slots.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/native/CPUBlas.h>
+#include <ATen/ops/conv2d.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+
+#include <cmath>
+#include <memory>
+
+#include "common/arithmetic.h"
+#include "cpu/host.h"
+
+namespace rkfast {
+
+Dispatch<NormaliseRows> normalise_rows;
+Dispatch<MomentsOfRows> moments_of_rows;
+Dispatch<FinishRows> finish_rows;
+Dispatch<ReadBackwardRows> read_backward_rows;
+Dispatch<TransposeRows> transpose_rows;
+
+namespace {
+
+constexpr int64_t kTile = 64;      // rows that are normalised into the cache and multiplied from there
+constexpr int64_t kColumns = 256;  // channels that a tile of the backward takes at once
+
+int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
+
+using Floats = std::vector<float>;
+
+// Memory of a thread that outlives the call: fresh pages cost more than the arithmetic on them.
+float* scratch(int which, int64_t size) {
+  static thread_local Floats kept[3];
+  if (static_cast<int64_t>(kept[which].size()) < size) kept[which].resize(size);
+  return kept[which].data();
+}
+
+// The rows in a number of parts that depends on their number alone, so that no sum depends on the threads.
+struct Parts {
+  int64_t rows, count, each, tile;
+
+  explicit Parts(int64_t rows) : rows(rows), count(1) {
+    while (count < 32 && rows / count >= 256) count *= 2;
+    if (count == 1 && rows >= 2 * kTile) count = 2;
+    each = std::max<int64_t>(1, (rows + count - 1) / count);
+    const int64_t tiles = (each + kTile - 1) / kTile;
+    tile = (each + tiles - 1) / tiles;
+  }
+  int64_t begin(int64_t part) const { return std::min(rows, part * each); }
+  int64_t size(int64_t part) const { return begin(part + 1) - begin(part); }
+
+  // body(part, begin, end)
+  template <typename Body>
+  void run(Body&& body) const {
+    at::parallel_for(0, count, 1, [&](int64_t from, int64_t to) {
+      for (int64_t part = from; part < to; ++part) body(part, begin(part), begin(part + 1));
+      at::native::cpublas::brgemm_release(false);
+    });
+  }
+  // body(first, n) over the tiles of a part
+  template <typename Body>
+  void tiles(int64_t from, int64_t to, Body&& body) const {
+    for (int64_t i = from; i < to; i += tile) body(i, std::min(tile, to - i));
+  }
+};
+
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+// BN as relu reads it: scale * x + shift, with what its gradient needs.
+struct Read {
+  Floats scale, shift, center;
+  std::vector<double> scales, rstd;  // of channels, not rounded
+  bool batch = false;                // statistics of the batch
+
+  Read(int64_t channels) : scale(padded(channels)), shift(scale.size()), center(scale.size()), scales(channels), rstd(channels) {}
+};
+
+class Moment {  // of some channels, in float as they are kept
+ public:
+  Moment() = default;
+  explicit Moment(int64_t channels, const Tensor& like)
+      : mean(at::empty({channels}, like.options().dtype(at::kFloat))), var(at::empty({channels}, mean.options())) {}
+  Tensor mean, var;
+};
+
+// Sums of parts, merged in order.
+void merge(const Parts& parts, const std::vector<double>& mean, const std::vector<double>& m2, int64_t channels,
+           float* mean_out, float* var_out) {
+  for (int64_t c = 0; c < channels; ++c) {
+    Welford<double> all;
+    for (int64_t p = 0; p < parts.count; ++p)
+      all.merge(static_cast<double>(parts.size(p)), mean[p * padded(channels) + c], m2[p * padded(channels) + c]);
+    mean_out[c] = static_cast<float>(all.mean);
+    var_out[c] = static_cast<float>(all.variance());
+  }
+}
+
+struct Unit {  // one growth
+  Range reads[2];
+  int64_t write, growth, width;  // width: of the bottleneck, or 0
+  Tensor conv1, conv2;
+  Optional norm1[4], norm2[4];  // weight, bias, mean, var; no mean and var: those of the batch
+  Optional keep1, keep2;
+  double eps1, eps2;
+
+  int64_t read() const { return reads[0].size() + reads[1].size(); }
+};
+
+class Block {
+ public:
+  Block(const Tensor& x, const std::vector<Tensor>& conv1, const std::vector<Tensor>& conv2,
+        const std::vector<Optional>& norms, const std::vector<Optional>& keeps, double keep_scale,
+        const std::vector<int64_t>& reads, const std::vector<int64_t>& writes, const std::vector<double>& eps,
+        int64_t inputs, int64_t channels, const std::vector<int64_t>& summed)
+      : n_(x.size(0)), h_(x.size(2)), w_(x.size(3)), rows_(n_ * h_ * w_), inputs_(inputs), channels_(channels),
+        keep_scale_(static_cast<float>(keep_scale)), summed_(summed), parts_(rows_), options_(x.options()) {
+    const size_t units = conv1.size();
+    const bool neck = !conv2.empty();
+    const size_t norms_each = neck ? 8 : 4, convs = neck ? 2 : 1;
+    TORCH_CHECK_VALUE(x.is_cpu() && x.scalar_type() == at::kFloat && x.dim() == 4, "x: expected a float32 CPU tensor [N, C, H, W]");
+    TORCH_CHECK_VALUE((!neck || conv2.size() == units) && norms.size() == units * norms_each && writes.size() == units &&
+                          reads.size() == 4 * units && eps.size() == units * convs &&
+                          (keeps.empty() || keeps.size() == units * convs),
+                      "conv1, conv2, norms, keeps, reads, writes, eps: lengths do not fit each other");
+    int64_t known = inputs;
+    for (size_t i = 0; i < units; ++i) {
+      Unit u{{{reads[4 * i], reads[4 * i + 1]}, {reads[4 * i + 2], reads[4 * i + 3]}}, writes[i], 0, 0, weight(conv1[i]), {}, {}, {}, {}, {},
+             eps[i * convs], neck ? eps[i * convs + 1] : 0};
+      if (neck) u.conv2 = weight(conv2[i]);
+      u.growth = (neck ? u.conv2 : u.conv1).size(0);
+      u.width = neck ? u.conv1.size(0) : 0;
+      for (const Range& r : u.reads)
+        TORCH_CHECK_VALUE(0 <= r.begin && r.begin <= r.end && r.end <= known, "reads: a slot that is not written yet");
+      TORCH_CHECK_VALUE(u.write == known && u.write + u.growth <= channels, "writes: slots are written in their order");
+      known += u.growth;
+      TORCH_CHECK_VALUE(u.conv1.size(1) == u.read() && (!neck || (u.conv2.size(1) == u.width && u.conv1.size(2) == 1 && u.conv1.size(3) == 1)),
+                        "conv1, conv2: channels do not fit the slots that are read");
+      for (size_t k = 0; k < 4; ++k) {
+        u.norm1[k] = vector(norms[i * norms_each + k], u.read());
+        if (neck) u.norm2[k] = vector(norms[i * norms_each + 4 + k], u.width);
+      }
+      if (!keeps.empty()) {
+        u.keep1 = mask(keeps[i * convs], u.conv1.size(0));
+        if (neck) u.keep2 = mask(keeps[i * convs + 1], u.growth);
+      }
+      units_.push_back(u);
+    }
+    TORCH_CHECK_VALUE(known == channels, "channels: ", channels, " where input and growths have ", known);
+    for (int64_t s : summed) TORCH_CHECK_VALUE(s >= 0 && s + inputs <= channels, "summed: outside of the slots");
+  }
+
+  std::vector<Tensor> forward(const Tensor& x, const Optional& mean, const Optional& var, bool keep) {
+    TORCH_CHECK_VALUE(x.size(1) == inputs_, "x: expected ", inputs_, " channels");
+    buffer_ = empty_nhwc(channels_);
+    x_ = buffer_.data_ptr<float>();
+    moments_ = Moment(channels_, buffer_);
+    buffer_.narrow(1, 0, inputs_).copy_(x);
+    if (mean) {
+      TORCH_CHECK_VALUE(mean->numel() == inputs_ && var && var->numel() == inputs_, "mean, var: expected ", inputs_, " values");
+      moments_.mean.narrow(0, 0, inputs_).copy_(*mean);
+      moments_.var.narrow(0, 0, inputs_).copy_(*var);
+    } else {
+      take_moments(0, inputs_);
+    }
+    std::vector<Tensor> mid_moments, mids;
+    for (const Unit& u : units_) {
+      const Read read = fold(u.norm1, u.read(), u.eps1, [&](auto&& each) { slot_moments(u, each); });
+      if (u.width == 0) {
+        float* act = materialised(normalised_, u.read());
+        parts_.run([&](int64_t, int64_t from, int64_t to) { normalise(u, read, {0, u.read()}, from, to - from, {act + from * u.read(), u.read()}); });
+        put(u, convolved(act, u.read(), u.conv1), u.keep1);
+        continue;
+      }
+      // With statistics that are known before, and nothing to keep, the second BatchNorm finds its tile in the cache.
+      const bool in_tile = !keep && u.norm2[2].has_value();
+      Moment moments(u.width, buffer_);
+      Read read2(u.width);
+      if (in_tile) read2 = fold(u.norm2, u.width, u.eps2, [](auto&&) {});
+      float* act = materialised(normalised_, u.width);
+      if (in_tile) {
+        bottleneck(u, read, act, nullptr, &read2);
+      } else {
+        Tensor mid = keep ? empty_nhwc(u.width) : Tensor();
+        float* b = keep ? mid.data_ptr<float>() : materialised(mid_, u.width);
+        bottleneck(u, read, b, &moments, nullptr);
+        if (u.norm2[2].has_value()) {
+          moments.mean.copy_(*u.norm2[2]);
+          moments.var.copy_(*u.norm2[3]);
+        }
+        read2 = fold(u.norm2, u.width, u.eps2, [&](auto&& each) { each(moments, 0, u.width); });
+        normalise_all(b, u.width, read2, act);
+        mid_moments.insert(mid_moments.end(), {moments.mean, moments.var});
+        if (keep) mids.push_back(mid);
+      }
+      put(u, convolved(act, u.width, u.conv2), u.keep2);
+    }
+    std::vector<Tensor> result{buffer_, moments_.mean, moments_.var};
+    if (!keep) mid_moments.clear();
+    result.insert(result.end(), mid_moments.begin(), mid_moments.end());
+    result.insert(result.end(), mids.begin(), mids.end());
+    if (!summed_.empty()) {
+      std::vector<Tensor> terms{buffer_.narrow(1, 0, inputs_)};
+      for (int64_t s : summed_) terms.push_back(buffer_.narrow(1, s, inputs_));
+      result.push_back(sum(terms));
+    }
+    return result;
+  }
+
+  // dx, and of each unit the gradients of its first convolution, weight and bias, and of its second ones.
+  std::vector<Tensor> backward(const Tensor& grad, const Tensor& buffer, const Tensor& mean, const Tensor& var,
+                               const std::vector<Tensor>& mid_moments, const std::vector<Tensor>& mids) {
+    buffer_ = buffer;
+    TORCH_CHECK_VALUE(buffer.is_contiguous(at::MemoryFormat::ChannelsLast) && buffer.size(1) == channels_, "buffer: not this block's");
+    x_ = buffer_.data_ptr<float>();
+    moments_.mean = mean.contiguous();
+    moments_.var = var.contiguous();
+    total_ = empty_nhwc(channels_);
+    if (summed_.empty()) {
+      total_.copy_(grad);
+    } else {
+      for (const Range& gap : outside_summed()) total_.narrow(1, gap.begin, gap.size()).zero_();
+      total_.narrow(1, 0, inputs_).copy_(grad);
+      for (int64_t s : summed_) total_.narrow(1, s, inputs_).copy_(grad);
+    }
+    s1_.assign(channels_, 0);
+    s2_.assign(channels_, 0);
+    std::vector<std::vector<Tensor>> found(units_.size());
+    for (size_t i = units_.size(); i-- > 0;) {
+      const Unit& u = units_[i];
+      const size_t m = 2 * i;
+      found[i] = u.width == 0 ? plain_backward(u)
+                              : bottleneck_backward(u, mid_moments.at(m), mid_moments.at(m + 1), mids.empty() ? Tensor() : mids.at(i));
+    }
+    Tensor dx = empty_nhwc(inputs_);
+    finish_slot({0, inputs_}, std::nullopt, dx.data_ptr<float>());
+    std::vector<Tensor> result{dx};
+    for (auto& f : found) result.insert(result.end(), f.begin(), f.end());
+    return result;
+  }
+
+ private:
+  static Tensor weight(const Tensor& w) {
+    TORCH_CHECK_VALUE(w.is_cpu() && w.scalar_type() == at::kFloat && w.dim() == 4 && w.size(2) == w.size(3) && w.size(2) % 2 == 1,
+                      "conv1, conv2: expected float32 CPU weights [K, C, n, n], n odd");
+    return w;
+  }
+  static Optional vector(const Optional& v, int64_t channels) {
+    if (!v) return v;
+    TORCH_CHECK_VALUE(v->is_cpu() && v->numel() == channels, "norms: expected ", channels, " values on the CPU, got ", v->sizes());
+    return v->to(at::kFloat).contiguous();
+  }
+  Optional mask(const Optional& m, int64_t channels) const {
+    if (!m) return m;
+    TORCH_CHECK_VALUE(m->is_cpu() && m->scalar_type() == at::kBool && m->dim() == 4 && m->size(1) == channels && m->numel() == rows_ * channels,
+                      "keeps: expected bool [N, ", channels, ", H, W]");
+    return m->contiguous(at::MemoryFormat::ChannelsLast);
+  }
+
+  Tensor empty_nhwc(int64_t channels) const {
+    return at::empty({n_, h_, w_, channels}, options_.memory_format(std::nullopt)).permute({0, 3, 1, 2});
+  }
+  Tensor nhwc(float* data, int64_t channels) const {
+    return at::from_blob(data, {n_, h_, w_, channels}, options_).permute({0, 3, 1, 2});
+  }
+  float* materialised(Tensor& kept, int64_t channels) const {
+    if (!kept.defined() || kept.numel() < rows_ * channels) kept = at::empty({rows_ * channels}, options_);
+    return kept.data_ptr<float>();
+  }
+  Slot<float> slot(int64_t channel) const { return {x_ + channel, channels_}; }
+  Slot<const float> slot_of(const float* data, int64_t channel) const { return {data + channel, channels_}; }
+  static const float* data(const Optional& v) { return v ? v->const_data_ptr<float>() : nullptr; }
+
+  template <typename Each>
+  void slot_moments(const Unit& u, Each&& each) const {
+    for (const Range& r : u.reads)
+      if (r.size() > 0) each(moments_, r.begin, r.size());
+  }
+
+  // `batch` calls back with (moments, first, n) for each range of channels, where the norm has no statistics of its own.
+  template <typename Batch>
+  Read fold(const Optional* norm, int64_t channels, double eps, Batch&& batch) const {
+    Read r(channels);
+    r.batch = !norm[2];
+    const float *weight = data(norm[0]), *bias = data(norm[1]);
+    int64_t c = 0;
+    auto add = [&](const Moment& m, int64_t first, int64_t n) {
+      const float *mean = m.mean.const_data_ptr<float>() + first, *var = m.var.const_data_ptr<float>() + first;
+      for (int64_t k = 0; k < n; ++k, ++c) {
+        r.rstd[c] = inverse_std(static_cast<double>(var[k]), eps);
+        r.scales[c] = (weight ? weight[c] : 1.0) * r.rstd[c];
+        r.scale[c] = static_cast<float>(r.scales[c]);
+        r.shift[c] = static_cast<float>((bias ? bias[c] : 0.0) - mean[k] * r.scales[c]);
+        r.center[c] = mean[k];
+      }
+    };
+    if (r.batch) {
+      batch(add);
+    } else {
+      Moment own;
+      own.mean = *norm[2];
+      own.var = *norm[3];
+      add(own, 0, channels);
+    }
+    return r;
+  }
+
+  // The channels `columns` of what the unit reads, normalised.
+  void normalise(const Unit& u, const Read& read, Range columns, int64_t row, int64_t rows, Slot<float> out) const {
+    int64_t first = 0;  // of the range among what is read
+    for (const Range& r : u.reads) {
+      const int64_t from = std::max(columns.begin, first), to = std::min(columns.end, first + r.size());
+      if (from < to)
+        normalise_rows({slot_of(x_, r.begin + from - first).row(row), rows, to - from, read.scale.data() + from,
+                        read.shift.data() + from, out.column(from - columns.begin)});
+      first += r.size();
+    }
+  }
+  void normalise_all(const float* x, int64_t channels, const Read& read, float* out) const {
+    parts_.run([&](int64_t, int64_t from, int64_t to) {
+      normalise_rows({{x + from * channels, channels}, to - from, channels, read.scale.data(), read.shift.data(),
+                      {out + from * channels, channels}});
+    });
+  }
+
+  // b = conv1(normalised), or, with `then`, what the second BatchNorm and ReLU make of it.
+  void bottleneck(const Unit& u, const Read& read, float* b, Moment* moments, const Read* then) const {
+    const int64_t width = u.width, channels = u.read(), pad = padded(width);
+    const Tensor w = u.conv1.reshape({width, channels}).t().contiguous();
+    const float* weights = w.const_data_ptr<float>();
+    std::vector<double> mean(moments ? parts_.count * pad : 0), m2(mean.size());
+    parts_.run([&](int64_t part, int64_t from, int64_t to) {
+      float* act = scratch(0, parts_.tile * channels);
+      parts_.tiles(from, to, [&](int64_t i, int64_t n) {
+        normalise(u, read, {0, channels}, i, n, {act, channels});
+        float* out = b + i * width;
+        at::native::cpublas::brgemm(n, width, channels, channels, width, width, false, act, weights, out);
+        drop(u.keep1, width, i, n, {out, width});
+        if (then) normalise_rows({{out, width}, n, width, then->scale.data(), then->shift.data(), {out, width}});
+      });
+      if (moments && to > from)
+        moments_of_rows({{b + from * width, width}, to - from, width, mean.data() + part * pad, m2.data() + part * pad});
+    });
+    if (moments) merge(parts_, mean, m2, width, moments->mean.data_ptr<float>(), moments->var.data_ptr<float>());
+  }
+
+  void drop(const Optional& keep, int64_t channels, int64_t row, int64_t rows, Slot<float> x) const {
+    if (keep)
+      finish_rows({{x.data, x.pitch}, {}, rows, channels, nullptr, nullptr, nullptr,
+                   {keep->const_data_ptr<bool>() + row * channels, channels}, keep_scale_, x});
+  }
+
+  Tensor convolved(float* act, int64_t channels, const Tensor& w) const {
+    const int64_t pad = w.size(2) / 2;
+    return at::conv2d(nhwc(act, channels), w, {}, 1, pad).contiguous(at::MemoryFormat::ChannelsLast);
+  }
+
+  void put(const Unit& u, const Tensor& growth, const Optional& keep) {
+    const float* from_data = growth.const_data_ptr<float>();
+    parts_.run([&](int64_t, int64_t from, int64_t to) {
+      finish_rows({{from_data + from * u.growth, u.growth}, {}, to - from, u.growth, nullptr, nullptr, nullptr,
+                   {keep ? keep->const_data_ptr<bool>() + from * u.growth : nullptr, u.growth}, keep_scale_,
+                   slot(u.write).row(from)});
+    });
+    take_moments(u.write, u.growth);
+  }
+
+  void take_moments(int64_t first, int64_t channels) {
+    const int64_t pad = padded(channels);
+    std::vector<double> mean(parts_.count * pad), m2(mean.size());
+    parts_.run([&](int64_t part, int64_t from, int64_t to) {
+      if (to > from)
+        moments_of_rows({slot_of(x_, first).row(from), to - from, channels, mean.data() + part * pad, m2.data() + part * pad});
+    });
+    merge(parts_, mean, m2, channels, moments_.mean.data_ptr<float>() + first, moments_.var.data_ptr<float>() + first);
+  }
+
+  Tensor sum(const std::vector<Tensor>& terms) const {
+    Tensor total = terms[0];
+    for (size_t k = 1; k < terms.size();) {
+      std::vector<Tensor> some{total};
+      while (k < terms.size() && static_cast<int>(some.size()) < kMaxTerms - 1) some.push_back(terms[k++]);
+      total = rk_sum(some, std::vector<double>(some.size(), 1.0), std::vector<Optional>(some.size()), {}, true, false, false, false, {})[0];
+    }
+    return total;
+  }
+
+  std::vector<Range> outside_summed() const {
+    std::vector<bool> inside(channels_, false);
+    std::fill_n(inside.begin(), inputs_, true);
+    for (int64_t s : summed_) std::fill_n(inside.begin() + s, inputs_, true);
+    std::vector<Range> gaps;
+    for (int64_t c = 0; c < channels_; ++c) {
+      if (inside[c]) continue;
+      if (gaps.empty() || gaps.back().end != c) gaps.push_back({c, c});
+      gaps.back().end = c + 1;
+    }
+    return gaps;
+  }
+
+  // The gradient of some slots once all that read them are done: the mean terms of all BatchNorms at once.
+  void finish_slot(Range r, const Optional& keep, float* out) const {
+    const int64_t n = r.size();
+    Floats slope(padded(n)), offset(padded(n)), center(padded(n));
+    const double count = static_cast<double>(rows_);
+    for (int64_t c = 0; c < n; ++c) {
+      slope[c] = static_cast<float>(-s2_[r.begin + c] / count);
+      offset[c] = static_cast<float>(-s1_[r.begin + c] / count);
+      center[c] = moments_.mean.const_data_ptr<float>()[r.begin + c];
+    }
+    parts_.run([&](int64_t, int64_t from, int64_t to) {
+      finish_rows({slot_of(total_.const_data_ptr<float>(), r.begin).row(from), slot_of(x_, r.begin).row(from), to - from, n,
+                   center.data(), slope.data(), offset.data(),
+                   {keep ? keep->const_data_ptr<bool>() + from * n : nullptr, n}, keep_scale_, {out + from * n, n}});
+    });
+  }
+
+  // Sums of parts [count][2][padded] in order: sum g, and sum g * x_hat.
+  struct Sums {
+    std::vector<double> grad, product;
+  };
+  Sums total(const std::vector<double>& sums, const Read& read, int64_t channels) const {
+    Sums s{std::vector<double>(channels), std::vector<double>(channels)};
+    const int64_t pad = padded(channels);
+    for (int64_t p = 0; p < parts_.count; ++p)
+      for (int64_t c = 0; c < channels; ++c) {
+        s.grad[c] += sums[2 * p * pad + c];
+        s.product[c] += sums[(2 * p + 1) * pad + c];
+      }
+    for (int64_t c = 0; c < channels; ++c) s.product[c] *= read.rstd[c];
+    return s;
+  }
+  static Tensor as_tensor(const std::vector<double>& v, const Tensor& like) {
+    Tensor t = at::empty({static_cast<int64_t>(v.size())}, like.options().memory_format(std::nullopt));
+    std::copy(v.begin(), v.end(), t.data_ptr<float>());
+    return t;
+  }
+
+  // What the BatchNorm of a reader leaves to be done when the slots are finished.
+  void defer(const Unit& u, const Read& read, const Sums& s) {
+    if (!read.batch) return;
+    int64_t c = 0;
+    for (const Range& r : u.reads)
+      for (int64_t k = r.begin; k < r.end; ++k, ++c) {
+        s1_[k] += read.scales[c] * s.grad[c];
+        s2_[k] += read.scales[c] * read.rstd[c] * s.product[c];
+      }
+  }
+
+  // Through ReLU and BatchNorm into the slots: rows of the columns of what the unit reads.
+  void read_backward(const Unit& u, const Read& read, Range columns, int64_t row, int64_t rows, Slot<const float> act,
+                     Slot<const float> grad, double* sums, int64_t pad) const {
+    int64_t first = 0;
+    for (const Range& r : u.reads) {
+      const int64_t from = std::max(columns.begin, first), to = std::min(columns.end, first + r.size());
+      if (from < to) {
+        const int64_t channel = r.begin + from - first;
+        float* total = total_.data_ptr<float>();
+        read_backward_rows({act.column(from - columns.begin), grad.column(from - columns.begin), slot_of(x_, channel).row(row),
+                            rows, to - from, read.scale.data() + from, read.center.data() + from,
+                            {sums + from, sums + pad + from}, Slot<float>{total + channel, channels_}.row(row), {}});
+      }
+      first += r.size();
+    }
+  }
+
+  std::vector<Tensor> plain_backward(const Unit& u) {
+    const int64_t channels = u.read(), pad = padded(channels);
+    const Read read = fold(u.norm1, channels, u.eps1, [&](auto&& each) { slot_moments(u, each); });
+    float *grad = materialised(grad_, u.growth), *act = materialised(normalised_, channels);
+    finish_slot({u.write, u.write + u.growth}, u.keep1, grad);
+    parts_.run([&](int64_t, int64_t from, int64_t to) { normalise(u, read, {0, channels}, from, to - from, {act + from * channels, channels}); });
+    auto [dact, dconv] = conv_backward(grad, u.growth, act, channels, u.conv1);
+    const float* d = dact.template const_data_ptr<float>();
+    std::vector<double> sums(parts_.count * 2 * pad);
+    parts_.run([&](int64_t part, int64_t from, int64_t to) {
+      read_backward(u, read, {0, channels}, from, to - from, {act + from * channels, channels}, {d + from * channels, channels},
+                    sums.data() + 2 * part * pad, pad);
+    });
+    const Sums s = total(sums, read, channels);
+    defer(u, read, s);
+    return {dconv, as_tensor(s.product, buffer_), as_tensor(s.grad, buffer_)};
+  }
+
+  std::pair<Tensor, Tensor> conv_backward(float* grad, int64_t growth, float* act, int64_t channels, const Tensor& w) const {
+    const int64_t pad = w.size(2) / 2;
+    auto [dact, dw, dbias] = at::convolution_backward(nhwc(grad, growth), nhwc(act, channels), w, std::nullopt, {1, 1}, {pad, pad},
+                                                      {1, 1}, false, {0, 0}, 1, {true, true, false});
+    return {dact.contiguous(at::MemoryFormat::ChannelsLast), dw};
+  }
+
+  std::vector<Tensor> bottleneck_backward(const Unit& u, const Tensor& mean2, const Tensor& var2, Tensor mid) {
+    const int64_t channels = u.read(), width = u.width, pad = padded(channels), pad2 = padded(width);
+    const Read read = fold(u.norm1, channels, u.eps1, [&](auto&& each) { slot_moments(u, each); });
+    if (!mid.defined()) {
+      materialised(mid_, width);
+      mid = mid_;
+      bottleneck(u, read, mid.data_ptr<float>(), nullptr, nullptr);
+    }
+    float* b = mid.data_ptr<float>();
+    Moment moments;
+    moments.mean = mean2.contiguous();
+    moments.var = var2.contiguous();
+    const Read read2 = fold(u.norm2, width, u.eps2, [&](auto&& each) { each(moments, 0, width); });
+
+    float *grad = materialised(grad_, u.growth), *act = materialised(normalised_, width);
+    finish_slot({u.write, u.write + u.growth}, u.keep2, grad);
+    normalise_all(b, width, read2, act);
+    auto [dact, dconv2] = conv_backward(grad, u.growth, act, width, u.conv2);
+    float* d = dact.template data_ptr<float>();
+
+    // Through the second ReLU and BatchNorm; d becomes the gradient of the bottleneck.
+    std::vector<double> sums2(parts_.count * 2 * pad2);
+    parts_.run([&](int64_t part, int64_t from, int64_t to) {
+      double* s = sums2.data() + 2 * part * pad2;
+      read_backward_rows({{act + from * width, width}, {d + from * width, width}, {b + from * width, width}, to - from, width, nullptr,
+                          read2.center.data(), {s, s + pad2}, {}, {d + from * width, width}});
+    });
+    const Sums s2 = total(sums2, read2, width);
+    Floats slope(pad2), offset(pad2);
+    const double count = static_cast<double>(rows_);
+    // scale * g + slope * (b - center) + offset; the scale goes into the columns of the weight and of its gradient.
+    for (int64_t c = 0; c < width && read2.batch; ++c) {
+      slope[c] = static_cast<float>(-read2.rstd[c] * s2.product[c] / count);
+      offset[c] = static_cast<float>(-s2.grad[c] / count);
+    }
+    const Tensor scale2 = as_tensor(read2.scales, buffer_);
+    const Tensor w = u.conv1.reshape({width, channels}).mul(scale2.unsqueeze(1)).contiguous();
+    const float* weights = w.const_data_ptr<float>();
+
+    const int64_t blocks = (channels + kColumns - 1) / kColumns, each = std::min(channels, (channels / std::max<int64_t>(blocks, 1) + 31) / 32 * 32);
+    const int64_t tile = parts_.tile;
+    Tensor partial = at::empty({parts_.count, width, channels}, buffer_.options().memory_format(std::nullopt));
+    float* products = partial.data_ptr<float>();
+    std::vector<double> sums(parts_.count * 2 * pad);
+    parts_.run([&](int64_t part, int64_t from, int64_t to) {
+      float *turned = scratch(0, tile * width), *x = scratch(1, tile * each), *dx = scratch(2, tile * each);
+      finish_rows({{d + from * width, width}, {b + from * width, width}, to - from, width, read2.center.data(), slope.data(), offset.data(),
+                   {u.keep1 ? u.keep1->const_data_ptr<bool>() + from * width : nullptr, width}, keep_scale_, {d + from * width, width}});
+      float* product = products + part * width * channels;
+      if (from == to) std::fill_n(product, width * channels, 0.f);
+      for (int64_t c = 0; c < channels; c += each) {
+        const int64_t n = std::min(each, channels - c);
+        parts_.tiles(from, to, [&](int64_t i, int64_t rows) {
+          const float* db = d + i * width;
+          transpose_rows({{db, width}, rows, width, {turned, tile}});
+          normalise(u, read, {c, c + n}, i, rows, {x, n});
+          at::native::cpublas::brgemm(width, n, rows, tile, n, channels, i != from, turned, x, product + c);
+          at::native::cpublas::brgemm(rows, n, width, width, channels, n, false, db, weights + c, dx);
+          read_backward(u, read, {c, c + n}, i, rows, {x, n}, {dx, n}, sums.data() + 2 * part * pad, pad);
+        });
+      }
+    });
+    const Sums s = total(sums, read, channels);
+    defer(u, read, s);
+    Tensor dconv1 = partial.sum(0).mul_(scale2.unsqueeze(1)).reshape(u.conv1.sizes());
+    return {dconv1, as_tensor(s.product, buffer_), as_tensor(s.grad, buffer_), dconv2, as_tensor(s2.product, buffer_), as_tensor(s2.grad, buffer_)};
+  }
+
+  const int64_t n_, h_, w_, rows_, inputs_, channels_;
+  const float keep_scale_;
+  const std::vector<int64_t> summed_;
+  const Parts parts_;
+  const at::TensorOptions options_;
+  std::vector<Unit> units_;
+  Tensor buffer_, total_, normalised_, mid_, grad_;
+  float* x_ = nullptr;
+  Moment moments_;
+  std::vector<double> s1_, s2_;
+};
+
+}  // namespace
+
+std::vector<Tensor> dense_block(const Tensor& x, const std::vector<Tensor>& conv1, const std::vector<Tensor>& conv2,
+                                const std::vector<Optional>& norms, const std::vector<Optional>& keeps, double keep_scale,
+                                const std::vector<int64_t>& reads, const std::vector<int64_t>& writes,
+                                const std::vector<double>& eps, int64_t channels, const std::vector<int64_t>& summed,
+                                const Optional& mean, const Optional& var, bool keep) {
+  WithoutAutocast guard;
+  at::NoGradGuard no_grad;
+  return Block(x, conv1, conv2, norms, keeps, keep_scale, reads, writes, eps, x.size(1), channels, summed)
+      .forward(x, mean, var, keep);
+}
+
+std::vector<Tensor> dense_block_backward(const Tensor& grad, const Tensor& buffer, const Tensor& mean, const Tensor& var,
+                                         const std::vector<Tensor>& mid_moments, const std::vector<Tensor>& mids,
+                                         const std::vector<Tensor>& conv1, const std::vector<Tensor>& conv2,
+                                         const std::vector<Optional>& norms, const std::vector<Optional>& keeps,
+                                         double keep_scale, const std::vector<int64_t>& reads,
+                                         const std::vector<int64_t>& writes, const std::vector<double>& eps,
+                                         int64_t inputs, const std::vector<int64_t>& summed) {
+  WithoutAutocast guard;
+  at::NoGradGuard no_grad;
+  return Block(buffer, conv1, conv2, norms, keeps, keep_scale, reads, writes, eps, inputs, buffer.size(1), summed)
+      .backward(grad, buffer, mean, var, mid_moments, mids);
+}
+
+}  // namespace rkfast
