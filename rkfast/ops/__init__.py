@@ -3,8 +3,19 @@
 from rkfast.ops.bn_rk_sum import bn_rk_sum as bn_rk_sum
 from rkfast.ops.channel_moments import Moments as Moments
 from rkfast.ops.channel_moments import channel_moments as channel_moments
+from rkfast.ops.clique_block import Stages as Stages
+from rkfast.ops.clique_block import clique_block as clique_block
 from rkfast.ops.dense_block import Norm as Norm
 from rkfast.ops.dense_block import dense_block as dense_block
 from rkfast.ops.rk_sum import rk_sum as rk_sum
 
-__all__ = ["Moments", "Norm", "bn_rk_sum", "channel_moments", "dense_block", "rk_sum"]
+__all__ = [
+    "Moments",
+    "Norm",
+    "Stages",
+    "bn_rk_sum",
+    "channel_moments",
+    "clique_block",
+    "dense_block",
+    "rk_sum",
+]

@@ -37,12 +37,18 @@ class Norm(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """Where growths read and write: channels of the buffer, the input's first."""
+    """Where growths read and write: channels of the buffer, the input's first. Lists are never changed."""
 
     reads: list[int]  # of each growth two ranges, begin and end; the second may be empty
     writes: list[int]
     channels: int
-    summed: list[int]  # first channels of what is added to the input; none: the whole buffer is the result
+    summed: list[int] = []  # first channels of what is added to the input; none: the buffer is the result
+    first: int = 0  # the channel with which the result begins, where nothing is summed
+    turns: list[tuple[int, int]] = []  # of each growth: see turned()
+
+    def width(self, i: int) -> int:
+        begin0, end0, begin1, end1 = self.reads[4 * i : 4 * i + 4]
+        return end0 - begin0 + end1 - begin1
 
 
 _ARGS = (
@@ -142,65 +148,87 @@ _backward = dispatch.register(
 
 class _Call(NamedTuple):
     slots: Slots
-    statistics: list[Tensor | None]  # mean and var of each norm, None where they are the batch's
-    keeps: list[Tensor | None]
+    counts: tuple[int, int, int]  # parameters, statistics and dropout masks among the tensors
     keep_scale: float
     eps: list[float]
     neck: bool
     remake: bool  # the bottlenecks are made again in the backward
-    mean: Tensor | None
-    var: Tensor | None
-    found: list[Tensor]  # buffer, mean, var and the moments of the bottlenecks
 
 
 class _DenseBlock(torch.autograd.Function):
-    """params: of each growth a convolution, and weight and bias of the norm before it, once or (bottleneck) twice."""
+    """tensors: parameters (of each growth a convolution, and weight and bias of the norm before it, once or, with a
+    bottleneck, twice), then mean and var of each norm that has its own, dropout masks, and mean and var of x."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, x: Tensor, *params: Tensor | None) -> Any:
-        conv1, conv2, norms = _sorted(call, params)
+    def forward(ctx: Any, call: _Call, x: Tensor, *tensors: Tensor | None) -> Any:
+        params, statistics, keeps, moments = _split(tensors, call.counts)
+        conv1, conv2, norms = _sorted(call.neck, params, statistics)
         slots = call.slots
         result = _forward(
-            x, conv1, conv2, norms, call.keeps, call.keep_scale, slots.reads, slots.writes, call.eps, slots.channels,
-            slots.summed, call.mean, call.var, True,
+            x, conv1, conv2, norms, keeps, call.keep_scale, slots.reads, slots.writes, call.eps, slots.channels,
+            slots.summed, *moments, True,
         )  # fmt: skip
         middle = 3 + 2 * len(conv2)
-        mids = result[middle : middle + len(conv2)]
+        kept = result[: middle if call.remake else middle + len(conv2)]
         ctx.call = call
+        ctx.counts = (len(kept), *call.counts)
         ctx.inputs = x.shape[1]
         ctx.set_materialize_grads(False)
-        kept = result[:middle] if call.remake else [*result[:middle], *mids]
-        ctx.save_for_backward(*kept, *params, *call.statistics, *call.keeps)
-        ctx.counts = (len(kept), len(params), len(call.statistics))
-        moments = result[1:middle]
-        ctx.mark_non_differentiable(*moments)
-        out = result[-1] if slots.summed else result[0]
-        return (out, *moments)
+        ctx.save_for_backward(*kept, *params, *statistics, *keeps)
+        ctx.mark_non_differentiable(*result[1:middle])
+        return (_result(result, slots), *result[1:middle])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
+        needed = ctx.needs_input_grad[1:]
         if grad is None:
-            return (None,) * (2 + ctx.counts[1])
+            return (None,) * (1 + len(needed))
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "dense_block: the gradient of its gradient (create_graph=True) is not supported; "
                 "take the plain block (fused=False) for it"
             )
         call: _Call = ctx.call
-        kept, params, statistics, keeps = _split(ctx.saved_tensors, ctx.counts)
-        conv1, conv2, norms = _sorted(call._replace(statistics=statistics), params)
+        kept, params, statistics, keeps, _ = _split(ctx.saved_tensors, ctx.counts)
+        conv1, conv2, norms = _sorted(call.neck, params, statistics)
         middle = 3 + 2 * len(conv2)
         slots = call.slots
+        if slots.first:
+            whole = layout.empty(kept[0], True)
+            whole[:, : slots.first] = 0
+            whole[:, slots.first :] = grad
+            grad = whole
         found = _backward(
             grad, *kept[:3], kept[3:middle], kept[middle:], conv1, conv2, norms, keeps, call.keep_scale, slots.reads,
             slots.writes, call.eps, ctx.inputs, slots.summed,
         )  # fmt: skip
-        needed = ctx.needs_input_grad[1:]
         gradients = [
             d.to(p.dtype) if need and p is not None else None
-            for d, p, need in zip(found[1:], params, needed[1:], strict=True)
+            for d, p, need in zip(found[1:], params, needed[1:], strict=False)
         ]
-        return (None, found[0] if needed[0] else None, *gradients)
+        others = [None] * (len(needed) - 1 - len(params))
+        return (None, found[0] if needed[0] else None, *gradients, *others)
+
+
+def _result(result: list[Tensor], slots: Slots) -> Tensor:
+    if slots.summed:
+        return result[-1]
+    if not slots.first:
+        return result[0]
+    last = result[0][:, slots.first :]
+    return layout.empty(last, True).copy_(last)  # not a view, which would keep the buffer
+
+
+def turned(t: Tensor, turn: tuple[int, int], axis: int = 0, back: bool = False) -> Tensor:
+    """t with its channels from turn[0] on rolled, turn[1] of them from their beginning to their end: from the order in
+    which parameters are stored to that of the slots."""
+    first, shift = turn
+    if not shift:
+        return t
+    size = t.shape[axis] - first
+    shift = size - shift if back else shift
+    parts = (t.narrow(axis, 0, first), t.narrow(axis, first + shift, size - shift), t.narrow(axis, first, shift))
+    return torch.cat(parts, axis)
 
 
 def _split(tensors: Sequence[Any], counts: Sequence[int]) -> list[list[Any]]:
@@ -211,15 +239,27 @@ def _split(tensors: Sequence[Any], counts: Sequence[int]) -> list[list[Any]]:
     return [*parts, list(tensors[first:])]
 
 
-def _sorted(call: _Call, params: Sequence[Any]) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
+def _sorted(
+    neck: bool, params: Sequence[Any], statistics: Sequence[Tensor | None]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
     """(conv1, conv2, norms) from parameters in the order of the growths."""
-    each = 6 if call.neck else 3
-    conv1 = list(params[::each])
-    conv2 = list(params[3::6]) if call.neck else []
+    conv1 = list(params[:: 6 if neck else 3])
+    conv2 = list(params[3::6]) if neck else []
     norms: list[Tensor | None] = []
     for i in range(len(params) // 3):
-        norms += [*params[3 * i + 1 : 3 * i + 3], *call.statistics[2 * i : 2 * i + 2]]
+        norms += [*params[3 * i + 1 : 3 * i + 3], *statistics[2 * i : 2 * i + 2]]
     return conv1, conv2, norms
+
+
+def kernel_reason(x: Tensor) -> str | None:
+    """Why no kernel serves x, and plain PyTorch is the better choice; None where one does, or a backend is forced."""
+    if dispatch.forced() is not None:
+        return None
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        if dtype != torch.float32:
+            return f"under autocast it is {dtype}: the C++ kernel serves float32"
+    return dispatch.backend_reason("cpu", x.device.type) or _cpu_reason(x)
 
 
 def dense_block(
@@ -277,7 +317,7 @@ def dense_block(
         RuntimeError: the gradient of the gradient is asked for; or a backend was asked for that cannot serve this.
     """
     conv1, conv2, norm1, norm2 = list(conv1), list(conv2), list(norm1), list(norm2)
-    x, conv1, conv2 = _checked(x, conv1, conv2, norm1, norm2, moments, memory)
+    x, conv1, conv2 = checked(x, conv1, conv2, norm1, norm2, moments, memory)
     inputs = x.shape[1]
     writes, channels = [], inputs
     for weight in conv2 or conv1:
@@ -309,40 +349,49 @@ def run(
     memory: str,
     moments: Moments | None,
 ) -> tuple[Tensor, Moments]:
-    """Growths over any slots: (result, moments of the buffer). Arguments are checked already."""
+    """Growths over any slots: (result, moments of the buffer). Nothing is modified where an argument does not fit."""
     neck = bool(conv2)
+    for i in range(len(conv1)):
+        _fit(slots.width(i), i, conv1, norm1, conv2, norm2, x)
+    stored = norm1
+    if slots.turns:
+        conv1 = [turned(w, turn, 1) for w, turn in zip(conv1, slots.turns, strict=True)]
+        norm1 = [_turned(norm, turn) for norm, turn in zip(norm1, slots.turns, strict=True)]
     norms = [norm for pair in zip(norm1, norm2, strict=True) for norm in pair] if neck else norm1
     convs = [conv for pair in zip(conv1, conv2, strict=True) for conv in pair] if neck else conv1
     statistics = [t for norm in norms for t in ((None, None) if norm.batch else (norm.running_mean, norm.running_var))]
     keeps: list[Tensor | None] = []
     if drop_rate > 0:
         keeps = [_keep(x, weight.shape[0], drop_rate) for weight in convs]
-    call = _Call(
-        slots, statistics, keeps, 1 / (1 - drop_rate) if drop_rate < 1 else 0.0, [norm.eps for norm in norms], neck,
-        memory == "min", *((None, None) if moments is None else moments[:2]), [],
-    )  # fmt: skip
     params = [t for conv, norm in zip(convs, norms, strict=True) for t in (conv, norm.weight, norm.bias)]
+    mean, var = (None, None) if moments is None else moments[:2]
+    call = _Call(
+        slots=slots,
+        counts=(len(params), len(statistics), len(keeps)),
+        keep_scale=1 / (1 - drop_rate) if drop_rate < 1 else 0.0,
+        eps=[norm.eps for norm in norms],
+        neck=neck,
+        remake=memory == "min",
+    )
     count = layout.count(x)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *params))
     tracked = any(norm.training and norm.running_mean is not None for norm in norms)
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             "dense_block: transforms of torch.func are not supported; take the plain block (fused=False) for them"
         )
-    if needs_grad:
-        out, *found = _DenseBlock.apply(call, x, *params)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *params)):
+        out, *found = _DenseBlock.apply(call, x, *params, *statistics, *keeps, mean, var)
     else:
-        sorted_params = _sorted(call, params)
-        # Moments of the bottlenecks are returned with the bottlenecks only.
+        # Moments of the bottlenecks come with the bottlenecks only.
         result = _forward(
-            x, *sorted_params, keeps, call.keep_scale, slots.reads, slots.writes, call.eps, slots.channels,
-            slots.summed, call.mean, call.var, tracked and neck,
+            x, *_sorted(neck, params, statistics), keeps, call.keep_scale, slots.reads, slots.writes, call.eps,
+            slots.channels, slots.summed, mean, var, tracked and neck,
         )  # fmt: skip
-        out = result[-1] if slots.summed else result[0]
+        out = _result(result, slots)
         found = result[1:]
     if tracked:
         with torch.no_grad():
-            _advance(norm1, norm2, slots, found, count)
+            _advance(stored, norm2, slots, found, count)
     return out, Moments(found[0], found[1], count)
 
 
@@ -360,7 +409,9 @@ def _advance(norm1: list[Norm], norm2: list[Norm], slots: Slots, found: list[Ten
             if len(ranges) == 1 and ranges[0][0] == 0:
                 own = (mean, var)
             else:
-                own = tuple(torch.cat([t[begin:end] for begin, end in ranges]) for t in (mean, var))  # type: ignore[assignment]
+                read = [torch.cat([t[begin:end] for begin, end in ranges]) for t in (mean, var)]
+                turn = slots.turns[i] if slots.turns else (0, 0)
+                own = (turned(read[0], turn, back=True), turned(read[1], turn, back=True))
             _advance_one(norm, *own, count)
     for i, norm in enumerate(norm2):
         if norm.training and norm.running_mean is not None:
@@ -378,7 +429,13 @@ def _advance_one(norm: Norm, mean: Tensor, var: Tensor, count: int) -> None:
     update_running_stats(mean, var, count, [norm.running_mean], [norm.running_var], counters, momentum)
 
 
-def _checked(
+def _turned(norm: Norm, turn: tuple[int, int]) -> Norm:
+    fields = ("weight", "bias", "running_mean", "running_var")
+    given = {name: getattr(norm, name) for name in fields}
+    return norm._replace(**{name: None if t is None else turned(t, turn) for name, t in given.items()})
+
+
+def checked(
     x: Tensor,
     conv1: list[Tensor],
     conv2: list[Tensor],
@@ -387,6 +444,7 @@ def _checked(
     moments: Moments | None,
     memory: str,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """x and the convolutions in the dtype of the call, and all of them such that slots can be laid out."""
     checks.activation(x, "x")
     if x.dim() != 4:
         raise ValueError(f"x: expected [N, C, H, W], got {x.dim()} dimensions")
@@ -394,35 +452,25 @@ def _checked(
         raise ValueError(f"memory: expected one of {', '.join(MEMORY)}, got {memory!r}")
     if not conv1:
         raise ValueError("conv1: expected a weight for each growth, got none")
-    for name, values, needed in (("norm1", norm1, len(conv1)), ("conv2", conv2, len(norm2)), ("norm2", norm2, 0)):
-        if needed and len(values) != needed:
+    second = len(conv1) if conv2 or norm2 else 0
+    for name, values, needed in (("norm1", norm1, len(conv1)), ("conv2", conv2, second), ("norm2", norm2, second)):
+        if len(values) != needed:
             raise ValueError(f"{name}: expected {needed} for {len(conv1)} growths, got {len(values)}")
-    if conv2 and len(conv2) != len(conv1):
-        raise ValueError(f"conv2: expected {len(conv1)}, one for each growth, got {len(conv2)}")
-    if conv2 and not norm2:
-        raise ValueError("norm2: a bottleneck has a BatchNorm before its second convolution; got none")
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-        if x.dtype != torch.float64:
-            x = x.to(dtype)
-            conv1 = [w.to(dtype) for w in conv1]
-            conv2 = [w.to(dtype) for w in conv2]
-    channels = x.shape[1]
-    values = layout.count(x)
-    for i in range(len(conv1)):
-        width = _conv(conv1[i], f"conv1[{i}]", channels, x, neck=bool(conv2))
-        _norm(norm1[i], f"norm1[{i}]", channels, x, values)
-        if conv2:
-            _norm(norm2[i], f"norm2[{i}]", width, x, values)
-            width = _conv(conv2[i], f"conv2[{i}]", width, x, neck=False)
-        channels += width
+        x = x.to(dtype)
+        conv1 = [w.to(dtype) if isinstance(w, Tensor) else w for w in conv1]
+        conv2 = [w.to(dtype) if isinstance(w, Tensor) else w for w in conv2]
+    for name, weights in (("conv1", conv1), ("conv2", conv2)):
+        for i, weight in enumerate(weights):
+            _conv(weight, f"{name}[{i}]", x)
     if moments is not None:
         for name, moment in (("mean", moments.mean), ("var", moments.var)):
             checks.vector(moment, x, f"moments.{name}")
     return x, conv1, conv2
 
 
-def _conv(weight: object, name: str, channels: int, x: Tensor, neck: bool) -> int:
+def _conv(weight: object, name: str, x: Tensor) -> None:
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(weight).__name__}")
     if weight.dtype != x.dtype:
@@ -430,14 +478,33 @@ def _conv(weight: object, name: str, channels: int, x: Tensor, neck: bool) -> in
     if weight.device != x.device:
         raise ValueError(f"{name}: device {weight.device} differs from x's {x.device}; move one of them")
     shape = list(weight.shape)
-    square = len(shape) == 4 and shape[2] == shape[3] and shape[2] % 2 == 1
-    if not square or shape[1] != channels or (neck and shape[2] != 1):
-        wanted = f"[B, {channels}, 1, 1]" if neck else f"[k, {channels}, n, n] with n odd"
-        raise ValueError(f"{name}: expected {wanted}, got {shape}")
-    return shape[0]
+    if len(shape) != 4 or shape[2] != shape[3] or shape[2] % 2 == 0:
+        raise ValueError(f"{name}: expected [k, C, n, n] with n odd, got {shape}")
 
 
-def _norm(norm: Norm, name: str, channels: int, x: Tensor, values: int) -> None:
+def _fit(
+    width: int,
+    i: int,
+    conv1: list[Tensor],
+    norm1: list[Norm],
+    conv2: list[Tensor],
+    norm2: list[Norm],
+    x: Tensor,
+) -> None:
+    shape = list(conv1[i].shape)
+    if shape[1] != width or (conv2 and shape[2] != 1):
+        wanted = f"[B, {width}, 1, 1]" if conv2 else f"[k, {width}, n, n]"
+        raise ValueError(f"conv1[{i}]: expected {wanted}, got {shape}")
+    _norm(norm1[i], f"norm1[{i}]", width, x)
+    if conv2:
+        _norm(norm2[i], f"norm2[{i}]", shape[0], x)
+        if conv2[i].shape[1] != shape[0]:
+            raise ValueError(f"conv2[{i}]: expected [k, {shape[0]}, n, n], got {list(conv2[i].shape)}")
+
+
+def _norm(norm: object, name: str, channels: int, x: Tensor) -> None:
+    if not isinstance(norm, Norm):
+        raise TypeError(f"{name}: expected a Norm, got {type(norm).__name__}")
     for field in ("weight", "bias", "running_mean", "running_var"):
         v = getattr(norm, field)
         if v is None:
@@ -452,5 +519,5 @@ def _norm(norm: Norm, name: str, channels: int, x: Tensor, values: int) -> None:
             raise ValueError(f"{name}.{field}: device {v.device} differs from x's {x.device}; move one of them")
     if (norm.running_mean is None) != (norm.running_var is None):
         raise ValueError(f"{name}: running_mean and running_var come together, or not at all")
-    if norm.batch and values == 1:
+    if norm.batch and layout.count(x) == 1:
         raise ValueError(f"{name}: expected more than 1 value per channel when training, got x of {list(x.shape)}")
