@@ -68,17 +68,18 @@ def _cpu_sample(step: Step, repeats: int) -> Sample:
             kept = step.first()
             del kept  # freeing is part of the step
         ns[0] = clock() - start
-    for _ in range(repeats if step.second is not None else 0):
-        start = clock()
-        kept = step.first()
-        ns[0] += clock() - start
-        # Asking costs microseconds, and cold caches after it: a short step's faults are all its first part's.
-        if repeats == 1:
-            faults[0], before = page_faults() - before, page_faults()
-        start = clock()
-        result = step.second(kept)
-        del kept, result
-        ns[1] += clock() - start
+    else:
+        for _ in range(repeats):
+            start = clock()
+            kept = step.first()
+            ns[0] += clock() - start
+            # Asking costs microseconds, and cold caches after it: a short step's faults are all its first part's.
+            if repeats == 1:
+                faults[0], before = page_faults() - before, page_faults()
+            start = clock()
+            result = step.second(kept)
+            del kept, result
+            ns[1] += clock() - start
     faults[step.second is not None and repeats == 1] += page_faults() - before
     parts = 1 if step.second is None else 2
     return Sample(

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rkfast.nn.dense import NormLayer, concatenated, dropout
+from rkfast.nn.norm import as_norm, fusible, plain_conv
 from rkfast.nn.step import weighted_sum
-from rkfast.ops import Moments
+from rkfast.ops import Moments, Norm, Stages, clique_block, dense_block
+from rkfast.ops.dense_block import kernel_reason
+
+
+def _norms(modules: Iterable[nn.Module]) -> list[Norm]:
+    return [as_norm(cast(nn.BatchNorm2d, norm)) for norm in modules]
 
 
 class CliqueBlock(nn.Module):
@@ -35,6 +42,7 @@ class CliqueBlock(nn.Module):
             one before.
         drop_rate: of a dropout after each convolution.
         norm_layer: makes a BatchNorm of that many channels.
+        memory: "speed" keeps the bottlenecks for the backward, "min" makes them again (fused only).
         fused: False takes stock PyTorch operations, with the same parameters and keys.
 
     Parameters: ``weight1[i]`` [width, C + (s - 1) * k, ...] holds W_0i, W_1i, ..., W_si without W_ii, so that Stage-I
@@ -56,6 +64,7 @@ class CliqueBlock(nn.Module):
         rounds: int = 1,
         drop_rate: float = 0.0,
         norm_layer: NormLayer = nn.BatchNorm2d,
+        memory: str = "speed",
         fused: bool = True,
     ) -> None:
         super().__init__()
@@ -71,6 +80,7 @@ class CliqueBlock(nn.Module):
         self.stages = s
         self.rounds = rounds
         self.drop_rate = drop_rate
+        self.memory = memory
         self.fused = fused
         self.weight1 = nn.ParameterList(torch.empty(width, c + (s - 1) * k, kernel, kernel) for _ in range(s))
         self.init_norm1 = nn.ModuleList(norm_layer(c + i * k) for i in range(s))
@@ -93,7 +103,39 @@ class CliqueBlock(nn.Module):
             nn.init.kaiming_normal_(weight, nonlinearity="relu")
 
     def forward(self, y: Tensor) -> Tensor:
-        return concatenated(self._plain(y))
+        return self._block(y, sum=False) if self._fusible(y) else concatenated(self._plain(y))
+
+    def _fusible(self, y: Tensor) -> bool:
+        norms = [*self.init_norm1, *self.update_norm1]
+        if self.weight2 is not None:
+            norms += [*self.init_norm2, *self.update_norm2]
+        return self.fused and y.dim() == 4 and kernel_reason(y) is None and all(map(fusible, norms))
+
+    def _block(self, y: Tensor, *, sum: bool, moments: Moments | None = None) -> Tensor:
+        c, k = self.in_channels, self.growth_rate
+        weight1, weight2 = list(self.weight1), [] if self.weight2 is None else list(self.weight2)
+        neck = self.weight2 is not None
+        return clique_block(
+            y,
+            Stages(
+                [w[:, : c + i * k] for i, w in enumerate(weight1)],
+                _norms(self.init_norm1),
+                weight2,
+                _norms(self.init_norm2) if neck else (),
+            ),
+            Stages(
+                [w[:, c:] for w in weight1],
+                _norms(self.update_norm1),
+                weight2,
+                _norms(self.update_norm2) if neck else (),
+            ),
+            rounds=self.rounds,
+            sum=sum,
+            drop_rate=self.drop_rate,
+            training=self.training,
+            memory=self.memory,
+            moments=moments,
+        )
 
     def _plain(self, y: Tensor) -> list[Tensor]:
         """z_1, ..., z_s."""
@@ -136,7 +178,7 @@ class IRKStep(CliqueBlock):
     Args:
         stages: s, at least 2.
         growth_rate: k, channels of y and of every stage.
-        bottleneck, rounds, drop_rate, norm_layer, fused: as in CliqueBlock.
+        bottleneck, rounds, drop_rate, norm_layer, memory, fused: as in CliqueBlock.
 
     Shape: Tensor [N, k, H, W] -> [N, k, H, W].
 
@@ -153,6 +195,7 @@ class IRKStep(CliqueBlock):
         rounds: int = 1,
         drop_rate: float = 0.0,
         norm_layer: NormLayer = nn.BatchNorm2d,
+        memory: str = "speed",
         fused: bool = True,
     ) -> None:
         super().__init__(
@@ -163,6 +206,7 @@ class IRKStep(CliqueBlock):
             rounds=rounds,
             drop_rate=drop_rate,
             norm_layer=norm_layer,
+            memory=memory,
             fused=fused,
         )
 
@@ -172,7 +216,9 @@ class IRKStep(CliqueBlock):
     def forward_with_moments(
         self, y: Tensor, moments: Moments | None = None, *, return_moments: bool = False
     ) -> tuple[Tensor, Moments | None]:
-        """The step, taking y's moments if they are known, and leaving those of y' if asked for (and fused)."""
+        """The step, taking y's moments if they are known, and leaving those of y' where they come with its sum."""
+        if self._fusible(y):
+            return self._block(y, sum=True, moments=moments), None
         return weighted_sum(y, self._plain(y), [1.0] * self.stages, fused=self.fused, return_moments=return_moments)
 
 
@@ -199,6 +245,7 @@ class RKCNNStep(nn.Module):
         rounds: of updates by I and R, all with the same weights and BatchNorms.
         drop_rate: of a dropout after each convolution.
         norm_layer: makes a BatchNorm of that many channels.
+        memory: "speed" keeps the bottlenecks for the backward, "min" makes them again (fused only).
         fused: False takes stock PyTorch operations, with the same parameters and keys.
 
     Shape: Tensor [N, k, H, W] -> [N, k, H, W].
@@ -217,6 +264,7 @@ class RKCNNStep(nn.Module):
         rounds: int = 1,
         drop_rate: float = 0.0,
         norm_layer: NormLayer = nn.BatchNorm2d,
+        memory: str = "speed",
         fused: bool = True,
     ) -> None:
         super().__init__()
@@ -230,6 +278,7 @@ class RKCNNStep(nn.Module):
         self.stages = s
         self.rounds = rounds
         self.drop_rate = drop_rate
+        self.memory = memory
         self.fused = fused
         self.init_bn_1x1 = nn.ModuleList(norm_layer((i + 1) * k) for i in range(s))
         self.init_bn_3x3 = nn.ModuleList(norm_layer(width) for _ in range(s))
@@ -247,8 +296,60 @@ class RKCNNStep(nn.Module):
     def forward_with_moments(
         self, y: Tensor, moments: Moments | None = None, *, return_moments: bool = False
     ) -> tuple[Tensor, Moments | None]:
-        """The step, taking y's moments if they are known, and leaving those of y' if asked for (and fused)."""
+        """The step, taking y's moments if they are known, and leaving those of y' where they come with its sum."""
+        if self._fusible(y):
+            return self._block(y, moments), None
         return weighted_sum(y, self._plain(y), [1.0] * self.stages, fused=self.fused, return_moments=return_moments)
+
+    def _fusible(self, y: Tensor) -> bool:
+        norms, convs = [*self.init_bn_1x1, *self.init_bn_3x3], [*self.conv_1x1, *self.conv_3x3]
+        if self.method != "e":
+            norms += [*self.update_bn_1x1, *self.update_bn_3x3]
+            convs += [*self.conv_1x1_update, *self.conv_3x3_update]
+        return (
+            self.fused
+            and y.dim() == 4
+            and (self.method == "e" or self.stages > 1)
+            and not (self.method == "r" and self.rounds > 1)
+            and kernel_reason(y) is None
+            and all(map(fusible, norms))
+            and all(map(plain_conv, convs))
+        )
+
+    def _block(self, y: Tensor, moments: Moments | None) -> Tensor:
+        def weights(convs: Iterable[nn.Module]) -> list[Tensor]:
+            return [cast(nn.Conv2d, conv).weight for conv in convs]
+
+        init = Stages(
+            weights(self.conv_1x1), _norms(self.init_bn_1x1), weights(self.conv_3x3), _norms(self.init_bn_3x3)
+        )
+        if self.method == "e":
+            return dense_block(
+                y,
+                *init,
+                sum_of=self.stages,
+                drop_rate=self.drop_rate,
+                training=self.training,
+                memory=self.memory,
+                moments=moments,
+            )
+        return clique_block(
+            y,
+            init,
+            Stages(
+                weights(self.conv_1x1_update),
+                _norms(self.update_bn_1x1),
+                weights(self.conv_3x3_update),
+                _norms(self.update_bn_3x3),
+            ),
+            read_input=True,
+            newest=self.method == "i",
+            rounds=self.rounds,
+            drop_rate=self.drop_rate,
+            training=self.training,
+            memory=self.memory,
+            moments=moments,
+        )
 
     def _plain(self, y: Tensor) -> list[Tensor]:
         """z_1, ..., z_s."""

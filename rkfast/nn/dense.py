@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rkfast.nn.norm import as_norm, fusible, hooked, plain_conv
 from rkfast.nn.step import Period, weighted_sum
-from rkfast.ops import Moments
+from rkfast.ops import Moments, dense_block
+from rkfast.ops.dense_block import kernel_reason
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -76,6 +78,20 @@ class DenseLayer(nn.Module):
             x = dropout(self.conv2(self.relu2(self.norm2(x))), self.drop_rate, self.training)
         return x
 
+    def fusible(self) -> bool:
+        """Whether dense_block does what calling this layer would do."""
+        units = [(self.norm1, self.relu1, self.conv1)]
+        if self.has_bottleneck:
+            units.append((self.norm2, self.relu2, self.conv2))
+        return (
+            type(self) is DenseLayer
+            and not hooked(self)
+            and all(
+                fusible(norm) and type(relu) is nn.ReLU and not hooked(relu) and plain_conv(conv)
+                for norm, relu, conv in units
+            )
+        )
+
 
 class DenseBlock(nn.ModuleDict):
     """DenseNet's block: each layer reads the input and what all earlier layers made (Huang et al., equation 2).
@@ -88,6 +104,7 @@ class DenseBlock(nn.ModuleDict):
         in_channels: C of the input.
         growth_rate: k, channels that each layer adds.
         bottleneck, drop_rate, norm_layer, time_channel: as in DenseLayer.
+        memory: "speed" keeps the bottlenecks for the backward, "min" makes them again (fused only).
         fused: False takes stock PyTorch operations, with the same parameters and keys.
 
     Shape: Tensor [N, C, H, W] -> [N, C + layers * k, H, W].
@@ -103,6 +120,7 @@ class DenseBlock(nn.ModuleDict):
         drop_rate: float = 0.0,
         norm_layer: NormLayer = nn.BatchNorm2d,
         time_channel: bool = False,
+        memory: str = "speed",
         fused: bool = True,
     ) -> None:
         super().__init__(
@@ -120,10 +138,36 @@ class DenseBlock(nn.ModuleDict):
         )
         self.in_channels = in_channels
         self.growth_rate = growth_rate
+        self.drop_rate = drop_rate
+        self.time_channel = time_channel
+        self.memory = memory
         self.fused = fused
 
     def forward(self, y: Tensor) -> Tensor:
-        return self._plain(y)
+        return self._block(y) if self._fusible(y) else self._plain(y)
+
+    def _fusible(self, y: Tensor) -> bool:
+        if not self.fused or self.time_channel or y.dim() != 4 or kernel_reason(y) is not None:
+            return False
+        layers = [cast(DenseLayer, layer) for layer in self.values()]
+        one_mode = self.drop_rate == 0 or len({layer.training for layer in layers}) == 1
+        return one_mode and all(layer.fusible() for layer in layers)
+
+    def _block(self, y: Tensor, sum_of: int | None = None, moments: Moments | None = None) -> Tensor:
+        layers = [cast(DenseLayer, layer) for layer in self.values()]
+        necks = layers if layers[0].has_bottleneck else []
+        return dense_block(
+            y,
+            [layer.conv1.weight for layer in layers],
+            [as_norm(cast(nn.BatchNorm2d, layer.norm1)) for layer in layers],
+            [layer.conv2.weight for layer in necks],
+            [as_norm(cast(nn.BatchNorm2d, layer.norm2)) for layer in necks],
+            sum_of=sum_of,
+            drop_rate=self.drop_rate,
+            training=layers[0].training,
+            memory=self.memory,
+            moments=moments,
+        )
 
     def _plain(self, y: Tensor, time: Tensor | None = None) -> Tensor:
         slots = [y]
@@ -149,6 +193,7 @@ class ERKStep(DenseBlock):
         growth_rate: k.
         m: growths per stage.
         bottleneck, drop_rate, norm_layer: as in DenseLayer.
+        memory: as in DenseBlock.
         time_channel: the step of Appendix C, with one stage: the growths read the time T/u besides, make Q(T/u, y), and
             ``y' = y + (h/u) Q``. h/u is one scalar, which cannot be negative: the square of the parameter
             ``sqrt_step``, 1 at first.
@@ -170,6 +215,7 @@ class ERKStep(DenseBlock):
         drop_rate: float = 0.0,
         norm_layer: NormLayer = nn.BatchNorm2d,
         time_channel: bool = False,
+        memory: str = "speed",
         fused: bool = True,
     ) -> None:
         for name, value in (("stages", stages), ("growth_rate", growth_rate), ("m", m)):
@@ -185,6 +231,7 @@ class ERKStep(DenseBlock):
             drop_rate=drop_rate,
             norm_layer=norm_layer,
             time_channel=time_channel,
+            memory=memory,
             fused=fused,
         )
         self.stages = stages
@@ -202,9 +249,11 @@ class ERKStep(DenseBlock):
         return_moments: bool = False,
         time: Tensor | None = None,
     ) -> tuple[Tensor, Moments | None]:
-        """The step, taking y's moments if they are known, and leaving those of y' if asked for (and fused).
+        """The step, taking y's moments if they are known, and leaving those of y' where they come with its sum.
 
         time: Tensor [], T/u of a step with a time channel; 0 if not given."""
+        if self._fusible(y):
+            return self._block(y, self.stages, moments), None
         weights: list[float | Tensor] = [1.0] * self.stages
         if self.sqrt_step is None:
             slots = self._plain(y)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rkfast.ops import Moments, bn_rk_sum
+from rkfast.ops import Moments, Norm, bn_rk_sum
 
 
 def hooked(module: nn.Module) -> bool:
@@ -30,6 +30,37 @@ def reads_moments(norm: nn.Module) -> bool:
     return fusible(norm) and (norm.training or norm.running_mean is None)
 
 
+def plain_conv(conv: nn.Module) -> bool:
+    """Whether conv is a convolution without bias that keeps the resolution, and does nothing besides."""
+    return (
+        type(conv) is nn.Conv2d
+        and conv.bias is None
+        and conv.stride == (1, 1)
+        and conv.dilation == (1, 1)
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+        and conv.kernel_size in ((1, 1), (3, 3))
+        and conv.padding == (conv.kernel_size[0] // 2,) * 2
+        and not hooked(conv)
+    )
+
+
+def as_norm(norm: nn.BatchNorm2d) -> Norm:
+    """What calling ``norm`` would do, for an op."""
+    tracked = not norm.training or norm.track_running_stats
+    running_mean = norm.running_mean if tracked else None
+    return Norm(
+        norm.weight,
+        norm.bias,
+        running_mean,
+        norm.running_var if tracked else None,
+        norm.num_batches_tracked,
+        norm.training or running_mean is None,
+        norm.momentum,
+        norm.eps,
+    )
+
+
 def batch_norm_relu(norm: nn.Module, x: Tensor, moments: Moments | None = None, *, fused: bool = True) -> Tensor:
     """``relu(norm(x))``, fused where norm is an nn.BatchNorm2d without hooks, and the stock modules elsewhere.
 
@@ -47,20 +78,18 @@ def batch_norm_relu(norm: nn.Module, x: Tensor, moments: Moments | None = None, 
         return F.relu(norm(x), inplace=isinstance(norm, _BatchNorm) and not hooked(norm))
     assert isinstance(norm, nn.BatchNorm2d)
     norm._check_input_dim(x)
-    tracked = not norm.training or norm.track_running_stats
-    running_mean = norm.running_mean if tracked else None
-    counter = norm.num_batches_tracked
+    given = as_norm(norm)
     return bn_rk_sum(
         x,
-        norm.weight,
-        norm.bias,
-        running_mean,
-        norm.running_var if tracked else None,
+        given.weight,
+        given.bias,
+        given.running_mean,
+        given.running_var,
         relu=True,
-        training=norm.training or running_mean is None,
+        training=given.training,
         # Without a counter nn.BatchNorm2d leaves a cumulative average where it is.
-        momentum=0.0 if norm.momentum is None and counter is None else norm.momentum,
-        eps=norm.eps,
-        num_batches_tracked=counter,
+        momentum=0.0 if given.momentum is None and given.num_batches_tracked is None else given.momentum,
+        eps=given.eps,
+        num_batches_tracked=given.num_batches_tracked,
         moments=moments,
     )

@@ -48,10 +48,11 @@ def clique_block(
                    z_i = g_i([v_1, ..., v_{i-1}, v_{i+1}, ..., v_s])                     newest=False
         out = y + z_1 + ... + z_s                                                        or [z_1, ..., z_s]
 
-    This is IRKNet's step (Zhu et al., "Convolutional Neural Networks combined with Runge-Kutta Methods", section 3.3.2),
-    CliqueNet's block (Yang et al., "Convolutional Neural Networks with Alternately Updated Clique", section 3), and,
-    with read_input, the later RKCNN-I and RKCNN-R. Weights that both stages share are given twice, and their gradients
-    add up: with W_ji from j to i, ``init.conv1[i]`` is [W_0i ... W_{i-1}i] and ``update.conv1[i]`` all but W_0i and W_ii.
+    This is IRKNet's step (Zhu et al., "Convolutional Neural Networks combined with Runge-Kutta Methods", section
+    3.3.2), CliqueNet's block (Yang et al., "Convolutional Neural Networks with Alternately Updated Clique", section 3),
+    and, with read_input, the later RKCNN-I and RKCNN-R. Weights that both stages share are given twice, and their
+    gradients add up: with W_ji from j to i, ``init.conv1[i]`` is [W_0i ... W_{i-1}i] and ``update.conv1[i]`` is all but
+    W_0i and W_ii.
 
     Args:
         y: Tensor [N, C, H, W]; dtypes as in dense_block.

@@ -180,7 +180,7 @@ class _DenseBlock(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
-        needed = ctx.needs_input_grad[1:]
+        needed: tuple[bool, ...] = ctx.needs_input_grad[1:]
         if grad is None:
             return (None,) * (1 + len(needed))
         if torch.is_grad_enabled():
@@ -430,9 +430,8 @@ def _advance_one(norm: Norm, mean: Tensor, var: Tensor, count: int) -> None:
 
 
 def _turned(norm: Norm, turn: tuple[int, int]) -> Norm:
-    fields = ("weight", "bias", "running_mean", "running_var")
-    given = {name: getattr(norm, name) for name in fields}
-    return norm._replace(**{name: None if t is None else turned(t, turn) for name, t in given.items()})
+    weight, bias, mean, var = (None if t is None else turned(t, turn) for t in norm[:4])
+    return norm._replace(weight=weight, bias=bias, running_mean=mean, running_var=var)
 
 
 def checked(
