@@ -88,6 +88,7 @@ def dense_block(
     mean: Tensor | None,
     var: Tensor | None,
     keep: bool,
+    total_moments: bool,
 ) -> list[Tensor]: ...
 def dense_block_backward(
     grad: Tensor,

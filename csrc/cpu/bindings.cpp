@@ -66,7 +66,7 @@ PYBIND11_MODULE(_C, m) {
         arg("running_mean"), arg("running_var"), arg("num_batches_tracked"), arg("momentum"));
   m.def("dense_block", &rkfast::dense_block, release(), arg("x"), arg("conv1"), arg("conv2"), arg("norms"),
         arg("keeps"), arg("keep_scale"), arg("reads"), arg("writes"), arg("eps"), arg("channels"), arg("summed"),
-        arg("mean"), arg("var"), arg("keep"));
+        arg("mean"), arg("var"), arg("keep"), arg("total_moments"));
   m.def("dense_block_backward", &rkfast::dense_block_backward, release(), arg("grad"), arg("buffer"), arg("mean"),
         arg("var"), arg("mid_moments"), arg("mids"), arg("conv1"), arg("conv2"), arg("norms"), arg("keeps"),
         arg("keep_scale"), arg("reads"), arg("writes"), arg("eps"), arg("inputs"), arg("summed"));

@@ -155,7 +155,8 @@ class Block {
     for (int64_t s : summed) TORCH_CHECK_VALUE(s >= 0 && s + inputs <= channels, "summed: outside of the slots");
   }
 
-  std::vector<Tensor> forward(const Tensor& x, const Optional& mean, const Optional& var, bool keep) {
+  std::vector<Tensor> forward(const Tensor& x, const Optional& mean, const Optional& var, bool keep,
+                              bool total_moments) {
     TORCH_CHECK_VALUE(x.size(1) == inputs_, "x: expected ", inputs_, " channels");
     buffer_ = empty_nhwc(channels_);
     x_ = buffer_.data_ptr<float>();
@@ -207,7 +208,8 @@ class Block {
     if (!summed_.empty()) {
       std::vector<Tensor> terms{buffer_.narrow(1, 0, inputs_)};
       for (int64_t s : summed_) terms.push_back(buffer_.narrow(1, s, inputs_));
-      result.push_back(sum(terms));
+      const std::vector<Tensor> total = sum(terms, total_moments);
+      result.insert(result.end(), total.begin(), total.end());
     }
     return result;
   }
@@ -380,12 +382,14 @@ class Block {
     merge(parts_, mean, m2, channels, moments_.mean.data_ptr<float>() + first, moments_.var.data_ptr<float>() + first);
   }
 
-  Tensor sum(const std::vector<Tensor>& terms) const {
-    Tensor total = terms[0];
+  // The sum, and its mean and variance where asked for.
+  std::vector<Tensor> sum(const std::vector<Tensor>& terms, bool moments) const {
+    std::vector<Tensor> total{terms[0]};
     for (size_t k = 1; k < terms.size();) {
-      std::vector<Tensor> some{total};
+      std::vector<Tensor> some{total[0]};
       while (k < terms.size() && static_cast<int>(some.size()) < kMaxTerms - 1) some.push_back(terms[k++]);
-      total = rk_sum(some, std::vector<double>(some.size(), 1.0), std::vector<Optional>(some.size()), {}, true, false, false, false, {})[0];
+      total = rk_sum(some, std::vector<double>(some.size(), 1.0), std::vector<Optional>(some.size()), {}, true, false,
+                     moments && k == terms.size(), false, {});
     }
     return total;
   }
@@ -580,11 +584,12 @@ std::vector<Tensor> dense_block(const Tensor& x, const std::vector<Tensor>& conv
                                 const std::vector<Optional>& norms, const std::vector<Optional>& keeps, double keep_scale,
                                 const std::vector<int64_t>& reads, const std::vector<int64_t>& writes,
                                 const std::vector<double>& eps, int64_t channels, const std::vector<int64_t>& summed,
-                                const Optional& mean, const Optional& var, bool keep) {
+                                const Optional& mean, const Optional& var, bool keep,
+                              bool total_moments) {
   WithoutAutocast guard;
   at::NoGradGuard no_grad;
   return Block(x, conv1, conv2, norms, keeps, keep_scale, reads, writes, eps, x.size(1), channels, summed)
-      .forward(x, mean, var, keep);
+      .forward(x, mean, var, keep, total_moments);
 }
 
 std::vector<Tensor> dense_block_backward(const Tensor& grad, const Tensor& buffer, const Tensor& mean, const Tensor& var,

@@ -273,7 +273,7 @@ std::vector<Tensor> dense_block(const Tensor& x, const std::vector<Tensor>& conv
                                 const std::vector<Optional>& norms, const std::vector<Optional>& keeps, double keep_scale,
                                 const std::vector<int64_t>& reads, const std::vector<int64_t>& writes,
                                 const std::vector<double>& eps, int64_t channels, const std::vector<int64_t>& summed,
-                                const Optional& mean, const Optional& var, bool keep);
+                                const Optional& mean, const Optional& var, bool keep, bool total_moments);
 std::vector<Tensor> dense_block_backward(const Tensor& grad, const Tensor& buffer, const Tensor& mean, const Tensor& var,
                                          const std::vector<Tensor>& mid_moments, const std::vector<Tensor>& mids,
                                          const std::vector<Tensor>& conv1, const std::vector<Tensor>& conv2,

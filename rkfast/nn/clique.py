@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +111,7 @@ class CliqueBlock(nn.Module):
             norms += [*self.init_norm2, *self.update_norm2]
         return self.fused and y.dim() == 4 and kernel_reason(y) is None and all(map(fusible, norms))
 
-    def _block(self, y: Tensor, *, sum: bool, moments: Moments | None = None) -> Tensor:
+    def _block(self, y: Tensor, *, sum: bool, moments: Moments | None = None, return_moments: bool = False) -> Any:
         c, k = self.in_channels, self.growth_rate
         weight1, weight2 = list(self.weight1), [] if self.weight2 is None else list(self.weight2)
         neck = self.weight2 is not None
@@ -135,6 +135,7 @@ class CliqueBlock(nn.Module):
             training=self.training,
             memory=self.memory,
             moments=moments,
+            return_moments=return_moments,
         )
 
     def _plain(self, y: Tensor) -> list[Tensor]:
@@ -216,9 +217,10 @@ class IRKStep(CliqueBlock):
     def forward_with_moments(
         self, y: Tensor, moments: Moments | None = None, *, return_moments: bool = False
     ) -> tuple[Tensor, Moments | None]:
-        """The step, taking y's moments if they are known, and leaving those of y' where they come with its sum."""
+        """The step, taking y's moments if they are known, and leaving those of y' if asked for (and fused)."""
         if self._fusible(y):
-            return self._block(y, sum=True, moments=moments), None
+            result = self._block(y, sum=True, moments=moments, return_moments=return_moments)
+            return result if return_moments else (result, None)
         return weighted_sum(y, self._plain(y), [1.0] * self.stages, fused=self.fused, return_moments=return_moments)
 
 
@@ -296,9 +298,10 @@ class RKCNNStep(nn.Module):
     def forward_with_moments(
         self, y: Tensor, moments: Moments | None = None, *, return_moments: bool = False
     ) -> tuple[Tensor, Moments | None]:
-        """The step, taking y's moments if they are known, and leaving those of y' where they come with its sum."""
+        """The step, taking y's moments if they are known, and leaving those of y' if asked for (and fused)."""
         if self._fusible(y):
-            return self._block(y, moments), None
+            result = self._block(y, moments, return_moments)
+            return result if return_moments else (result, None)
         return weighted_sum(y, self._plain(y), [1.0] * self.stages, fused=self.fused, return_moments=return_moments)
 
     def _fusible(self, y: Tensor) -> bool:
@@ -316,7 +319,7 @@ class RKCNNStep(nn.Module):
             and all(map(plain_conv, convs))
         )
 
-    def _block(self, y: Tensor, moments: Moments | None) -> Tensor:
+    def _block(self, y: Tensor, moments: Moments | None, return_moments: bool) -> Any:
         def weights(convs: Iterable[nn.Module]) -> list[Tensor]:
             return [cast(nn.Conv2d, conv).weight for conv in convs]
 
@@ -332,6 +335,7 @@ class RKCNNStep(nn.Module):
                 training=self.training,
                 memory=self.memory,
                 moments=moments,
+                return_moments=return_moments,
             )
         return clique_block(
             y,
@@ -349,6 +353,7 @@ class RKCNNStep(nn.Module):
             training=self.training,
             memory=self.memory,
             moments=moments,
+            return_moments=return_moments,
         )
 
     def _plain(self, y: Tensor) -> list[Tensor]:

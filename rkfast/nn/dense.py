@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -153,7 +153,9 @@ class DenseBlock(nn.ModuleDict):
         one_mode = self.drop_rate == 0 or len({layer.training for layer in layers}) == 1
         return one_mode and all(layer.fusible() for layer in layers)
 
-    def _block(self, y: Tensor, sum_of: int | None = None, moments: Moments | None = None) -> Tensor:
+    def _block(
+        self, y: Tensor, sum_of: int | None = None, moments: Moments | None = None, return_moments: bool = False
+    ) -> Any:
         layers = [cast(DenseLayer, layer) for layer in self.values()]
         necks = layers if layers[0].has_bottleneck else []
         return dense_block(
@@ -167,6 +169,7 @@ class DenseBlock(nn.ModuleDict):
             training=layers[0].training,
             memory=self.memory,
             moments=moments,
+            return_moments=return_moments,
         )
 
     def _plain(self, y: Tensor, time: Tensor | None = None) -> Tensor:
@@ -249,11 +252,12 @@ class ERKStep(DenseBlock):
         return_moments: bool = False,
         time: Tensor | None = None,
     ) -> tuple[Tensor, Moments | None]:
-        """The step, taking y's moments if they are known, and leaving those of y' where they come with its sum.
+        """The step, taking y's moments if they are known, and leaving those of y' if asked for (and fused).
 
         time: Tensor [], T/u of a step with a time channel; 0 if not given."""
         if self._fusible(y):
-            return self._block(y, self.stages, moments), None
+            result = self._block(y, self.stages, moments, return_moments)
+            return result if return_moments else (result, None)
         weights: list[float | Tensor] = [1.0] * self.stages
         if self.sqrt_step is None:
             slots = self._plain(y)

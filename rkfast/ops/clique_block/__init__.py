@@ -8,7 +8,7 @@ is all that clique_block adds to dense_block, whose kernels run it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -38,7 +38,8 @@ def clique_block(
     training: bool = True,
     memory: str = "speed",
     moments: Moments | None = None,
-) -> Tensor:
+    return_moments: bool = False,
+) -> Any:
     """Stage-I and Stage-II of a clique block as one function, over one channels_last buffer with a slot for each value.
 
     With ``f(x) = conv1(relu(norm1(x)))``, or ``conv2(relu(norm2(conv1(relu(norm1(x))))))`` with a bottleneck::
@@ -64,7 +65,7 @@ def clique_block(
         newest: updates read what the ones before them made; False: what the round before made.
         rounds: of updates; each starts from what the one before made.
         sum: add the result to y, for which y must have k channels; False returns z_1, ..., z_s.
-        drop_rate, training, memory, moments: as in dense_block.
+        drop_rate, training, memory, moments, return_moments: as in dense_block.
 
     Returns:
         Tensor [N, C, H, W], or [N, s * k, H, W] with sum=False; channels_last. For the backward are kept: the buffer of
@@ -95,7 +96,9 @@ def clique_block(
     widths = {w.shape[0] for w in conv2 or conv1}
     if len(widths) != 1:
         raise ValueError(f"init, update: all stages have the same number of channels; got {sorted(widths)}")
-    return run(y, slots, conv1, norm1, conv2, norm2, drop_rate if training else 0.0, memory, moments)[0]
+    rate = drop_rate if training else 0.0
+    out, found = run(y, slots, conv1, norm1, conv2, norm2, rate, memory, moments, return_moments)
+    return (out, found) if return_moments else out
 
 
 def _each_round(norms: Sequence[Norm], s: int, rounds: int) -> list[Norm]:

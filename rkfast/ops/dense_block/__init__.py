@@ -53,7 +53,8 @@ class Slots(NamedTuple):
 
 _ARGS = (
     "Tensor x, Tensor[] conv1, Tensor[] conv2, Tensor?[] norms, Tensor?[] keeps, float keep_scale, int[] reads, "
-    "int[] writes, float[] eps, int channels, int[] summed, Tensor? mean, Tensor? var, bool keep"
+    "int[] writes, float[] eps, int channels, int[] summed, Tensor? mean, Tensor? var, bool keep, "
+    "bool total_moments"
 )
 
 
@@ -90,6 +91,7 @@ def _fake(
     mean: Tensor | None,
     var: Tensor | None,
     keep: bool,
+    total_moments: bool,
 ) -> list[Tensor]:
     dtype = moments_dtype(x.dtype)
 
@@ -101,7 +103,11 @@ def _fake(
     if keep and conv2:
         result += [x.new_empty(w.shape[0], dtype=dtype) for w in conv1 for _ in range(2)]
         result += [rows(w.shape[0]) for w in conv1]
-    return [*result, rows(x.shape[1])] if summed else result
+    if summed:
+        result.append(rows(x.shape[1]))
+        if total_moments:
+            result += [x.new_empty(x.shape[1], dtype=dtype) for _ in range(2)]
+    return result
 
 
 def _fake_backward(
@@ -133,7 +139,8 @@ def _fake_backward(
 
 _op = dispatch.Op("dense_block", _implementations("forward", _cpu_reason))
 # Returns the buffer [N, channels, H, W] and its mean and var [channels]; with keep also, of each bottleneck, mean and
-# var, and then the bottlenecks themselves; at last, where there is something to sum, the input and that.
+# var, and then the bottlenecks themselves; at last, where there is something to sum, the input and that, and with
+# total_moments its mean and var.
 _forward = dispatch.register(f"dense_block({_ARGS}) -> Tensor[]", _op, _fake)
 # Returns the gradients of the input, and of each growth those of its first convolution, weight and bias, and of its
 # second ones. mids may be empty: they are made again.
@@ -153,6 +160,7 @@ class _Call(NamedTuple):
     eps: list[float]
     neck: bool
     remake: bool  # the bottlenecks are made again in the backward
+    moments: bool  # of the sum
 
 
 class _DenseBlock(torch.autograd.Function):
@@ -166,7 +174,7 @@ class _DenseBlock(torch.autograd.Function):
         slots = call.slots
         result = _forward(
             x, conv1, conv2, norms, keeps, call.keep_scale, slots.reads, slots.writes, call.eps, slots.channels,
-            slots.summed, *moments, True,
+            slots.summed, *moments, True, call.moments,
         )  # fmt: skip
         middle = 3 + 2 * len(conv2)
         kept = result[: middle if call.remake else middle + len(conv2)]
@@ -175,8 +183,9 @@ class _DenseBlock(torch.autograd.Function):
         ctx.inputs = x.shape[1]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*kept, *params, *statistics, *keeps)
-        ctx.mark_non_differentiable(*result[1:middle])
-        return (_result(result, slots), *result[1:middle])
+        moments = [*result[1:middle], *_sum_moments(result, call.moments)]
+        ctx.mark_non_differentiable(*moments)
+        return (_result(result, slots, call.moments), *moments)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
@@ -189,7 +198,7 @@ class _DenseBlock(torch.autograd.Function):
                 "take the plain block (fused=False) for it"
             )
         call: _Call = ctx.call
-        kept, params, statistics, keeps, _ = _split(ctx.saved_tensors, ctx.counts)
+        kept, params, statistics, keeps, *_ = _split(ctx.saved_tensors, ctx.counts)
         conv1, conv2, norms = _sorted(call.neck, params, statistics)
         middle = 3 + 2 * len(conv2)
         slots = call.slots
@@ -206,13 +215,17 @@ class _DenseBlock(torch.autograd.Function):
             d.to(p.dtype) if need and p is not None else None
             for d, p, need in zip(found[1:], params, needed[1:], strict=False)
         ]
-        others = [None] * (len(needed) - 1 - len(params))
+        others = [None] * (len(needed) - 1 - len(params))  # statistics, dropout masks, moments
         return (None, found[0] if needed[0] else None, *gradients, *others)
 
 
-def _result(result: list[Tensor], slots: Slots) -> Tensor:
+def _sum_moments(result: list[Tensor], moments: bool) -> list[Tensor]:
+    return result[-2:] if moments else []
+
+
+def _result(result: list[Tensor], slots: Slots, moments: bool) -> Tensor:
     if slots.summed:
-        return result[-1]
+        return result[-3 if moments else -1]
     if not slots.first:
         return result[0]
     last = result[0][:, slots.first :]
@@ -255,11 +268,21 @@ def kernel_reason(x: Tensor) -> str | None:
     """Why no kernel serves x, and plain PyTorch is the better choice; None where one does, or a backend is forced."""
     if dispatch.forced() is not None:
         return None
+    if x.device.type != "cpu":
+        return f"there is no kernel for {x.device.type} tensors"
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         if dtype != torch.float32:
             return f"under autocast it is {dtype}: the C++ kernel serves float32"
-    return dispatch.backend_reason("cpu", x.device.type) or _cpu_reason(x)
+    return _missing() or _cpu_reason(x)
+
+
+def _missing() -> str | None:
+    return dispatch.backend_reason("cpu", "cpu")
+
+
+# What torch.compiler.assume_constant_result does; to call it would import the compiler.
+_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def dense_block(
@@ -302,7 +325,7 @@ def dense_block(
         training: whether dropout is on. BatchNorms have their own ``training``.
         memory: "speed" keeps the bottlenecks for the backward, "min" makes them again.
         moments: of x, if they are known already.
-        return_moments: also return the moments of the buffer; not with sum_of.
+        return_moments: also return the moments of the result, from the passes that wrote it; not differentiable.
 
     Returns:
         Tensor [N, C + L * k, H, W], or [N, C, H, W] with sum_of, channels_last; with return_moments a pair (Tensor,
@@ -325,8 +348,6 @@ def dense_block(
         channels += weight.shape[0]
     summed: list[int] = []
     if sum_of is not None:
-        if return_moments:
-            raise ValueError("return_moments: with sum_of the moments of the sum are not taken here")
         if channels - inputs != sum_of * inputs:
             raise ValueError(
                 f"sum_of: {sum_of} increments of {inputs} channels are {sum_of * inputs}, and the growths have "
@@ -334,7 +355,8 @@ def dense_block(
             )
         summed = [inputs * (i + 1) for i in range(sum_of)]
     slots = Slots([bound for write in writes for bound in (0, write, 0, 0)], writes, channels, summed)
-    out, found = run(x, slots, conv1, norm1, conv2, norm2, drop_rate if training else 0.0, memory, moments)
+    rate = drop_rate if training else 0.0
+    out, found = run(x, slots, conv1, norm1, conv2, norm2, rate, memory, moments, return_moments)
     return (out, found) if return_moments else out
 
 
@@ -348,8 +370,10 @@ def run(
     drop_rate: float,
     memory: str,
     moments: Moments | None,
-) -> tuple[Tensor, Moments]:
-    """Growths over any slots: (result, moments of the buffer). Nothing is modified where an argument does not fit."""
+    return_moments: bool,
+) -> tuple[Tensor, Moments | None]:
+    """Growths over any slots: the result and, if asked for, its moments. Nothing is modified where an argument does
+    not fit."""
     neck = bool(conv2)
     for i in range(len(conv1)):
         _fit(slots.width(i), i, conv1, norm1, conv2, norm2, x)
@@ -372,6 +396,7 @@ def run(
         eps=[norm.eps for norm in norms],
         neck=neck,
         remake=memory == "min",
+        moments=return_moments and bool(slots.summed),
     )
     count = layout.count(x)
     tracked = any(norm.training and norm.running_mean is not None for norm in norms)
@@ -385,14 +410,17 @@ def run(
         # Moments of the bottlenecks come with the bottlenecks only.
         result = _forward(
             x, *_sorted(neck, params, statistics), keeps, call.keep_scale, slots.reads, slots.writes, call.eps,
-            slots.channels, slots.summed, mean, var, tracked and neck,
+            slots.channels, slots.summed, mean, var, tracked and neck, call.moments,
         )  # fmt: skip
-        out = _result(result, slots)
+        out = _result(result, slots, call.moments)
         found = result[1:]
     if tracked:
         with torch.no_grad():
             _advance(stored, norm2, slots, found, count)
-    return out, Moments(found[0], found[1], count)
+    if not return_moments:
+        return out, None
+    own = found[-2:] if slots.summed else [t[slots.first :] for t in found[:2]]
+    return out, Moments(own[0], own[1], count)
 
 
 def _keep(x: Tensor, channels: int, drop_rate: float) -> Tensor:

@@ -119,6 +119,7 @@ def forward(
     mean: Tensor | None,
     var: Tensor | None,
     keep: bool,
+    total_moments: bool,
 ) -> list[Tensor]:
     dtype = moments_dtype(x.dtype)
     inputs = x.shape[1]
@@ -154,6 +155,8 @@ def forward(
             for first in summed:
                 total = total + buffer[:, first : first + inputs]
             result.append(layout.empty(x, True).copy_(total))
+            if total_moments:
+                result.extend(channel_moments.forward(result[-1], True))
         return result
 
 
