@@ -198,7 +198,7 @@ class _DenseBlock(torch.autograd.Function):
                 "take the plain block (fused=False) for it"
             )
         call: _Call = ctx.call
-        kept, params, statistics, keeps, *_ = _split(ctx.saved_tensors, ctx.counts)
+        kept, params, statistics, keeps, _moments = _split(ctx.saved_tensors, ctx.counts)
         conv1, conv2, norms = _sorted(call.neck, params, statistics)
         middle = 3 + 2 * len(conv2)
         slots = call.slots
