@@ -6,6 +6,7 @@
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/from_blob.h>
 
 #include <cmath>
@@ -265,7 +266,7 @@ class Block {
   }
 
   Tensor empty_nhwc(int64_t channels) const {
-    return at::empty({n_, h_, w_, channels}, options_.memory_format(std::nullopt)).permute({0, 3, 1, 2});
+    return at::empty({n_, channels, h_, w_}, options_.memory_format(at::MemoryFormat::ChannelsLast));
   }
   Tensor nhwc(float* data, int64_t channels) const {
     return at::from_blob(data, {n_, h_, w_, channels}, options_).permute({0, 3, 1, 2});
@@ -439,6 +440,8 @@ class Block {
     for (int64_t c = 0; c < channels; ++c) s.product[c] *= read.rstd[c];
     return s;
   }
+  // The gradient of a weight, laid out as the weight is.
+  static Tensor like(const Tensor& gradient, const Tensor& w) { return at::empty_like(w).copy_(gradient); }
   static Tensor as_tensor(const std::vector<double>& v, const Tensor& like) {
     Tensor t = at::empty({static_cast<int64_t>(v.size())}, like.options().memory_format(std::nullopt));
     std::copy(v.begin(), v.end(), t.data_ptr<float>());
@@ -495,7 +498,7 @@ class Block {
     const int64_t pad = w.size(2) / 2;
     auto [dact, dw, dbias] = at::convolution_backward(nhwc(grad, growth), nhwc(act, channels), w, std::nullopt, {1, 1}, {pad, pad},
                                                       {1, 1}, false, {0, 0}, 1, {true, true, false});
-    return {dact.contiguous(at::MemoryFormat::ChannelsLast), dw};
+    return {dact.contiguous(at::MemoryFormat::ChannelsLast), like(dw, w)};
   }
 
   std::vector<Tensor> bottleneck_backward(const Unit& u, const Tensor& mean2, const Tensor& var2, Tensor mid) {
@@ -562,7 +565,7 @@ class Block {
     });
     const Sums s = total(sums, read, channels);
     defer(u, read, s);
-    Tensor dconv1 = partial.sum(0).mul_(scale2.unsqueeze(1)).reshape(u.conv1.sizes());
+    const Tensor dconv1 = partial.sum(0).mul_(scale2.unsqueeze(1)).reshape(u.conv1.sizes());
     return {dconv1, as_tensor(s.product, buffer_), as_tensor(s.grad, buffer_), dconv2, as_tensor(s2.product, buffer_), as_tensor(s2.grad, buffer_)};
   }
 

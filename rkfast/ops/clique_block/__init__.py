@@ -91,7 +91,7 @@ def clique_block(
     conv2 = [*init.conv2, *(w for _ in range(rounds) for w in update.conv2)]
     norm1 = [*init.norm1, *_each_round(update.norm1, s, rounds)]
     norm2 = [*init.norm2, *_each_round(update.norm2, s, rounds)]
-    y, conv1, conv2 = checked(y, conv1, conv2, norm1, norm2, moments, memory)
+    y, conv1, conv2 = checked(y, conv1, conv2, norm1, norm2, moments, memory, drop_rate)
     slots = _slots(y.shape[1], (conv2 or conv1)[0].shape[0], s, rounds, read_input, newest, sum)
     widths = {w.shape[0] for w in conv2 or conv1}
     if len(widths) != 1:

@@ -336,11 +336,12 @@ def dense_block(
 
     Raises:
         TypeError: an argument is no tensor, not floating, or dtypes are mixed.
-        ValueError: shapes or lengths that do not fit; one value per channel in training. Nothing is modified then.
+        ValueError: shapes, lengths or numbers that do not fit; one value per channel in training. Nothing is modified
+            then.
         RuntimeError: the gradient of the gradient is asked for; or a backend was asked for that cannot serve this.
     """
     conv1, conv2, norm1, norm2 = list(conv1), list(conv2), list(norm1), list(norm2)
-    x, conv1, conv2 = checked(x, conv1, conv2, norm1, norm2, moments, memory)
+    x, conv1, conv2 = checked(x, conv1, conv2, norm1, norm2, moments, memory, drop_rate)
     inputs = x.shape[1]
     writes, channels = [], inputs
     for weight in conv2 or conv1:
@@ -470,6 +471,7 @@ def checked(
     norm2: list[Norm],
     moments: Moments | None,
     memory: str,
+    drop_rate: float,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """x and the convolutions in the dtype of the call, and all of them such that slots can be laid out."""
     checks.activation(x, "x")
@@ -477,6 +479,8 @@ def checked(
         raise ValueError(f"x: expected [N, C, H, W], got {x.dim()} dimensions")
     if memory not in MEMORY:
         raise ValueError(f"memory: expected one of {', '.join(MEMORY)}, got {memory!r}")
+    if not 0 <= drop_rate <= 1:
+        raise ValueError(f"drop_rate: expected a number in [0, 1], got {drop_rate}")
     if not conv1:
         raise ValueError("conv1: expected a weight for each growth, got none")
     second = len(conv1) if conv2 or norm2 else 0
