@@ -25,6 +25,7 @@ class BnRkSum:
 
     op = "bn_rk_sum"
     differentiable = True
+    rms = False
 
     @property
     def name(self) -> str:

@@ -17,6 +17,7 @@ class ChannelMoments:
     name = "moments"
     differentiable = False
     relu = False
+    rms = False
     traffic = Traffic(1)
 
     def draw(self, shape: tuple[int, ...], randn: Callable[..., Tensor]) -> Inputs:

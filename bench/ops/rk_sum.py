@@ -27,6 +27,7 @@ class RkSum:
 
     op = "rk_sum"
     differentiable = True
+    rms = False
 
     @property
     def name(self) -> str:
