@@ -83,7 +83,7 @@ def check(case: Case, inputs: Inputs, seed: Tensor) -> Verdict:
             for a, b, t in zip(found, expected, reference, strict=True)
         ]
         if workload.rms and errors:  # a small tensor's flips are a matter of luck: all of a kind together
-            errors = [tuple(sum(column) / len(errors) for column in zip(*errors, strict=True))]  # type: ignore[list-item]
+            errors = [tuple(sum(column) / len(errors) for column in zip(*errors, strict=True))]
         for i, (ours_error, eager_error, rounding) in enumerate(errors):
             worst_ours, worst_eager = max(worst_ours, ours_error), max(worst_eager, eager_error)
             allowed = 2 * eager_error + rounding

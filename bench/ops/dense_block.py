@@ -49,7 +49,8 @@ class DenseBlock:
     def draw(self, shape: tuple[int, ...], randn: Callable[..., Tensor]) -> Inputs:
         c = shape[1]
         k = c // self.m
-        vectors, buffers = [], []
+        vectors: list[Tensor] = []
+        buffers: list[Tensor] = []
 
         def norm(channels: int) -> None:
             vectors.extend((1 + 0.1 * randn(channels), 0.1 * randn(channels)))

@@ -39,7 +39,7 @@ def test_dry_run_takes_the_whole_road_and_then_has_nothing_left(tmp_path: Path) 
     assert list(state) == ["build", "tests", "memcheck", "bench-main", "more-tests", "racecheck", "bench"]
     assert {each["status"] for each in state.values()} == {"done"}
     results = json.loads((tmp_path / "results.json").read_text())
-    assert {row["op"] for row in results["rows"]} == {"rk_sum", "bn_rk_sum", "channel_moments"}
+    assert {row["op"] for row in results["rows"]} == {"rk_sum", "bn_rk_sum", "channel_moments", "dense_block"}
     assert not any(verdict["failure"] for verdict in results["gate"])
     assert (tmp_path / "results.md").read_text().count("\n| ") == len(results["rows"]) + 1
     assert "rk_sum n=14 2x3x5x3 float32 channels_last" in said

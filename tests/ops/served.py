@@ -22,7 +22,7 @@ HEAD = """\
 
 Written by `python -m tests.ops.served` and checked by `tests/ops/test_served.py`: every cell is a call that was made,
 with the backend forced and its served calls counted. {} dtypes ({}) times {} layouts
-({}).
+({}); a dtype alone stands for all of its layouts.
 
 """
 HOW = {
@@ -97,7 +97,10 @@ def table(backends: tuple[str, ...] = dispatch.BACKENDS) -> str:
         cells = []
         for backend in backends:
             pairs = served[backend].get(op, [])
-            cells.append("all" if len(pairs) == every else ", ".join(pairs) or "none")
+            names = [str(d).removeprefix("torch.") for d in DTYPES]
+            whole = [name for name in names if all(f"{name} {how}" in pairs for how in LAYOUTS)]
+            rest = [pair for pair in pairs if pair.split()[0] not in whole]
+            cells.append("all" if len(pairs) == every else ", ".join([*whole, *rest]) or "none")
         lines.append(f"| {op} | " + " | ".join(cells) + " |\n")
     return "".join(lines)
 
