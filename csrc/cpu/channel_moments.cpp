@@ -32,6 +32,10 @@ template struct Dispatch<MomentsOfRows>;
 template struct Dispatch<FinishRows>;
 template struct Dispatch<ReadBackwardRows>;
 template struct Dispatch<TransposeRows>;
+template struct Dispatch<TransformInput>;
+template struct Dispatch<TransformOutput>;
+template struct Dispatch<TransformGradient>;
+template struct Dispatch<TransformWeight>;
 
 std::pair<Tensor, Tensor> Partials::merge_moments(const Tensor& x) {
   const int64_t channels = s_.channels(), padded = s_.padded();

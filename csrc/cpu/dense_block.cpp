@@ -14,6 +14,7 @@
 
 #include "common/arithmetic.h"
 #include "cpu/host.h"
+#include "cpu/winograd.h"
 
 namespace rkfast {
 
@@ -22,6 +23,10 @@ Dispatch<MomentsOfRows> moments_of_rows;
 Dispatch<FinishRows> finish_rows;
 Dispatch<ReadBackwardRows> read_backward_rows;
 Dispatch<TransposeRows> transpose_rows;
+Dispatch<TransformInput> transform_input;
+Dispatch<TransformOutput> transform_output;
+Dispatch<TransformGradient> transform_gradient;
+Dispatch<TransformWeight> transform_weight;
 
 namespace {
 
@@ -31,13 +36,6 @@ constexpr int64_t kColumns = 256;  // channels that a tile of the backward takes
 int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 
 using Floats = std::vector<float>;
-
-// Memory of a thread that outlives the call: fresh pages cost more than the arithmetic on them.
-float* scratch(int which, int64_t size) {
-  static thread_local Floats kept[3];
-  if (static_cast<int64_t>(kept[which].size()) < size) kept[which].resize(size);
-  return kept[which].data();
-}
 
 // The rows in a number of parts that depends on their number alone, so that no sum depends on the threads.
 struct Parts {
@@ -174,9 +172,9 @@ class Block {
     for (const Unit& u : units_) {
       const Read read = fold(u.norm1, u.read(), u.eps1, [&](auto&& each) { slot_moments(u, each); });
       if (u.width == 0) {
-        float* act = materialised(normalised_, u.read());
-        parts_.run([&](int64_t, int64_t from, int64_t to) { normalise(u, read, {0, u.read()}, from, to - from, {act + from * u.read(), u.read()}); });
-        put(u, convolved(act, u.read(), u.conv1), u.keep1);
+        const int64_t channels = u.read();
+        auto load = [&](int64_t row, int64_t n, Slot<float> out) { normalise(u, read, {0, channels}, row, n, out); };
+        grow(u, u.conv1, channels, load, u.keep1);
         continue;
       }
       // With statistics that are known before, and nothing to keep, the second BatchNorm finds its tile in the cache.
@@ -184,23 +182,33 @@ class Block {
       Moment moments(u.width, buffer_);
       Read read2(u.width);
       if (in_tile) read2 = fold(u.norm2, u.width, u.eps2, [](auto&&) {});
-      float* act = materialised(normalised_, u.width);
+      const float* act = nullptr;  // the bottleneck normalised, where that is done already
+      const float* b = nullptr;
       if (in_tile) {
-        bottleneck(u, read, act, nullptr, &read2);
+        float* out = materialised(normalised_, u.width);
+        bottleneck(u, read, out, nullptr, &read2);
+        act = out;
       } else {
         Tensor mid = keep ? empty_nhwc(u.width) : Tensor();
-        float* b = keep ? mid.data_ptr<float>() : materialised(mid_, u.width);
-        bottleneck(u, read, b, &moments, nullptr);
+        float* out = keep ? mid.data_ptr<float>() : materialised(mid_, u.width);
+        bottleneck(u, read, out, &moments, nullptr);
+        b = out;
         if (u.norm2[2].has_value()) {
           moments.mean.copy_(*u.norm2[2]);
           moments.var.copy_(*u.norm2[3]);
         }
         read2 = fold(u.norm2, u.width, u.eps2, [&](auto&& each) { each(moments, 0, u.width); });
-        normalise_all(b, u.width, read2, act);
         mid_moments.insert(mid_moments.end(), {moments.mean, moments.var});
         if (keep) mids.push_back(mid);
       }
-      put(u, convolved(act, u.width, u.conv2), u.keep2);
+      auto load = [&](int64_t row, int64_t n, Slot<float> out) {
+        if (act) {
+          for (int64_t i = 0; i < n; ++i) std::copy_n(act + (row + i) * u.width, u.width, out.row(i).data);
+        } else {
+          normalise_rows({{b + row * u.width, u.width}, n, u.width, read2.scale.data(), read2.shift.data(), out});
+        }
+      };
+      grow(u, u.conv2, u.width, load, u.keep2);
     }
     std::vector<Tensor> result{buffer_, moments_.mean, moments_.var};
     if (!keep) mid_moments.clear();
@@ -324,13 +332,6 @@ class Block {
       first += r.size();
     }
   }
-  void normalise_all(const float* x, int64_t channels, const Read& read, float* out) const {
-    parts_.run([&](int64_t, int64_t from, int64_t to) {
-      normalise_rows({{x + from * channels, channels}, to - from, channels, read.scale.data(), read.shift.data(),
-                      {out + from * channels, channels}});
-    });
-  }
-
   // b = conv1(normalised), or, with `then`, what the second BatchNorm and ReLU make of it.
   void bottleneck(const Unit& u, const Read& read, float* b, Moment* moments, const Read* then) const {
     const int64_t width = u.width, channels = u.read(), pad = padded(width);
@@ -358,17 +359,42 @@ class Block {
                    {keep->const_data_ptr<bool>() + row * channels, channels}, keep_scale_, x});
   }
 
-  Tensor convolved(float* act, int64_t channels, const Tensor& w) const {
-    const int64_t pad = w.size(2) / 2;
-    return at::conv2d(nhwc(act, channels), w, {}, 1, pad).contiguous(at::MemoryFormat::ChannelsLast);
+  // Whether a convolution is done by winograd.h: enough tiles and channels to pay for the transforms.
+  bool by_tiles(const Tensor& w) const {
+    return w.size(2) == 3 && w.size(0) >= 16 && w.size(1) >= 16 && h_ >= 4 && w_ >= 4;
+  }
+  // [9][channels][outputs] of w [outputs, channels, 3, 3], or of the convolution that its gradient is, in tiles' form.
+  static Tensor tile_weight(const Tensor& w, bool gradient) {
+    const Tensor taps = (gradient ? w.flip({2, 3}).permute({2, 3, 0, 1}) : w.permute({2, 3, 1, 0})).contiguous();
+    const int64_t size = w.size(0) * w.size(1);
+    Tensor tiles = at::empty({16, size}, taps.options());
+    transform_weight({taps.const_data_ptr<float>(), size, tiles.data_ptr<float>(), false});
+    return tiles;
+  }
+  template <typename Load>
+  float* materialise(int64_t channels, const Load& load) {
+    float* out = materialised(normalised_, channels);
+    parts_.run([&](int64_t, int64_t from, int64_t to) { load(from, to - from, Slot<float>{out + from * channels, channels}); });
+    return out;
   }
 
-  void put(const Unit& u, const Tensor& growth, const Optional& keep) {
-    const float* from_data = growth.const_data_ptr<float>();
+  // The convolution of what `load` brings into the unit's slot, with dropout, and the slot's moments.
+  template <typename Load>
+  void grow(const Unit& u, const Tensor& w, int64_t channels, const Load& load, const Optional& keep) {
+    const bool* kept = keep ? keep->const_data_ptr<bool>() : nullptr;
+    Tensor growth;
+    Slot<const float> from_slot{x_ + u.write, channels_};
+    if (by_tiles(w)) {
+      const Tensor tiles = tile_weight(w, false);
+      winograd(Bands(n_, h_, w_, channels + u.growth), channels, u.growth, load, tiles.const_data_ptr<float>(), slot(u.write));
+      if (!keep) return take_moments(u.write, u.growth);
+    } else {
+      growth = at::conv2d(nhwc(materialise(channels, load), channels), w, {}, 1, w.size(2) / 2).contiguous(at::MemoryFormat::ChannelsLast);
+      from_slot = {growth.const_data_ptr<float>(), u.growth};
+    }
     parts_.run([&](int64_t, int64_t from, int64_t to) {
-      finish_rows({{from_data + from * u.growth, u.growth}, {}, to - from, u.growth, nullptr, nullptr, nullptr,
-                   {keep ? keep->const_data_ptr<bool>() + from * u.growth : nullptr, u.growth}, keep_scale_,
-                   slot(u.write).row(from)});
+      finish_rows({from_slot.row(from), {}, to - from, u.growth, nullptr, nullptr, nullptr,
+                   {kept ? kept + from * u.growth : nullptr, u.growth}, keep_scale_, slot(u.write).row(from)});
     });
     take_moments(u.write, u.growth);
   }
@@ -479,9 +505,9 @@ class Block {
   std::vector<Tensor> plain_backward(const Unit& u) {
     const int64_t channels = u.read(), pad = padded(channels);
     const Read read = fold(u.norm1, channels, u.eps1, [&](auto&& each) { slot_moments(u, each); });
-    float *grad = materialised(grad_, u.growth), *act = materialised(normalised_, channels);
+    float* grad = materialised(grad_, u.growth);
     finish_slot({u.write, u.write + u.growth}, u.keep1, grad);
-    parts_.run([&](int64_t, int64_t from, int64_t to) { normalise(u, read, {0, channels}, from, to - from, {act + from * channels, channels}); });
+    const float* act = materialise(channels, [&](int64_t row, int64_t n, Slot<float> out) { normalise(u, read, {0, channels}, row, n, out); });
     auto [dact, dconv] = conv_backward(grad, u.growth, act, channels, u.conv1);
     const float* d = dact.template const_data_ptr<float>();
     std::vector<double> sums(parts_.count * 2 * pad);
@@ -494,11 +520,29 @@ class Block {
     return {dconv, as_tensor(s.product, buffer_), as_tensor(s.grad, buffer_)};
   }
 
-  std::pair<Tensor, Tensor> conv_backward(float* grad, int64_t growth, float* act, int64_t channels, const Tensor& w) const {
+  // The gradients of what a convolution read, materialised in act, and of its weight.
+  std::pair<Tensor, Tensor> conv_backward(const float* grad, int64_t growth, const float* act, int64_t channels, const Tensor& w) {
+    if (by_tiles(w)) {
+      auto rows = [](const float* from, int64_t channels) {
+        return [=](int64_t row, int64_t n, Slot<float> out) {
+          for (int64_t i = 0; i < n; ++i) std::copy_n(from + (row + i) * channels, channels, out.row(i).data);
+        };
+      };
+      Tensor dact = reused(dact_, channels);
+      const Bands bands(n_, h_, w_, channels + growth);
+      const Tensor tiles = tile_weight(w, true), taps = at::empty({3, 3, growth, channels}, w.options().memory_format(std::nullopt));
+      winograd(bands, growth, channels, rows(grad, growth), tiles.const_data_ptr<float>(), {dact.data_ptr<float>(), channels});
+      winograd_weight(bands, channels, growth, rows(act, channels), {grad, growth}, taps.data_ptr<float>());
+      return {dact, like(taps.permute({2, 3, 0, 1}), w)};
+    }
     const int64_t pad = w.size(2) / 2;
-    auto [dact, dw, dbias] = at::convolution_backward(nhwc(grad, growth), nhwc(act, channels), w, std::nullopt, {1, 1}, {pad, pad},
-                                                      {1, 1}, false, {0, 0}, 1, {true, true, false});
+    auto [dact, dw, dbias] = at::convolution_backward(nhwc(const_cast<float*>(grad), growth), nhwc(const_cast<float*>(act), channels), w,
+                                                      std::nullopt, {1, 1}, {pad, pad}, {1, 1}, false, {0, 0}, 1, {true, true, false});
     return {dact.contiguous(at::MemoryFormat::ChannelsLast), like(dw, w)};
+  }
+  Tensor reused(Tensor& kept, int64_t channels) const {
+    materialised(kept, channels);
+    return kept;
   }
 
   std::vector<Tensor> bottleneck_backward(const Unit& u, const Tensor& mean2, const Tensor& var2, Tensor mid) {
@@ -515,9 +559,11 @@ class Block {
     moments.var = var2.contiguous();
     const Read read2 = fold(u.norm2, width, u.eps2, [&](auto&& each) { each(moments, 0, width); });
 
-    float *grad = materialised(grad_, u.growth), *act = materialised(normalised_, width);
+    float* grad = materialised(grad_, u.growth);
     finish_slot({u.write, u.write + u.growth}, u.keep2, grad);
-    normalise_all(b, width, read2, act);
+    const float* act = materialise(width, [&](int64_t row, int64_t n, Slot<float> out) {
+      normalise_rows({{b + row * width, width}, n, width, read2.scale.data(), read2.shift.data(), out});
+    });
     auto [dact, dconv2] = conv_backward(grad, u.growth, act, width, u.conv2);
     float* d = dact.template data_ptr<float>();
 
@@ -575,7 +621,7 @@ class Block {
   const Parts parts_;
   const at::TensorOptions options_;
   std::vector<Unit> units_;
-  Tensor buffer_, total_, normalised_, mid_, grad_;
+  Tensor buffer_, total_, normalised_, mid_, grad_, dact_;
   float* x_ = nullptr;
   Moment moments_;
   std::vector<double> s1_, s2_;

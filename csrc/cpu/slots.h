@@ -67,4 +67,43 @@ extern Dispatch<FinishRows> finish_rows;
 extern Dispatch<ReadBackwardRows> read_backward_rows;
 extern Dispatch<TransposeRows> transpose_rows;
 
+// Of winograd.h.
+
+// out[16][plane] = B^T x B of `rows` x `columns` tiles, which begin two pixels apart.
+struct TransformInput {
+  const float* x;
+  int64_t row_pitch, pixel_pitch, rows, columns, channels;
+  float* out;
+  int64_t plane;
+};
+
+// 2x2 pixels of each tile, A^T m A, as far as they are within the image.
+struct TransformOutput {
+  const float* m;
+  int64_t plane, rows, columns, channels;
+  float* out;
+  int64_t row_pitch, pixel_pitch, height, width;  // of what is left of the image from the first tile on
+};
+
+// out[16][plane] = A g A^T of the 2x2 gradients of each tile, 0 outside of the image.
+struct TransformGradient {
+  const float* grad;
+  int64_t row_pitch, pixel_pitch, height, width, rows, columns, channels;
+  float* out;
+  int64_t plane;
+};
+
+// w [9][size] to G w G^T [16][size], or, backwards, d [16][size] to G^T d G [9][size].
+struct TransformWeight {
+  const float* from;
+  int64_t size;
+  float* to;
+  bool backwards;
+};
+
+extern Dispatch<TransformInput> transform_input;
+extern Dispatch<TransformOutput> transform_output;
+extern Dispatch<TransformGradient> transform_gradient;
+extern Dispatch<TransformWeight> transform_weight;
+
 }  // namespace rkfast

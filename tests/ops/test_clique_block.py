@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from rkfast import dispatch, ops
 from rkfast.ops import Norm, Stages, clique_block
 from tests.ops.test_dense_block import BACKENDS, relu_norm
-from tests.ops.tester import assert_as_good_as
+from tests.ops.tester import assert_as_good_as, assert_gradients_as_good_as
 
 C = K = 5
 S = 4
@@ -133,11 +133,13 @@ def test_against_float64(case: str, backend: str) -> None:
         # The same kernels as those of a dense block.
         assert dispatch.served()["dense_block", backend] == served["dense_block", backend] + 1
         assert dispatch.served()["dense_block_backward", backend] == served["dense_block_backward", backend] + 1
-    for name, value in found.items():
-        if value.is_floating_point():
-            assert_as_good_as(value, eager[name], truth[name], name)
+    gradients = [name for name in found if name.startswith("gradient")]
+    assert_gradients_as_good_as(*({name: d[name] for name in gradients} for d in (found, eager, truth)))
+    for name in found.keys() - set(gradients):
+        if found[name].is_floating_point():
+            assert_as_good_as(found[name], eager[name], truth[name], name)
         else:
-            assert torch.equal(value, truth[name]), name
+            assert torch.equal(found[name], truth[name]), name
 
 
 @pytest.mark.parametrize("case", ("irk", "rkcnn_i", "cliquenet"))

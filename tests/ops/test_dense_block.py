@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from rkfast import dispatch, native, ops
 from rkfast.ops import Norm, dense_block
-from tests.ops.tester import LAYOUTS, assert_as_good_as, lay
+from tests.ops.tester import LAYOUTS, assert_as_good_as, assert_gradients_as_good_as, lay
 
 BACKENDS = ("reference", *(("cpu",) if native.cpu_reason() is None else ()))
 # (growths, input channels, growth rate, bottleneck, increments of the sum)
@@ -21,10 +21,11 @@ SHAPES = {
     "neck": (4, 6, 4, 8, None),
     "sum": (4, 3, 3, None, 4),
     "neck_sum": (4, 4, 2, 8, 2),
-    "wide_neck": (3, 130, 20, 24, None),  # more channels than a tile of the backward takes at once, and odd ones
+    "wide_neck": (2, 270, 20, 24, None),  # more channels than a tile of the backward takes at once, and odd ones
+    "tiles": (2, 18, 17, None, None),  # channels enough for the convolution by tiles
 }
 NORMS = ("batch", "frozen", "bare", "cumulative")
-MEMORY = {"plain": ("speed",), "sum": ("speed",)}
+MEMORY = {"plain": ("speed",), "sum": ("speed",), "tiles": ("speed",)}
 
 
 class Block:
@@ -142,11 +143,13 @@ def compare(
         assert dispatch.served()["dense_block", backend] == served["dense_block", backend] + 1
         assert dispatch.served()["dense_block_backward", backend] == served["dense_block_backward", backend] + 1
     assert found.keys() == truth.keys()
-    for name, value in found.items():
-        if value.is_floating_point():
-            assert_as_good_as(value, theirs[name], truth[name], name)
+    gradients = [name for name in found if name.startswith("gradient")]
+    assert_gradients_as_good_as(*({name: d[name] for name in gradients} for d in (found, theirs, truth)))
+    for name in found.keys() - set(gradients):
+        if found[name].is_floating_point():
+            assert_as_good_as(found[name], theirs[name], truth[name], name)
         else:
-            assert torch.equal(value, truth[name]), name
+            assert torch.equal(found[name], truth[name]), name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -166,10 +169,10 @@ def test_layouts(how: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("size", ((40, 1, 1), (3, 1, 7), (5, 9, 1), (4, 2, 2), (2, 17, 19)))
+@pytest.mark.parametrize("size", ((40, 1, 1), (3, 1, 7), (5, 9, 1), (4, 2, 2), (2, 17, 19), (1, 5, 130), (3, 4, 4)))
 def test_sizes(size: tuple[int, int, int], backend: str) -> None:
     torch.manual_seed(2)
-    for shape in ("plain", "neck_sum"):
+    for shape in ("plain", "neck_sum", "tiles", "wide_neck"):
         compare(shape, "batch", backend, torch.float32, "channels_last", size)
 
 

@@ -120,6 +120,28 @@ def assert_as_good_as(ours: Tensor, eager: Tensor, truth: Tensor, what: str) -> 
     )
 
 
+def assert_gradients_as_good_as(
+    ours: dict[str, Tensor], eager: dict[str, Tensor], truth: dict[str, Tensor], roundings: int = 4
+) -> None:
+    """Of a deep op, whose many gradients differ by luck: all of them together at most twice as far off as eager's, and
+    none far off. Tensors by the same names."""
+
+    def gaps(found: dict[str, Tensor]) -> dict[str, float]:
+        sizes = {name: t.double().square().mean().sqrt().item() for name, t in truth.items()}
+        return {name: error(found[name], t)[0] / (sizes[name] or 1.0) for name, t in truth.items()}
+
+    own, theirs = gaps(ours), gaps(eager)
+    eps = max(torch.finfo(t.dtype).eps for t in ours.values())
+    assert all(t.shape == truth[name].shape and torch.isfinite(t).all() for name, t in ours.items())
+    # In float64 the truth has errors of its own.
+    rounding = eps * (32 if eps < 1e-12 else 1)
+    mean, allowed = sum(own.values()) / len(own), 2 * sum(theirs.values()) / len(theirs) + rounding
+    assert mean <= allowed, f"mean error of the gradients {mean:.3e}, allowed {allowed:.3e}"
+    for name, gap in own.items():
+        limit = 8 * max(theirs[name], allowed) + roundings * eps
+        assert gap <= limit, f"{name}: error {gap:.3e}, eager's {theirs[name]:.3e}"
+
+
 class OpTester:
     """Subclass it and name: OPS, the forward and backward op; CASES; and the three methods below."""
 

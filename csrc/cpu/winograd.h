@@ -1,0 +1,108 @@
+// 3x3 convolutions as products of transformed tiles, F(2x2, 3x3): 16 products where 36 would be (Lavin and Gray, "Fast
+// Algorithms for Convolutional Neural Networks"). Tiles are 4x4 pixels that overlap by two, results 2x2. For host code: what is
+// vectorised stands in winograd_kernel.cpp.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/slots.h"
+
+namespace rkfast {
+
+// Bands of tile rows whose tiles, transformed, stay in the second-level cache.
+struct Bands {
+  int64_t height, width, columns, rows, each, per_image, count;
+
+  Bands(int64_t images, int64_t height, int64_t width, int64_t channels)
+      : height(height), width(width), columns((width + 1) / 2), rows((height + 1) / 2) {
+    constexpr int64_t kBytes = 600 << 10;
+    const int64_t tiles = kBytes / (16 * 4 * channels);
+    each = std::clamp<int64_t>(tiles / columns, 1, rows);
+    per_image = (rows + each - 1) / each;
+    each = (rows + per_image - 1) / per_image;
+    count = images * per_image;
+  }
+  int64_t tiles() const { return each * columns; }
+};
+
+// Memory of a thread that outlives the call: fresh pages cost more than the arithmetic on them.
+inline float* scratch(int which, int64_t size) {
+  static thread_local std::vector<float> kept[6];
+  if (static_cast<int64_t>(kept[which].size()) < size) kept[which].resize(size);
+  return kept[which].data();
+}
+
+// The pixels under band `b`, with a border, transformed. load(row, n, out) brings n pixels from `row` on.
+template <typename Load>
+void load_band(const Bands& s, int64_t b, int64_t channels, const Load& load, float* out) {
+  const int64_t image = b / s.per_image, first = b % s.per_image * s.each;
+  const int64_t rows = std::min(s.each, s.rows - first), wide = (2 * s.columns + 2) * channels;
+  float* strip = scratch(0, (2 * s.each + 2) * wide);
+  for (int64_t i = 0; i < 2 * rows + 2; ++i) {
+    const int64_t y = 2 * first - 1 + i;
+    float* row = strip + i * wide;
+    if (y < 0 || y >= s.height) {
+      std::fill_n(row, wide, 0.f);
+      continue;
+    }
+    std::fill_n(row, channels, 0.f);
+    load((image * s.height + y) * s.width, s.width, Slot<float>{row + channels, channels});
+    std::fill_n(row + (s.width + 1) * channels, wide - (s.width + 1) * channels, 0.f);
+  }
+  transform_input({strip, wide, channels, rows, s.columns, channels, out, s.tiles() * channels});
+}
+
+// out = the convolution of what `load` brings with weights transformed from [9][channels][outputs].
+template <typename Load>
+void winograd(const Bands& s, int64_t channels, int64_t outputs, const Load& load, const float* weights, Slot<float> out) {
+  at::parallel_for(0, s.count, 1, [&](int64_t from, int64_t to) {
+    float *x = scratch(1, 16 * s.tiles() * channels), *m = scratch(2, 16 * s.tiles() * outputs);
+    for (int64_t b = from; b < to; ++b) {
+      load_band(s, b, channels, load, x);
+      const int64_t first = b % s.per_image * s.each, rows = std::min(s.each, s.rows - first), tiles = rows * s.columns;
+      for (int q = 0; q < 16; ++q)
+        at::native::cpublas::brgemm(tiles, outputs, channels, channels, outputs, outputs, false, x + q * s.tiles() * channels,
+                                    weights + q * channels * outputs, m + q * s.tiles() * outputs);
+      const int64_t pixel = (b / s.per_image * s.height + 2 * first) * s.width;
+      transform_output({m, s.tiles() * outputs, rows, s.columns, outputs, out.row(pixel).data, s.width * out.pitch, out.pitch,
+                        s.height - 2 * first, s.width});
+    }
+    at::native::cpublas::brgemm_release(false);
+  });
+}
+
+// The gradient of weights [9][outputs][channels]; its sums are taken in `parts` that depend on the shape alone.
+template <typename Load>
+void winograd_weight(const Bands& s, int64_t channels, int64_t outputs, const Load& load, Slot<const float> grad, float* out) {
+  const int64_t parts = std::clamp<int64_t>(s.count / 4, 1, 8), size = outputs * channels;
+  std::vector<float> sums(parts * 16 * size);
+  at::parallel_for(0, parts, 1, [&](int64_t from, int64_t to) {
+    const int64_t plane = s.tiles() * outputs;
+    float *x = scratch(1, 16 * s.tiles() * channels), *g = scratch(2, 16 * plane), *turned = scratch(3, plane);
+    for (int64_t part = from; part < to; ++part) {
+      float* sum = sums.data() + part * 16 * size;
+      for (int64_t b = part * s.count / parts; b < (part + 1) * s.count / parts; ++b) {
+        load_band(s, b, channels, load, x);
+        const int64_t first = b % s.per_image * s.each, rows = std::min(s.each, s.rows - first), tiles = rows * s.columns;
+        const int64_t pixel = (b / s.per_image * s.height + 2 * first) * s.width;
+        transform_gradient({grad.row(pixel).data, s.width * grad.pitch, grad.pitch, s.height - 2 * first, s.width, rows,
+                            s.columns, outputs, g, plane});
+        for (int q = 0; q < 16; ++q) {
+          transpose_rows({{g + q * plane, outputs}, tiles, outputs, {turned, s.tiles()}});
+          at::native::cpublas::brgemm(outputs, channels, tiles, s.tiles(), channels, channels, true, turned,
+                                      x + q * s.tiles() * channels, sum + q * size);
+        }
+      }
+    }
+    at::native::cpublas::brgemm_release(false);
+  });
+  for (int64_t part = 1; part < parts; ++part)
+    for (int64_t i = 0; i < 16 * size; ++i) sums[i] += sums[part * 16 * size + i];
+  transform_weight({sums.data(), size, out, true});
+}
+
+}  // namespace rkfast
