@@ -27,6 +27,8 @@ struct Bands {
     count = images * per_image;
   }
   int64_t tiles() const { return each * columns; }
+  // From one transformed value of a tile to the next: not a multiple of a page, or all 16 fall on the same cache lines.
+  int64_t plane(int64_t channels) const { return tiles() * channels + 16; }
 };
 
 // Memory of a thread that outlives the call: fresh pages cost more than the arithmetic on them.
@@ -53,22 +55,22 @@ void load_band(const Bands& s, int64_t b, int64_t channels, const Load& load, fl
     load((image * s.height + y) * s.width, s.width, Slot<float>{row + channels, channels});
     std::fill_n(row + (s.width + 1) * channels, wide - (s.width + 1) * channels, 0.f);
   }
-  transform_input({strip, wide, channels, rows, s.columns, channels, out, s.tiles() * channels});
+  transform_input({strip, wide, channels, rows, s.columns, channels, out, s.plane(channels)});
 }
 
 // out = the convolution of what `load` brings with weights transformed from [9][channels][outputs].
 template <typename Load>
 void winograd(const Bands& s, int64_t channels, int64_t outputs, const Load& load, const float* weights, Slot<float> out) {
   at::parallel_for(0, s.count, 1, [&](int64_t from, int64_t to) {
-    float *x = scratch(1, 16 * s.tiles() * channels), *m = scratch(2, 16 * s.tiles() * outputs);
+    float *x = scratch(1, 16 * s.plane(channels)), *m = scratch(2, 16 * s.plane(outputs));
     for (int64_t b = from; b < to; ++b) {
       load_band(s, b, channels, load, x);
       const int64_t first = b % s.per_image * s.each, rows = std::min(s.each, s.rows - first), tiles = rows * s.columns;
       for (int q = 0; q < 16; ++q)
-        at::native::cpublas::brgemm(tiles, outputs, channels, channels, outputs, outputs, false, x + q * s.tiles() * channels,
-                                    weights + q * channels * outputs, m + q * s.tiles() * outputs);
+        at::native::cpublas::brgemm(tiles, outputs, channels, channels, outputs, outputs, false, x + q * s.plane(channels),
+                                    weights + q * channels * outputs, m + q * s.plane(outputs));
       const int64_t pixel = (b / s.per_image * s.height + 2 * first) * s.width;
-      transform_output({m, s.tiles() * outputs, rows, s.columns, outputs, out.row(pixel).data, s.width * out.pitch, out.pitch,
+      transform_output({m, s.plane(outputs), rows, s.columns, outputs, out.row(pixel).data, s.width * out.pitch, out.pitch,
                         s.height - 2 * first, s.width});
     }
     at::native::cpublas::brgemm_release(false);
@@ -81,8 +83,8 @@ void winograd_weight(const Bands& s, int64_t channels, int64_t outputs, const Lo
   const int64_t parts = std::clamp<int64_t>(s.count / 4, 1, 8), size = outputs * channels;
   std::vector<float> sums(parts * 16 * size);
   at::parallel_for(0, parts, 1, [&](int64_t from, int64_t to) {
-    const int64_t plane = s.tiles() * outputs;
-    float *x = scratch(1, 16 * s.tiles() * channels), *g = scratch(2, 16 * plane), *turned = scratch(3, plane);
+    const int64_t plane = s.plane(outputs);
+    float *x = scratch(1, 16 * s.plane(channels)), *g = scratch(2, 16 * plane), *turned = scratch(3, plane);
     for (int64_t part = from; part < to; ++part) {
       float* sum = sums.data() + part * 16 * size;
       for (int64_t b = part * s.count / parts; b < (part + 1) * s.count / parts; ++b) {
@@ -94,7 +96,7 @@ void winograd_weight(const Bands& s, int64_t channels, int64_t outputs, const Lo
         for (int q = 0; q < 16; ++q) {
           transpose_rows({{g + q * plane, outputs}, tiles, outputs, {turned, s.tiles()}});
           at::native::cpublas::brgemm(outputs, channels, tiles, s.tiles(), channels, channels, true, turned,
-                                      x + q * s.tiles() * channels, sum + q * size);
+                                      x + q * s.plane(channels), sum + q * size);
         }
       }
     }

@@ -9,9 +9,9 @@ using P = Pack<float>;
 using Vec = P::Vec;
 
 void input(const TransformInput& a) {
-  along<P, 1>(a.channels, [&](int64_t c, auto, auto n) {
-    for (int64_t r = 0; r < a.rows; ++r) {
-      for (int64_t t = 0; t < a.columns; ++t) {
+  for (int64_t r = 0; r < a.rows; ++r) {
+    for (int64_t t = 0; t < a.columns; ++t) {
+      along<P, 1>(a.channels, [&](int64_t c, auto, auto n) {
         const float* x = a.x + 2 * r * a.row_pitch + 2 * t * a.pixel_pitch + c;
         Vec d[4][4], e[4][4];
 #pragma GCC unroll 4
@@ -33,15 +33,15 @@ void input(const TransformInput& a) {
           store(P{e[i][2] - e[i][1]}, out + (4 * i + 2) * a.plane, n);
           store(P{e[i][1] - e[i][3]}, out + (4 * i + 3) * a.plane, n);
         }
-      }
+      });
     }
-  });
+  }
 }
 
 void output(const TransformOutput& a) {
-  along<P, 1>(a.channels, [&](int64_t c, auto, auto n) {
-    for (int64_t r = 0; r < a.rows; ++r) {
-      for (int64_t t = 0; t < a.columns; ++t) {
+  for (int64_t r = 0; r < a.rows; ++r) {
+    for (int64_t t = 0; t < a.columns; ++t) {
+      along<P, 1>(a.channels, [&](int64_t c, auto, auto n) {
         const float* m = a.m + (r * a.columns + t) * a.channels + c;
         Vec e[2][4];
 #pragma GCC unroll 4
@@ -59,15 +59,15 @@ void output(const TransformOutput& a) {
           store(P{e[i][0] + e[i][1] + e[i][2]}, out + i * a.row_pitch, n);
           if (beside) store(P{e[i][1] - e[i][2] - e[i][3]}, out + i * a.row_pitch + a.pixel_pitch, n);
         }
-      }
+      });
     }
-  });
+  }
 }
 
 void gradient(const TransformGradient& a) {
-  along<P, 1>(a.channels, [&](int64_t c, auto, auto n) {
-    for (int64_t r = 0; r < a.rows; ++r) {
-      for (int64_t t = 0; t < a.columns; ++t) {
+  for (int64_t r = 0; r < a.rows; ++r) {
+    for (int64_t t = 0; t < a.columns; ++t) {
+      along<P, 1>(a.channels, [&](int64_t c, auto, auto n) {
         const float* g = a.grad + 2 * r * a.row_pitch + 2 * t * a.pixel_pitch + c;
         const bool below = 2 * r + 1 < a.height, beside = 2 * t + 1 < a.width;
         const Vec zero(0.f);
@@ -91,9 +91,9 @@ void gradient(const TransformGradient& a) {
           store(P{s[i][0] - s[i][1]}, out + (4 * i + 2) * a.plane, n);
           store(P{zero - s[i][1]}, out + (4 * i + 3) * a.plane, n);
         }
-      }
+      });
     }
-  });
+  }
 }
 
 // One dimension of G w: 3 values to 4.
