@@ -203,7 +203,7 @@ class Block {
       }
       auto load = [&](int64_t row, int64_t n, Slot<float> out) {
         if (act) {
-          for (int64_t i = 0; i < n; ++i) std::copy_n(act + (row + i) * u.width, u.width, out.row(i).data);
+          std::copy_n(act + row * u.width, n * u.width, out.data);
         } else {
           normalise_rows({{b + row * u.width, u.width}, n, u.width, read2.scale.data(), read2.shift.data(), out});
         }
@@ -495,7 +495,7 @@ class Block {
         const int64_t channel = r.begin + from - first;
         float* total = total_.data_ptr<float>();
         read_backward_rows({act.column(from - columns.begin), grad.column(from - columns.begin), slot_of(x_, channel).row(row),
-                            rows, to - from, read.scale.data() + from, read.center.data() + from,
+                            rows, to - from, read.scale.data() + from, nullptr, read.center.data() + from,
                             {sums + from, sums + pad + from}, Slot<float>{total + channel, channels_}.row(row), {}});
       }
       first += r.size();
@@ -507,36 +507,36 @@ class Block {
     const Read read = fold(u.norm1, channels, u.eps1, [&](auto&& each) { slot_moments(u, each); });
     float* grad = materialised(grad_, u.growth);
     finish_slot({u.write, u.write + u.growth}, u.keep1, grad);
-    const float* act = materialise(channels, [&](int64_t row, int64_t n, Slot<float> out) { normalise(u, read, {0, channels}, row, n, out); });
-    auto [dact, dconv] = conv_backward(grad, u.growth, act, channels, u.conv1);
+    auto load = [&](int64_t row, int64_t n, Slot<float> out) { normalise(u, read, {0, channels}, row, n, out); };
+    auto [dact, dconv] = conv_backward(grad, u.growth, load, channels, u.conv1);
     const float* d = dact.template const_data_ptr<float>();
     std::vector<double> sums(parts_.count * 2 * pad);
     parts_.run([&](int64_t part, int64_t from, int64_t to) {
-      read_backward(u, read, {0, channels}, from, to - from, {act + from * channels, channels}, {d + from * channels, channels},
-                    sums.data() + 2 * part * pad, pad);
+      float* act = scratch(0, parts_.tile * channels);
+      parts_.tiles(from, to, [&](int64_t i, int64_t n) {
+        load(i, n, {act, channels});
+        read_backward(u, read, {0, channels}, i, n, {act, channels}, {d + i * channels, channels}, sums.data() + 2 * part * pad, pad);
+      });
     });
     const Sums s = total(sums, read, channels);
     defer(u, read, s);
     return {dconv, as_tensor(s.product, buffer_), as_tensor(s.grad, buffer_)};
   }
 
-  // The gradients of what a convolution read, materialised in act, and of its weight.
-  std::pair<Tensor, Tensor> conv_backward(const float* grad, int64_t growth, const float* act, int64_t channels, const Tensor& w) {
+  // The gradients of what a convolution read, which `load` brings, and of its weight.
+  template <typename Load>
+  std::pair<Tensor, Tensor> conv_backward(const float* grad, int64_t growth, const Load& load, int64_t channels, const Tensor& w) {
     if (by_tiles(w)) {
-      auto rows = [](const float* from, int64_t channels) {
-        return [=](int64_t row, int64_t n, Slot<float> out) {
-          for (int64_t i = 0; i < n; ++i) std::copy_n(from + (row + i) * channels, channels, out.row(i).data);
-        };
-      };
+      auto rows = [&](int64_t row, int64_t n, Slot<float> out) { std::copy_n(grad + row * growth, n * growth, out.data); };
       Tensor dact = reused(dact_, channels);
       const Bands bands(n_, h_, w_, channels + growth);
       const Tensor tiles = tile_weight(w, true), taps = at::empty({3, 3, growth, channels}, w.options().memory_format(std::nullopt));
-      winograd(bands, growth, channels, rows(grad, growth), tiles.const_data_ptr<float>(), {dact.data_ptr<float>(), channels});
-      winograd_weight(bands, channels, growth, rows(act, channels), {grad, growth}, taps.data_ptr<float>());
+      winograd(bands, growth, channels, rows, tiles.const_data_ptr<float>(), {dact.data_ptr<float>(), channels});
+      winograd_weight(bands, channels, growth, load, {grad, growth}, taps.data_ptr<float>());
       return {dact, like(taps.permute({2, 3, 0, 1}), w)};
     }
     const int64_t pad = w.size(2) / 2;
-    auto [dact, dw, dbias] = at::convolution_backward(nhwc(const_cast<float*>(grad), growth), nhwc(const_cast<float*>(act), channels), w,
+    auto [dact, dw, dbias] = at::convolution_backward(nhwc(const_cast<float*>(grad), growth), nhwc(materialise(channels, load), channels), w,
                                                       std::nullopt, {1, 1}, {pad, pad}, {1, 1}, false, {0, 0}, 1, {true, true, false});
     return {dact.contiguous(at::MemoryFormat::ChannelsLast), like(dw, w)};
   }
@@ -561,18 +561,18 @@ class Block {
 
     float* grad = materialised(grad_, u.growth);
     finish_slot({u.write, u.write + u.growth}, u.keep2, grad);
-    const float* act = materialise(width, [&](int64_t row, int64_t n, Slot<float> out) {
+    auto load = [&](int64_t row, int64_t n, Slot<float> out) {
       normalise_rows({{b + row * width, width}, n, width, read2.scale.data(), read2.shift.data(), out});
-    });
-    auto [dact, dconv2] = conv_backward(grad, u.growth, act, width, u.conv2);
+    };
+    auto [dact, dconv2] = conv_backward(grad, u.growth, load, width, u.conv2);
     float* d = dact.template data_ptr<float>();
 
     // Through the second ReLU and BatchNorm; d becomes the gradient of the bottleneck.
     std::vector<double> sums2(parts_.count * 2 * pad2);
     parts_.run([&](int64_t part, int64_t from, int64_t to) {
       double* s = sums2.data() + 2 * part * pad2;
-      read_backward_rows({{act + from * width, width}, {d + from * width, width}, {b + from * width, width}, to - from, width, nullptr,
-                          read2.center.data(), {s, s + pad2}, {}, {d + from * width, width}});
+      read_backward_rows({{}, {d + from * width, width}, {b + from * width, width}, to - from, width, read2.scale.data(),
+                          read2.shift.data(), read2.center.data(), {s, s + pad2}, {}, {d + from * width, width}});
     });
     const Sums s2 = total(sums2, read2, width);
     Floats slope(pad2), offset(pad2);

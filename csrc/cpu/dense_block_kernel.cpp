@@ -91,14 +91,15 @@ void finish_any(const FinishRows& a) {
   x ? (keep ? finish<true, true>(a) : finish<true, false>(a)) : (keep ? finish<false, true>(a) : finish<false, false>(a));
 }
 
-template <bool kTotal, bool kMasked>
+template <bool kTotal>  // with act and total, or with masked
 void read_backward(const ReadBackwardRows& a) {
   constexpr int64_t kBlockRows = 64;  // rows whose sums are taken in float
   over_channels(a.channels, [&](int64_t c, auto unroll, auto n) {
     constexpr int U = decltype(unroll)::value;
-    Vec scale[U], center[U];
+    Vec scale[U], shift[U], center[U];
     for (int u = 0; u < U; ++u) {
-      if constexpr (kTotal) scale[u] = Vec::loadu(a.scale + c + u * kWidth);
+      scale[u] = Vec::loadu(a.scale + c + u * kWidth);
+      if constexpr (!kTotal) shift[u] = Vec::loadu(a.shift + c + u * kWidth);
       center[u] = Vec::loadu(a.center + c + u * kWidth);
     }
     const Vec zero(0.f);
@@ -106,30 +107,39 @@ void read_backward(const ReadBackwardRows& a) {
     const int64_t total_pitch = a.total.pitch, masked_pitch = a.masked.pitch;
     for (int64_t begin = 0; begin < a.rows; begin += kBlockRows) {
       const int64_t end = std::min(begin + kBlockRows, a.rows);
-      const float *act = a.act.data + begin * act_pitch + c, *grad = a.grad.data + begin * grad_pitch + c;
+      const float* act = kTotal ? a.act.data + begin * act_pitch + c : nullptr;
+      const float* grad = a.grad.data + begin * grad_pitch + c;
       const float* x = a.x.data + begin * x_pitch + c;
       float* total = kTotal ? a.total.data + begin * total_pitch + c : nullptr;
-      float* masked = kMasked ? a.masked.data + begin * masked_pitch + c : nullptr;
+      float* masked = !kTotal ? a.masked.data + begin * masked_pitch + c : nullptr;
       Vec s0[U], s1[U];
       for (int u = 0; u < U; ++u) s0[u] = s1[u] = zero;
       for (int64_t i = begin; i < end; ++i) {
         for (int u = 0; u < U; ++u) {
-          const P r = load<P>(act + u * kWidth, n);
           P g = load<P>(grad + u * kWidth, n);
           const P v = load<P>(x + u * kWidth, n);
-          g.v[0] = Vec::blendv(g.v[0], zero, r.v[0] <= zero);
+          Vec r;
+          if constexpr (kTotal) {
+            r = load<P>(act + u * kWidth, n).v[0];
+          } else {
+            r = at::vec::fmadd(v.v[0], scale[u], shift[u]);
+          }
+          g.v[0] = Vec::blendv(g.v[0], zero, r <= zero);
           s0[u] = s0[u] + g.v[0];
           s1[u] = at::vec::fmadd(g.v[0], v.v[0] - center[u], s1[u]);
-          if constexpr (kMasked) store(g, masked + u * kWidth, n);
+          if constexpr (!kTotal) store(g, masked + u * kWidth, n);
           if constexpr (kTotal) {
             P sum = load<P>(total + u * kWidth, n);
             sum.v[0] = at::vec::fmadd(scale[u], g.v[0], sum.v[0]);
             store(sum, total + u * kWidth, n);
           }
         }
-        act += act_pitch, grad += grad_pitch, x += x_pitch;
-        if constexpr (kTotal) total += total_pitch;
-        if constexpr (kMasked) masked += masked_pitch;
+        grad += grad_pitch, x += x_pitch;
+        if constexpr (kTotal) {
+          act += act_pitch, total += total_pitch;
+        } else {
+          masked += masked_pitch;
+        }
       }
       for (int u = 0; u < U; ++u) {
         alignas(64) float first[kWidth], second[kWidth];
@@ -146,9 +156,7 @@ void read_backward(const ReadBackwardRows& a) {
 }
 
 void read_backward_any(const ReadBackwardRows& a) {
-  const bool total = a.total.data != nullptr, masked = a.masked.data != nullptr;
-  total ? (masked ? read_backward<true, true>(a) : read_backward<true, false>(a))
-        : (masked ? read_backward<false, true>(a) : read_backward<false, false>(a));
+  a.act.data ? read_backward<true>(a) : read_backward<false>(a);
 }
 
 void transpose(const TransposeRows& a) {

@@ -44,12 +44,12 @@ struct FinishRows {
   Slot<float> out;
 };
 
-// With g = grad where act is not <= 0: sums[0] += sum g, sums[1] += sum g * (x - center), and, where there is a `total`,
-// total += scale * g. `grad` becomes g where it is to be kept.
+// With g = grad where act is not <= 0: sums[0] += sum g and sums[1] += sum g * (x - center). With an act also total +=
+// scale * g; without one, where it is scale * x + shift, masked = g.
 struct ReadBackwardRows {
   Slot<const float> act, grad, x;
   int64_t rows, channels;
-  const float *scale, *center;
+  const float *scale, *shift, *center;
   double* sums[2];
   Slot<float> total, masked;
 };
