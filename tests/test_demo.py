@@ -24,7 +24,8 @@ def test_runs_and_writes(tmp_path: Path) -> None:
     out = tmp_path / "new" / "folder"
     text = run(sys.executable, "-m", "rkfast", "demo", *SMALL, "--out", str(out), "--seed", "3")
     report = json.loads((out / "demo.json").read_text())
-    assert (report["model"], report["method"], report["epochs"], report["seed"]) == ("ho_resnet-4", "euler", 1, 3)
+    assert (report["model"], report["epochs"], report["seed"]) == ("ho_resnet-4", 1, 3)
+    assert report["options"] == {"method": "euler", "width": demo.WIDTH, "in_chans": 1}
     for name in ("stock", "fused"):
         result = report[name]
         assert len(result["losses"]) == report["steps"] == 1437 // demo.BATCH
@@ -44,6 +45,17 @@ def test_runs_and_writes(tmp_path: Path) -> None:
         assert "no kernels here" in text
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert "step/s" in text
+
+
+@pytest.mark.parametrize("model", ("erknet-1x1_1x1", "irknet-2x1_2x1-ab", "rkcnn-i-2_2", "densenet-7"))
+def test_other_families(model: str, tmp_path: Path) -> None:
+    run(sys.executable, "-m", "rkfast", "demo", "--epochs", "1", "--model", model, "--out", str(tmp_path))
+    report = json.loads((tmp_path / "demo.json").read_text())
+    assert report["options"]["growth_rate"] == demo.GROWTH_RATE
+    for name in ("stock", "fused"):
+        assert report[name]["losses"][-1] < report[name]["losses"][0]
+    op = "dense_block" if native.cpu_reason() is None else "bn_rk_sum"
+    assert any(key.startswith(f"{op} by") for key in report["served"])
 
 
 @pytest.mark.skipif(native.cpu_reason() is not None, reason="the C++ kernels are not built")
