@@ -48,7 +48,7 @@ def list_models() -> list[str]:
     return [name for family in _FAMILIES.values() for name in family.names]
 
 
-def create_model(name: str, *, fused: bool = True, **options: Any) -> nn.Module:
+def create_model(name: str, *, fused: bool = True, memory: str = "speed", **options: Any) -> nn.Module:
     """A model by the name that its paper gives it, in upper or lower case.
 
     Args:
@@ -59,6 +59,8 @@ def create_model(name: str, *, fused: bool = True, **options: Any) -> nn.Module:
             ``densenet-<depth>`` and ``densenet-<depth>-bc`` for CIFAR; ``cliquenet-<T>`` with T convolutions in three
             blocks and any of a, b and c (compression) at the end.
         fused: False builds the same model, with the same parameters and keys, of stock PyTorch operations.
+        memory: what fused dense and clique blocks keep for the backward: "speed" their bottlenecks, "min" only slots;
+            a model's ``set_memory`` changes it.
         options: ``num_classes``, ``in_chans=3`` for all;
 
             ho_resnet: ``method="rk4"|"midpoint"|"euler"``, ``width=64``, ``step=1.0``, ``learn=()`` or some of
@@ -99,4 +101,4 @@ def create_model(name: str, *, fused: bool = True, **options: Any) -> nn.Module:
     for option in options:
         if option not in supported:
             raise TypeError(f"{option}: not an option of {word[0]}; supported are {', '.join(supported)}")
-    return family.build(**parts, **family.fixed, fused=fused, **options)
+    return family.build(**parts, **family.fixed, fused=fused, **options).set_memory(memory)

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from rkfast.nn import CliqueBlock, DenseBlock, RKCNNStep
 from rkfast.nn.step import with_moments
 from rkfast.ops import Moments
+from rkfast.ops.dense_block import MEMORY
 
 MAX_LAYERS = 2050
 MAX_CHANNELS = 4096
@@ -32,7 +34,7 @@ class Family(NamedTuple):
 
     form: str
     pattern: re.Pattern[str]
-    build: Callable[..., nn.Module]
+    build: Callable[..., ImageModel]
     names: list[str]
     fixed: dict[str, Any]
 
@@ -106,6 +108,18 @@ class ImageModel(nn.Module):
             )
             return
         self.grad_checkpointing = enable
+
+    def set_memory(self, memory: str) -> ImageModel:
+        """What fused dense and clique blocks keep for the backward: "speed" their bottlenecks, "min" makes them again.
+
+        Raises:
+            ValueError: memory is neither."""
+        if memory not in MEMORY:
+            raise ValueError(f"memory: expected one of {', '.join(MEMORY)}, got {memory!r}")
+        for module in self.modules():
+            if isinstance(module, (DenseBlock, CliqueBlock, RKCNNStep)):
+                module.memory = memory
+        return self
 
     def no_weight_decay(self) -> set[str]:
         """Names of learned step sizes and coefficients: a smaller one is not a simpler one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,21 @@ class Attention(nn.Module):
     def gate(self, mean: Tensor) -> Tensor:
         """The factor [N, C, 1, 1] from the mean of x over H and W, Tensor [N, C]."""
         return torch.sigmoid(self.fc2(F.relu(self.fc1(mean))))[:, :, None, None]
+
+
+class _Pool(torch.autograd.Function):
+    """nn.AvgPool2d(2), which keeps all of its input for the backward to know its size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.given = (x.shape, x.stride())
+        return F.avg_pool2d(x, 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        shape, strides = ctx.given
+        like = grad.new_empty_strided(shape, strides)
+        return torch.ops.aten.avg_pool2d_backward(grad, like, [2, 2], [2, 2], [0, 0], False, True, None)
 
 
 class Transition(nn.Module):
@@ -75,7 +91,7 @@ class Transition(nn.Module):
     def forward(self, y: Tensor, moments: Moments | None = None) -> Tensor:
         x = batch_norm_relu(self.get_submodule(self.norm_name), y, moments, fused=self.fused)
         if self._pools_first():
-            pooled = self.conv(self.pool(x))
+            pooled = self.conv(self._pooled(x))
             if self.attention is None:
                 return pooled
             # The mean of the convolution's result is the convolution of the mean, also where the pool leaves out a row.
@@ -84,6 +100,11 @@ class Transition(nn.Module):
         if self.attention is not None:
             x = self.attention(x)
         return self.pool(x)
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        pool = self.pool
+        usual = (pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode) == (2, 2, 0, False)
+        return _Pool.apply(x) if usual and pool.divisor_override is None else pool(x)
 
     def _pools_first(self) -> bool:
         """Whether the average comes before the 1x1 convolution, with which it commutes: a quarter of the products. Not

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 import rkfast
+from rkfast import measure, native
+from rkfast.nn import DenseBlock
 from tests.models.tester import (
     check_checkpointing,
     check_dropout,
@@ -199,3 +201,24 @@ def test_bad_arguments(name: str, options: dict[str, Any], error: type[Exception
     with torch.device("meta"), pytest.raises(error, match=message) as caught:
         rkfast.create_model(name, **options)
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.skipif(native.cpu_reason() is not None, reason="the C++ kernels are not built")
+def test_bytes_saved_for_backward() -> None:
+    """DenseNet-121 at 224x224, batch 2: by saved-tensor hooks, without parameters."""
+    x = torch.randn(2, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+    saved = {}
+    for fused, memory in ((False, "speed"), (True, "speed"), (True, "min")):
+        model = rkfast.create_model("densenet121", fused=fused, memory=memory).to(memory_format=torch.channels_last)
+        kept = measure.saved_bytes(lambda m=model: m(x), [*model.parameters(), *model.buffers()])
+        saved[memory if fused else "stock"] = kept / 2**20
+    assert saved["stock"] > 240
+    assert saved["speed"] <= 70
+    assert saved["min"] <= 40
+
+
+def test_memory() -> None:
+    model = rkfast.create_model("densenet-10-bc", growth_rate=4, memory="min")
+    assert {m.memory for m in model.modules() if isinstance(m, DenseBlock)} == {"min"}
+    with pytest.raises(ValueError, match="memory: expected one of speed, min, got 'most'"):
+        rkfast.create_model("densenet-7", memory="most")
