@@ -279,10 +279,12 @@ class Block {
   Tensor nhwc(float* data, int64_t channels) const {
     return at::from_blob(data, {n_, h_, w_, channels}, options_).permute({0, 3, 1, 2});
   }
-  float* materialised(Tensor& kept, int64_t channels) const {
-    if (!kept.defined() || kept.numel() < rows_ * channels) kept = at::empty({rows_ * channels}, options_);
+  // Memory that the growths of a call share.
+  float* room(Tensor& kept, int64_t size) const {
+    if (!kept.defined() || kept.numel() < size) kept = at::empty({size}, options_);
     return kept.data_ptr<float>();
   }
+  float* materialised(Tensor& kept, int64_t channels) const { return room(kept, rows_ * channels); }
   Slot<float> slot(int64_t channel) const { return {x_ + channel, channels_}; }
   Slot<const float> slot_of(const float* data, int64_t channel) const { return {data + channel, channels_}; }
   static const float* data(const Optional& v) { return v ? v->const_data_ptr<float>() : nullptr; }
@@ -588,8 +590,7 @@ class Block {
 
     const int64_t blocks = (channels + kColumns - 1) / kColumns, each = std::min(channels, (channels / std::max<int64_t>(blocks, 1) + 31) / 32 * 32);
     const int64_t tile = parts_.tile;
-    Tensor partial = at::empty({parts_.count, width, channels}, buffer_.options().memory_format(std::nullopt));
-    float* products = partial.data_ptr<float>();
+    float* products = room(products_, parts_.count * width * channels);
     std::vector<double> sums(parts_.count * 2 * pad);
     parts_.run([&](int64_t part, int64_t from, int64_t to) {
       float *turned = scratch(0, tile * width), *x = scratch(1, tile * each), *dx = scratch(2, tile * each);
@@ -621,7 +622,7 @@ class Block {
   const Parts parts_;
   const at::TensorOptions options_;
   std::vector<Unit> units_;
-  Tensor buffer_, total_, normalised_, mid_, grad_, dact_;
+  Tensor buffer_, total_, normalised_, mid_, grad_, dact_, products_;
   float* x_ = nullptr;
   Moment moments_;
   std::vector<double> s1_, s2_;
