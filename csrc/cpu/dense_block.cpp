@@ -612,6 +612,7 @@ class Block {
     });
     const Sums s = total(sums, read, channels);
     defer(u, read, s);
+    const Tensor partial = at::from_blob(products, {parts_.count, width, channels}, options_);
     const Tensor dconv1 = partial.sum(0).mul_(scale2.unsqueeze(1)).reshape(u.conv1.sizes());
     return {dconv1, as_tensor(s.product, buffer_), as_tensor(s.grad, buffer_), dconv2, as_tensor(s2.product, buffer_), as_tensor(s2.grad, buffer_)};
   }
