@@ -244,7 +244,7 @@ def test_moments_come_and_go(backend: str) -> None:
     torch.manual_seed(8)
     for shape in ("neck", "neck_sum"):
         block = Block(shape).to(torch.float32)
-        x = torch.randn(3, block.inputs, 6, 5)
+        x = torch.randn(3, block.inputs, 6, 5, requires_grad=True)
         with dispatch.use(backend):
             out, moments = block.ours(x, return_moments=True)
             again = block.ours(x, moments=ops.channel_moments(x))
