@@ -5,7 +5,11 @@ from collections.abc import Sequence
 from torch import Tensor
 
 def survey(
-    tensors: Sequence[Tensor | None], vectors: Sequence[Tensor | None], gates: Sequence[Tensor | None]
+    tensors: Sequence[Tensor | None],
+    vectors: Sequence[Tensor | None],
+    gates: Sequence[Tensor | None],
+    running: int,
+    counter: Tensor | None,
 ) -> int: ...
 def rk_sum(
     terms: Sequence[Tensor],

@@ -7,6 +7,7 @@ the automatic choice takes the first implementation that can, and remembers why 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 import threading
@@ -56,7 +57,8 @@ class Choice(NamedTuple):
 
 OPS: dict[str, Op] = {}
 _environment = os.environ.get("RKFAST_BACKEND") or "auto"
-_forced: list[str] = []  # process-wide, so that it also holds in autograd's threads
+# Process-wide, so that it also holds in autograd's threads. Lists of one, because they are told apart by identity.
+_forced: tuple[list[str], ...] = ()
 _lock = threading.Lock()
 _served: Counter[tuple[str, str]] = Counter()
 
@@ -98,6 +100,8 @@ class Op:
         return Record(choice.backend, choice.rejected, shape, dtype, device)
 
     def _choose(self, lead: torch.Tensor, args: tuple[Any, ...]) -> Choice:
+        if not lead.is_floating_point():
+            raise TypeError(f"rkfast.{self.name}: expected floating-point tensors, got {lead.dtype}")
         explicit = forced()
         if explicit is not None:
             found = [i for i in self.implementations if i.backend == explicit]
@@ -160,7 +164,7 @@ def register(schema: str, body: Callable[..., Any], fake: Callable[..., Any]) ->
     Args:
         schema: torch schema, the name first.
         body: computes it; usually an Op.
-        fake: allocates what ``body`` returns, for tracing.
+        fake: allocates what ``body`` returns, for tracing and for meta tensors.
 
     Returns:
         The torch operator.
@@ -168,14 +172,23 @@ def register(schema: str, body: Callable[..., Any], fake: Callable[..., Any]) ->
     name = schema.split("(", 1)[0]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     library.impl(name, body, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"rkfast::{name}", fake, lib=library)
+    torch.library.register_fake(f"rkfast::{name}", functools.partial(_faked, name, fake), lib=library)
     return getattr(torch.ops.rkfast, name).default
+
+
+def _faked(name: str, fake: Callable[..., Any], *args: Any) -> Any:
+    """A meta tensor brings a call here whatever the others are, which would then be left unread and unwritten."""
+    tensors = [t for arg in args for t in (arg if isinstance(arg, (list, tuple)) else [arg])]
+    if len({t.is_meta for t in tensors if isinstance(t, torch.Tensor)}) > 1:
+        raise ValueError(f"rkfast.{name}: some tensors are on device meta and some are not; move them to one")
+    return fake(*args)
 
 
 def forced() -> str | None:
     """The backend asked for by ``use`` or RKFAST_BACKEND; None leaves the choice automatic."""
-    if _forced:
-        return _forced[-1]
+    stack = _forced  # another thread may replace it
+    if stack:
+        return stack[-1][0]
     return None if _environment == "auto" else _known(_environment, "RKFAST_BACKEND")
 
 
@@ -195,11 +208,15 @@ def use(backend: str) -> Iterator[None]:
     Raises:
         ValueError: ``backend`` is none of the four.
     """
-    _forced.append(_known(backend, "backend"))
+    global _forced
+    own = [_known(backend, "backend")]
+    with _lock:
+        _forced = (*_forced, own)
     try:
         yield
     finally:
-        _forced.pop()
+        with _lock:
+            _forced = tuple(other for other in _forced if other is not own)
 
 
 def served() -> Counter[tuple[str, str]]:

@@ -1,22 +1,35 @@
 #include <ATen/record_function.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "cpu/host.h"
 
 namespace rkfast {
 
+namespace {
+
+// Who would miss a call that goes past the dispatcher.
+const c10::DispatchKeySet kWatched({c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot,
+                                    c10::DispatchKey::FuncTorchDynamicLayerFrontMode, c10::DispatchKey::FuncTorchBatched,
+                                    c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Functionalize,
+                                    c10::DispatchKey::Tracer});
+// Memory that does not hold the values.
+const c10::DispatchKeySet kLazy({c10::DispatchKey::Negative, c10::DispatchKey::Conjugate,
+                                 c10::DispatchKey::ZeroTensor});
+
+// No tangent can be at work. Forward-mode AD has one level, number 0.
+bool without_duals() { return torch::autograd::ForwardADLevel::try_get_by_idx(0) == nullptr; }
+
+}  // namespace
+
 int64_t survey(const std::vector<Optional>& tensors, const std::vector<Optional>& vectors,
-               const std::vector<Optional>& gates) {
+               const std::vector<Optional>& gates, int64_t running, const Optional& counter) {
   if (tensors.empty() || !tensors[0] || tensors.size() > kMaxTerms) return 0;
   const Tensor& first = *tensors[0];
   if (first.dim() < 2 || first.dim() > 5 || !at::isFloatingType(first.scalar_type())) return 0;
   const bool grad_mode = c10::GradMode::is_enabled();
-  const auto watched = c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot,
-                                            c10::DispatchKey::FuncTorchDynamicLayerFrontMode,
-                                            c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper,
-                                            c10::DispatchKey::Functionalize});
   bool grad = false;
   c10::DispatchKeySet keys = c10::impl::tls_local_dispatch_key_set().included_;
   auto usable = [&](const Tensor& t) {
@@ -33,11 +46,19 @@ int64_t survey(const std::vector<Optional>& tensors, const std::vector<Optional>
     return usable(*v) && at::isFloatingType(v->scalar_type()) && (d == 1 || (gate && d == 2)) &&
         v->size(d - 1) == first.size(1) && (d == 1 || v->size(0) == first.size(0));
   };
-  for (const Optional& v : vectors)
+  const auto first_running = static_cast<int64_t>(vectors.size()) - running;
+  for (int64_t i = 0; i < static_cast<int64_t>(vectors.size()); ++i) {
+    const Optional& v = vectors[i];
     if (!fits(v, false)) return 0;
+    if (v && i >= first_running && ((grad_mode && v->requires_grad()) || (v->stride(0) == 0 && v->numel() > 1))) return 0;
+  }
   for (const Optional& v : gates)
     if (!fits(v, true)) return 0;
-  const bool plain = (first.is_cpu() || first.is_cuda()) && !keys.has_any(watched) && !c10::impl::TorchDispatchModeTLS::any_modes_set() && !at::hasCallbacks();
+  if (counter && (!usable(*counter) || !at::isIntegralType(counter->scalar_type(), false) || counter->numel() != 1))
+    return 0;
+  if (keys.has_any(kLazy)) return 0;
+  const bool plain = (first.is_cpu() || first.is_cuda()) && !keys.has_any(kWatched) &&
+      !c10::impl::TorchDispatchModeTLS::any_modes_set() && !at::hasCallbacks() && without_duals();
   const bool channels_last = !first.is_contiguous() &&
       ((first.dim() == 4 && first.is_contiguous(at::MemoryFormat::ChannelsLast)) ||
        (first.dim() > 2 && first.stride(1) == 1 && first.size(1) > 1));
@@ -50,7 +71,8 @@ PYBIND11_MODULE(_C, m) {
   using release = py::call_guard<py::gil_scoped_release>;
   using py::arg;
   m.doc() = "C++ kernels for CPU tensors; rkfast/_C.pyi types them.";
-  m.def("survey", &rkfast::survey, arg("tensors"), arg("vectors"), arg("gates"));
+  m.def("survey", &rkfast::survey, arg("tensors"), arg("vectors"), arg("gates"),
+        arg("running"), arg("counter"));
   m.def("rk_sum", &rkfast::rk_sum, release(), arg("terms"), arg("coeffs"), arg("steps"), arg("shift"),
         arg("channels_last"), arg("relu"), arg("moments"), arg("mask"), arg("out") = py::none());
   m.def("rk_sum_backward", &rkfast::rk_sum_backward, release(), arg("grad"), arg("mask"), arg("coeffs"), arg("steps"),

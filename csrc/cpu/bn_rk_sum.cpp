@@ -13,11 +13,11 @@ class Norm {
  public:
   Norm(const Rows& rows, const Optional& weight, const Optional& bias, const Tensor& mean, const Tensor& var,
        const Optional& step, double eps)
-      : weight_(weight, rows.channels, 1.0),
-        bias_(bias, rows.channels, 0.0),
-        mean_(mean, rows.channels, 0.0),
-        var_(var, rows.channels, 1.0),
-        step_(step, rows.channels, 1.0),
+      : weight_("weight", weight, rows.channels, 1.0),
+        bias_("bias", bias, rows.channels, 0.0),
+        mean_("mean", mean, rows.channels, 0.0),
+        var_("var", var, rows.channels, 1.0),
+        step_("step", step, rows.channels, 1.0, rows.samples),
         has_bias_(bias.has_value()),
         samples_(step_.by_sample() ? rows.samples : 1),
         eps_(eps) {}
@@ -60,6 +60,7 @@ std::vector<Tensor> bn_rk_sum(const Tensor& x, const Optional& weight, const Opt
   WithoutAutocast guard;
   TORCH_CHECK_VALUE(terms.size() < kMaxTerms && terms.size() == coeffs.size(),
                     "terms, coeffs: expected as many of each, at most 16");
+  TORCH_CHECK_VALUE(mean.has_value() == var.has_value(), mean ? "var" : "mean", ": give mean and var, or neither");
   const Rows rows(x, channels_last);
   Operands operands(x, rows);
   const Operand normalised = operands.add(x);
@@ -114,6 +115,7 @@ std::vector<Tensor> bn_rk_sum_backward(const Tensor& grad, const Tensor& x, cons
                                        bool need_affine, bool need_step) {
   WithoutAutocast guard;
   TORCH_CHECK_VALUE(coeffs.size() < kMaxTerms, "terms: at most 16");
+  TORCH_CHECK_VALUE(step || !need_step, "step: need_step asks for its gradient, and there is none");
   const Rows rows(x, channels_last);
   const int64_t channels = rows.channels;
   const Norm norm(rows, weight, bias, mean, var, step, eps);

@@ -93,6 +93,16 @@ std::pair<Tensor, Tensor> own_moments(const Tensor& x, Operand operand, const Ro
 
 namespace {
 
+// It takes the first channels' share.
+void check_running(const char* name, const Tensor& running, int64_t channels) {
+  TORCH_CHECK_TYPE(at::isFloatingType(running.scalar_type()), name, ": expected a floating-point tensor, got ",
+                   running.scalar_type());
+  TORCH_CHECK_VALUE(running.is_cpu() && !running.is_neg() && running.dim() == 1 && running.size(0) <= channels &&
+                        (running.stride(0) != 0 || running.size(0) < 2),
+                    name, ": expected a CPU vector of at most ", channels, " channels with memory of its own, got ",
+                    running.sizes(), " on ", running.device());
+}
+
 // The running value of one channel after another, of any floating dtype.
 template <typename F>
 void update(const Tensor& running, double weight, F&& batch) {
@@ -114,9 +124,27 @@ void update_running_stats(const Tensor& mean, const Tensor& var, int64_t count, 
                           const std::vector<Tensor>& running_var, const std::vector<Tensor>& num_batches_tracked,
                           std::optional<double> momentum) {
   WithoutAutocast guard;
+  const int64_t channels = mean.dim() == 1 ? mean.size(0) : -1;
+  TORCH_CHECK_VALUE(channels >= 0, "mean: expected [C], got ", mean.sizes());
+  const Vector batch_mean("mean", mean, channels, 0), batch_var("var", var, channels, 0);
+  TORCH_CHECK_VALUE(count >= 0, "count: expected the number of values per channel, got ", count);
+  TORCH_CHECK_VALUE(running_var.size() == running_mean.size(), "running_var: expected as many as running_mean, ",
+                    running_mean.size(), ", got ", running_var.size());
+  TORCH_CHECK_VALUE(momentum || num_batches_tracked.size() >= running_mean.size(),
+                    "num_batches_tracked: the cumulative average needs a counter for each running_mean, ",
+                    running_mean.size(), ", got ", num_batches_tracked.size());
+  for (const Tensor& n : num_batches_tracked)
+    TORCH_CHECK_VALUE(n.is_cpu() && n.numel() == 1, "num_batches_tracked: expected CPU tensors of one element, got ",
+                      n.sizes(), " on ", n.device());
+  for (size_t i = 0; i < running_mean.size(); ++i) {
+    check_running("running_mean", running_mean[i], channels);
+    check_running("running_var", running_var[i], running_mean[i].size(0));
+    TORCH_CHECK_VALUE(running_var[i].size(0) == running_mean[i].size(0),
+                      "running_var: expected the shape of running_mean, ", running_mean[i].sizes(), ", got ",
+                      running_var[i].sizes());
+  }
   for (const Tensor& n : num_batches_tracked) n.add_(1);
   if (count == 0) return;
-  const Vector batch_mean(mean, mean.numel(), 0), batch_var(var, var.numel(), 0);
   const double unbiased = static_cast<double>(count) / static_cast<double>(std::max<int64_t>(count - 1, 1));
   for (size_t i = 0; i < running_mean.size(); ++i) {
     const double weight = momentum ? *momentum : 1.0 / num_batches_tracked[i].item<double>();

@@ -95,6 +95,9 @@ inline bool is_dense(int64_t outer, int64_t inner, const Rows& r) {
   return inner == r.length() && (r.outer() <= 1 || outer == r.inner() * r.length());
 }
 
+// x with its values in memory; without the dispatcher where they are.
+inline Tensor resolved(const Tensor& x) { return x.is_neg() ? x.resolve_neg() : x; }
+
 // Conforming operands stay alive here while a kernel runs. All have the shape, dtype and device of the first.
 class Operands {
  public:
@@ -103,7 +106,7 @@ class Operands {
   Operand add(const Tensor& x) {
     check(x);
     Pitch p;
-    kept_.push_back(conform(x, rows_, p));
+    kept_.push_back(conform(resolved(x), rows_, p));
     dense_ = dense_ && is_dense(p.outer, p.inner, rows_);
     return {kept_.back().const_data_ptr(), p.outer, p.inner};
   }
@@ -112,6 +115,7 @@ class Operands {
   Operand output(const Tensor& x) {
     check(x);
     Pitch p;
+    TORCH_CHECK_VALUE(!x.is_neg(), "out: a view that negates lazily cannot be written");
     TORCH_CHECK_VALUE(find_pitch(x, rows_, p), "out: neither dense nor a channel slice in the layout of the call");
     dense_ = dense_ && is_dense(p.outer, p.inner, rows_);
     return {x.data_ptr(), p.outer, p.inner};
@@ -141,19 +145,26 @@ class Operands {
 
 inline void flatten(Operand& x, const Shape& s) { x.outer = 0, x.inner = s.length; }
 
-// A vector [C], or [N, C], read in double whatever its type.
+// A vector [C], or, where there are samples, [N, C]; read in double whatever its type.
 class Vector {
  public:
-  Vector(const Optional& v, int64_t channels, double otherwise) : channels_(channels), otherwise_(otherwise) {
+  Vector(const char* name, const Optional& v, int64_t channels, double otherwise, int64_t samples = -1)
+      : channels_(channels), otherwise_(otherwise) {
     if (!v) return;
     by_sample_ = v->dim() == 2;
-    TORCH_CHECK_VALUE(v->is_cpu() && v->numel() == (by_sample_ ? v->size(0) * channels : channels),
-                      "a vector per channel: expected ", channels, " channels, got ", v->sizes());
-    if (v->scalar_type() == at::kFloat && v->is_contiguous()) {
-      kept_ = *v;
+    TORCH_CHECK_VALUE(v->is_cpu(), name, ": expected a CPU tensor, got one on ", v->device());
+    TORCH_CHECK_TYPE(at::isFloatingType(v->scalar_type()), name, ": expected a floating-point tensor, got ",
+                     v->scalar_type());
+    TORCH_CHECK_VALUE(v->dim() >= 1 && v->dim() <= 2 && v->size(-1) == channels &&
+                          (!by_sample_ || v->size(0) == samples),
+                      name, ": expected one value per channel, [", channels, "]",
+                      samples < 0 ? "" : " or one per sample and channel", ", got ", v->sizes());
+    const Tensor values = resolved(*v);
+    if (values.scalar_type() == at::kFloat && values.is_contiguous()) {
+      kept_ = values;
       float_ = kept_.const_data_ptr<float>();
     } else {
-      kept_ = v->to(at::kDouble).contiguous();
+      kept_ = values.to(at::kDouble).contiguous();
       double_ = kept_.const_data_ptr<double>();
     }
   }
@@ -243,10 +254,12 @@ enum Survey : int64_t {
   kUniform = 1,       // tensors an op takes, of one shape, dtype and device, and vectors that fit them
   kChannelsLast = 2,  // the layout of the first
   kNeedsGrad = 4,     // grad mode is on and one of them requires grad
-  kPlain = 8,         // nobody watches the dispatcher: no mode, no subclass, no transform, no profiler
+  kPlain = 8,         // nobody watches the dispatcher: no mode, subclass, transform, tracer, profiler or dual level
 };
 int64_t survey(const std::vector<Optional>& tensors, const std::vector<Optional>& vectors,
-               const std::vector<Optional>& gates);  // [C]; [C] or [N, C]
+               const std::vector<Optional>& gates,  // [C]; [C] or [N, C]
+               int64_t running,                     // so many of the vectors, the last ones, are written
+               const Optional& counter);            // as is this integer
 
 // The functions that Python sees: what each returns stands in rkfast/ops/<op>/__init__.py.
 std::vector<Tensor> rk_sum(const std::vector<Tensor>& terms, const std::vector<double>& coeffs,

@@ -11,7 +11,7 @@ class Steps {
     TORCH_CHECK_VALUE(coeffs.size() < kMaxTerms && steps.size() == coeffs.size(),
                       "coeffs, steps: expected one each for at most 16 terms");
     for (const Optional& step : steps) {
-      steps_.emplace_back(step, rows.channels, 1.0);
+      steps_.emplace_back("steps", step, rows.channels, 1.0, rows.samples);
       given_.push_back(step.has_value());
       any_ |= given_.back();
       by_sample_ |= steps_.back().by_sample();
@@ -40,7 +40,8 @@ std::vector<Tensor> rk_sum(const std::vector<Tensor>& terms, const std::vector<d
                            const std::vector<Optional>& steps, const Optional& shift, bool channels_last, bool relu,
                            bool moments, bool mask, const Optional& out) {
   WithoutAutocast guard;
-  const Tensor& first = terms.at(0);
+  TORCH_CHECK_VALUE(!terms.empty(), "terms: expected 1 to 16 tensors, got none");
+  const Tensor& first = terms[0];
   TORCH_CHECK_VALUE(terms.size() == coeffs.size(), "coeffs: expected one per term");
   const Rows rows(first, channels_last);
   const Steps factors(coeffs, steps, rows);
@@ -70,7 +71,7 @@ std::vector<Tensor> rk_sum(const std::vector<Tensor>& terms, const std::vector<d
   Vectors vectors(a.shape, moments_dtype(first.scalar_type()));
   for (int j = 0; j < a.n; ++j) a.factors[j] = factors.factor(j, vectors);
   if (shift) {
-    const Vector v(shift, rows.channels, 0);
+    const Vector v("shift", shift, rows.channels, 0);
     a.shift = vectors.add(1, [&](int64_t n, int64_t c) { return v.at(n, c); });
   }
   Partials partials(a.shape, moments ? 2 : 0);

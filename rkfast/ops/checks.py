@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from rkfast import native
 from rkfast.ops import layout
@@ -19,8 +22,16 @@ UNIFORM, CHANNELS_LAST, NEEDS_GRAD, PLAIN = 1, 2, 4, 8
 _survey: Callable[..., int] | None = None
 
 
-def survey(tensors: Sequence[object], vectors: Sequence[object], gates: Sequence[object]) -> int:
+def survey(
+    tensors: Sequence[object],
+    vectors: Sequence[object],
+    gates: Sequence[object],
+    running: int = 0,
+    counter: object = None,
+) -> int:
     """All that the checks below ask, in one call of the C++ extension; a call costs as much as one check in Python.
+
+    gates: vectors that may be [N, C]. running: how many of the vectors, the last ones, are running statistics.
 
     0 means nothing is known, and the checks are to be asked one by one: they name what is wrong.
     """
@@ -30,7 +41,7 @@ def survey(tensors: Sequence[object], vectors: Sequence[object], gates: Sequence
     if _survey is None:
         _survey = native.cpu().survey if native.cpu_reason() is None else lambda *_: 0
     try:
-        return _survey(tensors, vectors, gates)
+        return _survey(tensors, vectors, gates, running, counter)
     except TypeError:
         return 0
 
@@ -88,12 +99,135 @@ def vector(v: object, x: Tensor, name: str, per_sample: bool = False) -> None:
 def coefficients(coeffs: Sequence[float], terms: Sequence[object]) -> list[float]:
     """coeffs as floats, one per term."""
     try:
-        values = [float(c) for c in coeffs]
+        values = [c if type(c) is float else _coefficient(c) for c in coeffs]
     except (TypeError, ValueError) as error:
         raise TypeError(f"coeffs: expected a sequence of floats, got {coeffs!r} ({error})") from None
+    except OverflowError as error:
+        raise ValueError(f"coeffs: a number is too large ({error})") from None
     if len(values) != len(terms):
         raise ValueError(f"coeffs: {len(values)} coefficients for {len(terms)} terms; give one per term")
     return values
+
+
+def _coefficient(c: Any) -> float:
+    if isinstance(c, Tensor) and c.requires_grad:
+        raise TypeError("a tensor that requires grad would get none here; give what is learned as one of `steps`")
+    if isinstance(c, (str, bytes)):
+        raise TypeError(f"{c!r} is no number")
+    return float(c)
+
+
+def listed(values: Any, name: str) -> list[Any]:
+    """values as a list, so that they can be read more than once."""
+    if isinstance(values, str) or not isinstance(values, (Sequence, Iterator)):
+        raise TypeError(f"{name}: expected a list, got {type(values).__name__}")
+    return list(values)
+
+
+def flags(**values: object) -> None:
+    for name, value in values.items():
+        if type(value) is not bool:
+            raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
+def real(value: object, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+
+
+def triple(moments: object) -> None:
+    """moments are three values; as those of x ``known`` checks them."""
+    if not isinstance(moments, (tuple, list)) or len(moments) != 3:
+        given = f"{len(moments)} values" if isinstance(moments, (tuple, list)) else type(moments).__name__
+        raise TypeError(f"moments: expected Moments(mean, var, count), got {given}")
+
+
+def known(moments: Any, x: Tensor) -> None:
+    """Both moments are there, taken over as many values as x has per channel."""
+    mean, var, count = moments
+    for value, name in ((mean, "mean"), (var, "var")):
+        if value is None:
+            raise TypeError(f"moments.{name}: expected a Tensor, got None")
+    if tracing():  # sizes are tensors
+        return
+    if isinstance(count, bool) or not isinstance(count, (int, torch.SymInt)):
+        raise TypeError(f"moments.count: expected an int, got {count!r}")
+    if count != layout.count(x):
+        raise ValueError(f"moments.count: x has {layout.count(x)} values per channel, got {count}")
+
+
+def running(v: Tensor | None, name: str, written: bool) -> None:
+    """v, a vector per channel, can be a running statistic: nobody differentiates it, and it can be written in place."""
+    if v is None:
+        return
+    if v.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name}: running statistics are not differentiable; expected one that does not require grad"
+        )
+    if written and v.numel() > 1 and v.stride(0) == 0:
+        raise ValueError(f"{name}: expanded, all channels share one value in memory; give .clone() of it")
+    if written:
+        resolved(v, name)
+
+
+def counter(n: object, x: Tensor, name: str = "num_batches_tracked") -> None:
+    """n is None or a counter of batches."""
+    if n is None:
+        return
+    if not isinstance(n, Tensor):
+        raise TypeError(f"{name}: expected a Tensor or None, got {type(n).__name__}")
+    if n.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"{name}: expected an integer tensor, got {n.dtype}")
+    if n.numel() != 1:
+        raise ValueError(f"{name}: expected one element, got shape {list(n.shape)}")
+    if n.is_meta != x.is_meta:
+        raise ValueError(f"{name}: device {n.device} differs from the input's {x.device}; move one of them")
+    resolved(n, name)
+
+
+def resolved(t: Tensor, name: str) -> None:
+    if _is_lazy(t):
+        raise ValueError(f"{name}: a lazily negated view or a zero tensor, whose memory holds other values; clone it")
+
+
+def _is_lazy(t: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and (t.is_neg() or t._is_zerotensor())
+
+
+def held(t: Any) -> Any:
+    """t such that its memory holds its values, which that of a lazily negated view or of a zero tensor does not."""
+    if not isinstance(t, Tensor) or not _is_lazy(t):
+        return t
+    return t.resolve_neg() if t.is_neg() else torch.zeros(t.shape, dtype=t.dtype, device=t.device) + t
+
+
+def distinct(tensors: Sequence[Any]) -> Sequence[Any]:
+    """tensors, none of them twice where torch.compile traces: it would lose gradients of an autograd.Function."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    result: list[Any] = []
+    for i, t in enumerate(tensors):
+        again = t is not None and any(t is other for other in tensors[:i])
+        result.append(t.view_as(t) if again else t)
+    return result
+
+
+def tracing() -> bool:
+    """Whether torch.jit.trace records."""
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+
+
+def transformed(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether only plain PyTorch gives what is asked for: under a transform of torch.func, in forward-mode AD and in
+    torch.jit.trace, which records no op of ours."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return tracing() or (
+        forward_ad._current_level >= 0
+        and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    )
 
 
 def promoted(tensors: list[Tensor]) -> list[Tensor]:
@@ -107,10 +241,15 @@ def promoted(tensors: list[Tensor]) -> list[Tensor]:
     return tensors
 
 
-def slot(out: object, x: Tensor, inputs: Sequence[Tensor], needs_grad: bool) -> bool:
+def slot(out: object, x: Tensor, inputs: Sequence[Tensor], vectors: Sequence[Tensor | None], needs_grad: bool) -> bool:
     """Whether out is laid out channels_last; raises where it cannot be written."""
     like(out, x, "out", "the result")
     assert isinstance(out, Tensor)
+    resolved(out, "out")
+    if torch.is_grad_enabled() and out.requires_grad:
+        raise RuntimeError("out: requires grad, and writing into it is not differentiable; give out.detach()")
+    if transformed((*inputs, *vectors, out)):
+        raise RuntimeError("out: not supported by torch.func, forward-mode AD and torch.jit.trace; call it without out")
     if needs_grad:
         raise RuntimeError(
             "out: writing into a given tensor is not differentiable, and an argument requires grad; "

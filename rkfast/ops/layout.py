@@ -120,6 +120,9 @@ def overlaps(out: Tensor, x: Tensor, channels_last: bool) -> bool:
     apart = int(out.storage_offset()) - int(x.storage_offset())
     if x.dtype != out.dtype:
         return True
+    reach = [sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) for t in (out, x)]
+    if not -reach[0] <= apart <= reach[1]:
+        return False
     if x.shape == out.shape and x.stride() == out.stride():
         if apart == 0:
             return False
@@ -127,5 +130,4 @@ def overlaps(out: Tensor, x: Tensor, channels_last: bool) -> bool:
         span, width = (row, out.shape[1]) if channels_last else (outer, out.shape[1] * row)
         apart = abs(apart) % span
         return not (width <= apart <= span - width)
-    reach = [sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) for t in (out, x)]
-    return -reach[0] <= apart <= reach[1]
+    return True

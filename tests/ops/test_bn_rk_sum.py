@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from rkfast import dispatch, native, ops
 from rkfast.ops import layout
@@ -206,6 +207,28 @@ def test_bad_input_is_named_and_modifies_nothing() -> None:
         (ValueError, "^coeffs: ", dict(terms=[t], coeffs=[])),
         (ValueError, "^moments.mean: shape", dict(moments=ops.Moments(v5, v6, 40))),
         (TypeError, "^moments: ", dict(moments=(v6, v6))),
+        (TypeError, "^moments: ", dict(moments=v6)),
+        (TypeError, "^moments.var: ", dict(moments=(v6, None, 40))),
+        (TypeError, "^moments.mean: ", dict(moments=(None, v6, 40))),
+        (TypeError, "^moments.mean: .*int64", dict(moments=(v6.long(), v6, 40))),
+        (ValueError, "^moments.var: device", dict(moments=(v6, v6.to("meta"), 40))),
+        (TypeError, "^moments.count: ", dict(moments=(v6, v6, 40.0))),
+        (ValueError, "^moments.count: ", dict(moments=(v6, v6, 39))),
+        (ValueError, "^num_batches_tracked: ", dict(num_batches_tracked=torch.zeros(2, dtype=torch.long))),
+        (TypeError, "^num_batches_tracked: ", dict(num_batches_tracked=torch.zeros(()))),
+        (TypeError, "^num_batches_tracked: ", dict(num_batches_tracked=3)),
+        (ValueError, "^num_batches_tracked: device", dict(num_batches_tracked=torch.tensor(0, device="meta"))),
+        (ValueError, "^running_mean: expanded", dict(running_mean=torch.zeros(1).expand(6))),
+        (ValueError, "^running_var: expanded", dict(running_var=torch.ones(1).expand(6))),
+        (ValueError, "^running_mean: .*lazily", dict(running_mean=torch._neg_view(v6))),
+        (RuntimeError, "^running_var: .*require grad", dict(running_var=v6.clone().requires_grad_())),
+        (TypeError, "^momentum: ", dict(momentum="0.1")),
+        (TypeError, "^momentum: ", dict(momentum=torch.tensor(0.1))),
+        (TypeError, "^eps: ", dict(eps=None)),
+        (ValueError, "^eps: ", dict(eps=0.0)),
+        (ValueError, "^eps: ", dict(eps=-1.0, training=False)),
+        (TypeError, "^training: ", dict(training=1)),
+        (TypeError, "^relu: ", dict(relu="no")),
         (RuntimeError, "^out: ", dict(x=x.clone().requires_grad_(), out=torch.empty(2, 6, 4, 5))),
         (ValueError, "^out: .*shape", dict(out=torch.empty(2, 5, 4, 5), weight=None, bias=None)),
     ]
@@ -332,3 +355,106 @@ print(sum(kept.values()), grew)
     element = 8 * 64 * 128 * 128
     assert abs(hooked - (5 * 4 * element + 6 * element // 8)) < 0.01 * hooked  # five inner tensors, six masks
     assert abs(grew - hooked) < 0.05 * hooked, (grew, hooked)
+
+
+def plain_join(x: Tensor, weight: Tensor, step: Tensor, t: Tensor) -> Tensor:
+    normed = F.batch_norm(x, None, None, weight, None, True, 0.1, 1e-5)
+    return torch.relu(t + channelwise(step, x) * normed)
+
+
+def join(x: Tensor, weight: Tensor, step: Tensor, t: Tensor, **options: Any) -> Tensor:
+    return ops.bn_rk_sum(
+        x, weight, None, None, None, terms=[t], coeffs=[1.0], step=step, relu=True, training=True, momentum=0.1,
+        eps=1e-5, **options,
+    )  # fmt: skip
+
+
+def test_lazy_tensors_are_read_by_value() -> None:
+    x, t, weight, step = torch.randn(2, 6, 4, 5), torch.randn(2, 6, 4, 5), torch.randn(6), torch.randn(2, 6)
+    lazy = [torch._neg_view(v) for v in (x, weight, step, t)]
+    torch.testing.assert_close(join(*lazy), plain_join(-x, -weight, -step, -t))
+    frozen = dict(training=False, momentum=0.1, eps=1e-5)
+    torch.testing.assert_close(
+        ops.bn_rk_sum(x, None, None, torch._neg_view(weight), step[0].square(), **frozen),
+        F.batch_norm(x, -weight, step[0].square()),
+    )
+    zero = torch._efficientzerotensor(x.shape)
+    assert not ops.bn_rk_sum(zero, None, None, None, None, training=True, momentum=0.1, eps=1e-5).any()
+
+
+def test_forward_mode_and_jit_trace_take_the_reference() -> None:
+    values = (torch.randn(2, 6, 4, 5), torch.randn(6), torch.randn(6), torch.randn(2, 6, 4, 5))
+    tangents = tuple(map(torch.randn_like, values))
+    known = ops.channel_moments(values[0])
+    for options in ({}, {"moments": known}):
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(v, t) for v, t in zip(values, tangents, strict=True)]
+            found = forward_ad.unpack_dual(join(*duals, **options))
+            want = forward_ad.unpack_dual(plain_join(*duals))
+            torch.testing.assert_close(tuple(found), tuple(want))
+            bn, stock = torch.nn.BatchNorm2d(6), torch.nn.BatchNorm2d(6)
+            call(duals[0], bn)
+            stock(values[0])
+            assert forward_ad.unpack_dual(bn.running_mean).tangent is None
+            torch.testing.assert_close(bn.state_dict(), stock.state_dict())
+            with pytest.raises(RuntimeError, match=r"^out: .*forward-mode"), torch.no_grad():
+                join(*duals, out=torch.empty(2, 6, 4, 5))
+    traced = torch.jit.trace(join, values)
+    others = tuple(reversed(values))[:1] + values[1:3] + values[:1]
+    torch.testing.assert_close(traced(*others), plain_join(*others))
+
+
+def test_out_is_known_to_autograd_as_modified() -> None:
+    x, t, out = (torch.randn(2, 6, 4, 5) for _ in range(3))
+    leaf = torch.ones_like(x).requires_grad_()
+    product = leaf * out  # saves out
+    with torch.no_grad():
+        join(x, torch.ones(6), torch.ones(6), t, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
+def test_one_tensor_twice_under_compile() -> None:
+    v = torch.randn(6, requires_grad=True)
+    x = torch.randn(2, 6, 4, 5, requires_grad=True)
+    want = torch.autograd.grad(join(x, v, v, x).sum(), (x, v))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, v: join(x, v, v, x), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(x, v).sum(), (x, v)), want)
+
+
+def test_raw_ops_name_what_does_not_fit() -> None:
+    """And modify nothing."""
+    if native.cpu_reason() is not None:
+        pytest.skip(native.cpu_reason())
+    x, v, v5 = torch.randn(3, 6, 4, 5), torch.ones(6), torch.ones(5)
+    raw = torch.ops.rkfast
+    tail = (False, False, 1e-5)
+    forward = lambda mean, var, step=None: raw.bn_rk_sum(  # noqa: E731
+        x, None, None, mean, var, [], [], step, *tail, False, False
+    )
+    backward = lambda step, need: raw.bn_rk_sum_backward(  # noqa: E731
+        x, x, None, None, v, v, step, None, [], False, False, True, 1e-5, True, True, need
+    )
+    mean, var, n = torch.zeros(6), torch.ones(6), torch.tensor(0)
+    move = raw.update_running_stats
+    for words, f in (
+        ("^var: ", lambda: forward(v, None)),
+        ("^mean: ", lambda: forward(None, v)),
+        ("^mean: ", lambda: forward(v.view(1, 6), v.view(1, 6))),
+        ("^step: ", lambda: forward(None, None, torch.ones(1, 6))),
+        ("^step: ", lambda: backward(None, True)),
+        ("^step: ", lambda: backward(torch.ones(1, 6), True)),
+        ("^running_var: ", lambda: move(v, v, 60, [mean], [], [n], 0.1)),
+        ("^running_var: ", lambda: move(v, v, 60, [mean], [torch.ones(5)], [n], 0.1)),
+        ("^running_mean: ", lambda: move(v5, v5, 60, [mean], [var], [n], 0.1)),
+        ("^var: ", lambda: move(v, v5, 60, [mean], [var], [n], 0.1)),
+        ("^mean: ", lambda: move(torch.tensor(1.0), torch.tensor(1.0), 60, [mean], [var], [n], 0.1)),
+        ("^count: ", lambda: move(v, v, -5, [mean], [var], [n], 0.1)),
+        ("^num_batches_tracked: ", lambda: move(v, v, 60, [mean], [var], [], None)),
+        ("^num_batches_tracked: ", lambda: move(v, v, 60, [mean], [var], [torch.tensor([0, 0])], None)),
+        ("meta", lambda: move(v.to("meta"), v, 60, [mean], [var], [n], 0.1)),
+    ):
+        with dispatch.use("cpu"), pytest.raises(ValueError, match=words):
+            f()
+        assert not mean.any() and var.eq(1).all() and n == 0, words

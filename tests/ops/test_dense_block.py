@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from rkfast import dispatch, native, ops
@@ -362,8 +363,34 @@ def test_why_not() -> None:
         assert dispatch.OPS["dense_block"].last.rejected == (
             ("cpu", "dtype torch.float64: the C++ kernel serves float32"),
         )
-    with pytest.raises(RuntimeError, match=r"torch\.func are not supported"):
+    with pytest.raises(RuntimeError, match=r"torch\.func, .* are not supported"):
         torch.func.vmap(block.ours)(torch.randn(3, 2, 6, 4, 4, dtype=torch.float64))
+    x = torch.randn(2, 6, 4, 4, dtype=torch.float64)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"forward-mode AD .* not supported"):
+        block.ours(forward_ad.make_dual(x, x))
+
+
+def test_one_parameter_of_two_norms_under_compile() -> None:
+    weight, scale, x = torch.randn(4, 8, 3, 3), torch.rand(8), torch.randn(2, 8, 4, 4)
+    leaves = [t.requires_grad_() for t in (weight, scale, x)]
+
+    def f(x: Tensor) -> Tensor:
+        return dense_block(x, [weight], [Norm(scale, scale, None, None)]).square()
+
+    want = torch.autograd.grad(f(x).sum(), leaves)
+    torch._dynamo.reset()
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(x).sum(), leaves), want)
+
+
+def with_norm(**changes: Tensor) -> Callable[[Block, Tensor], Tensor]:
+    """The block with a second norm that is changed."""
+
+    def run(b: Block, x: Tensor) -> Tensor:
+        norms = [b.norm1[0], b.norm1[1]._replace(**changes), *b.norm1[2:]]
+        return dense_block(x, b.conv1, norms, b.conv2, b.norm2)
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -418,6 +445,16 @@ def test_why_not() -> None:
             ValueError,
             r"norm1\[0\]: running_mean and running_var come together",
         ),
+        (
+            with_norm(num_batches_tracked=torch.zeros(2).long()),
+            ValueError,
+            r"norm1\[1\].num_batches_tracked: expected one",
+        ),
+        (with_norm(running_mean=torch.zeros(1).expand(10)), ValueError, r"norm1\[1\].running_mean: expanded"),
+        (with_norm(running_var=torch.ones(10, requires_grad=True)), RuntimeError, r"norm1\[1\].running_var: .*grad"),
+        (with_norm(weight=torch._neg_view(torch.ones(10))), ValueError, r"norm1\[1\].weight: a lazily"),
+        (lambda b, x: b.ours(x, moments=(torch.ones(6), None, 32)), TypeError, "moments.var: expected a Tensor"),
+        (lambda b, x: b.ours(x, moments=torch.ones(6)), TypeError, "moments: expected Moments"),
         (lambda b, x: b.ours(x, drop_rate=1.5), ValueError, r"drop_rate: expected a number in \[0, 1\], got 1.5"),
     ),
 )

@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import rkfast
-from rkfast import dispatch, ops
+from rkfast import dispatch, native, ops
 from rkfast.ops import layout
 from tests.ops.tester import Inputs, OpTester, lay
 
@@ -112,6 +113,7 @@ def test_out_is_refused_where_it_cannot_be_written() -> None:
         (TypeError, "dtype", dict(terms=ts, out=torch.empty(2, 6, 4, 5, dtype=torch.float64))),
         (ValueError, "strides", dict(terms=ts, out=torch.empty(2, 6, 4, 10)[..., ::2])),
         (TypeError, "Tensor", dict(terms=ts, out=[1])),
+        (RuntimeError, "requires grad", dict(terms=ts, out=torch.empty(2, 6, 4, 5, requires_grad=True))),
         (
             RuntimeError,
             "requires grad",
@@ -143,6 +145,13 @@ def test_bad_input_is_named() -> None:
         (ValueError, "coeffs: ", [a, b], [1.0], {}),
         (TypeError, "coeffs: ", [a, b], [1.0, "x"], {}),
         (TypeError, "coeffs: ", [a, b], None, {}),
+        (TypeError, "coeffs: .*`steps`", [a, b], [1.0, torch.ones((), requires_grad=True)], {}),
+        (TypeError, "coeffs: ", [a, b], "12", {}),
+        (ValueError, "coeffs: ", [a, b], [1.0, 10**400], {}),
+        (TypeError, "steps: ", [a, b], [1.0, 1.0], dict(steps=torch.ones(2, 6))),
+        (TypeError, "steps: ", [a, b], [1.0, 1.0], dict(steps=3)),
+        (TypeError, "relu: ", [a, b], [1.0, 1.0], dict(relu="no")),
+        (TypeError, "return_moments: ", [a, b], [1.0, 1.0], dict(return_moments=1)),
         (ValueError, "steps: ", [a, b], [1.0, 1.0], dict(steps=[None])),
         (ValueError, r"steps\[1\]: shape", [a, b], [1.0, 1.0], dict(steps=[None, torch.ones(5)])),
         (TypeError, r"steps\[0\]: ", [a, b], [1.0, 1.0], dict(steps=[torch.ones(6).long(), None])),
@@ -246,3 +255,106 @@ def test_explicit_choice_raises_its_reason() -> None:
     ops.rk_sum([a, b], [1.0, 1.0])
     told = rkfast.explain("rk_sum")
     assert told.startswith("rk_sum: ") and "not cuda: serves CUDA tensors, not cpu ones" in told
+
+
+def test_lazy_tensors_are_read_by_value_and_never_written() -> None:
+    """A negated view and a zero tensor hold other values in memory, or none."""
+    a, b = terms(2)
+    neg, zero, vector = torch._neg_view(b), torch._efficientzerotensor(a.shape), torch._neg_view(torch.randn(6))
+    torch.testing.assert_close(
+        ops.rk_sum([a, neg, zero], [1.0, 2.0, 1.0], steps=[vector, None, None], shift=vector),
+        a * vector.view(1, 6, 1, 1) - 2 * b + vector.view(1, 6, 1, 1),
+    )
+    assert not ops.rk_sum([zero], [1.0]).any()
+    leaf = a.clone().requires_grad_()
+    ops.rk_sum([leaf], [2.0], relu=True).backward(neg)
+    torch.testing.assert_close(leaf.grad, -2 * b * (a > 0))
+    torch.testing.assert_close(ops.channel_moments(neg).mean, -b.mean((0, 2, 3)))
+    for out in (neg, zero):
+        with pytest.raises(ValueError, match=r"^out: .*lazily"):
+            ops.rk_sum([a], [1.0], out=out)
+
+
+def test_forward_mode_takes_the_reference() -> None:
+    a, b, h, tangent, slope = *terms(2), torch.randn(6), *terms(1), torch.randn(6)
+    with forward_ad.dual_level():
+        plain = ops.rk_sum([a, b], [2.0, 1.0], shift=h)
+        dual = forward_ad.make_dual(a, tangent)
+        out = ops.rk_sum([dual, b], [2.0, 1.0], shift=forward_ad.make_dual(h, slope))
+        primal, moved = forward_ad.unpack_dual(out)
+        torch.testing.assert_close(primal, plain)
+        torch.testing.assert_close(moved, 2 * tangent + slope.view(1, 6, 1, 1))
+        mean = forward_ad.unpack_dual(ops.channel_moments(dual).mean).tangent
+        torch.testing.assert_close(mean, tangent.mean((0, 2, 3)))
+        with pytest.raises(RuntimeError, match=r"^out: .*forward-mode"):
+            ops.rk_sum([dual, b], [2.0, 1.0], out=torch.empty_like(a))
+
+
+def test_jit_trace_records_what_is_computed() -> None:
+    a, b = terms(2)
+    traced = torch.jit.trace(lambda a, b: ops.rk_sum([a, b.sin()], [1.0, 0.5], relu=True), (a, b))
+    torch.testing.assert_close(traced(b, a), torch.relu(b + 0.5 * a.sin()))
+    moments = torch.jit.trace(lambda a: ops.channel_moments(a)[:2], (a,))
+    torch.testing.assert_close(moments(b), tuple(ops.channel_moments(b)[:2]))
+
+
+def test_out_is_known_to_autograd_as_modified(target: tuple[str, str]) -> None:
+    backend, device = target
+    a, b = (t.to(device) for t in terms(2))
+    leaf = torch.ones_like(a).requires_grad_()
+    product = leaf * b  # saves b
+    with dispatch.use(backend):
+        ops.rk_sum([a], [1.0], out=b[:, :])
+        with torch.inference_mode():
+            ops.rk_sum([a], [1.0], out=torch.empty_like(a))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
+def test_slots_side_by_side_in_one_sample_and_across_samples() -> None:
+    for shape in ((1, 12, 3, 3), (1, 12, 1, 1), (1, 12)):
+        buffer = torch.randn(shape)
+        want = 2 * buffer[:, 4:8]
+        ops.rk_sum([buffer[:, 4:8]], [2.0], out=buffer[:, 0:4])
+        assert torch.equal(buffer[:, 0:4], want)
+    buffer = torch.randn(4, 6, 3, 3)
+    ops.rk_sum([buffer[2:4]], [2.0], out=buffer[0:2])
+    assert torch.equal(buffer[0:2], 2 * buffer[2:4])
+    with pytest.raises(ValueError, match=r"^out: overlaps"):
+        ops.rk_sum([buffer[1:3]], [2.0], out=buffer[0:2])
+
+
+def test_one_tensor_twice_under_compile() -> None:
+    h = torch.randn(6, requires_grad=True)
+
+    def f(x: Tensor) -> Tensor:
+        return ops.rk_sum([x, x, x.sin()], [1.0, 0.5, 2.0], steps=[h, h, None], relu=True)
+
+    x = torch.randn(2, 6, 4, 5, requires_grad=True)
+    want = torch.autograd.grad(f(x).sum(), (x, h))
+    torch._dynamo.reset()
+    found = torch.autograd.grad(torch.compile(f, fullgraph=True, backend="aot_eager")(x).sum(), (x, h))
+    torch.testing.assert_close(found, want)
+
+
+def test_raw_ops_name_what_does_not_fit() -> None:
+    """torch.ops.rkfast, which nobody need call, reads and writes no memory beyond its tensors'."""
+    if native.cpu_reason() is not None:
+        pytest.skip(native.cpu_reason())
+    x = torch.randn(3, 6, 4, 5)
+    forward, backward = torch.ops.rkfast.rk_sum, torch.ops.rkfast.rk_sum_backward
+    tail = (False, False, False, False)
+    for kind, words, args in (
+        (ValueError, "^steps: ", ([x], [1.0], [torch.ones(1, 6)], None, *tail)),
+        (ValueError, "^steps: ", ([x], [1.0], [torch.ones(1, 6, 1)], None, *tail)),
+        (ValueError, "^shift: ", ([x], [1.0], [None], torch.ones(3, 6), *tail)),
+        (TypeError, "^shift: ", ([x], [1.0], [None], torch.ones(6).long(), *tail)),
+        (ValueError, "meta", ([x], [1.0], [None], torch.ones(6, device="meta"), *tail)),
+        (TypeError, "floating-point tensors", ([x.long()], [1.0], [None], None, *tail)),
+    ):
+        with dispatch.use("cpu"), pytest.raises(kind, match=words):
+            forward(*args)
+    with dispatch.use("cpu"), pytest.raises(ValueError, match=r"^steps: "):
+        backward(x, None, [1.0], [torch.ones(1, 6)], [], [], [], False, False)
+    with pytest.raises(ValueError, match=r"^terms: "):
+        native.cpu().rk_sum([], [], [], None, *tail)

@@ -64,6 +64,12 @@ def _fake_backward(
     ]
 
 
+def _body_out(*args: Any) -> tuple[Tensor, ...]:
+    result = pairs(_op(*args[:12], False, args[12]), args[3] is None, args[11])
+    torch.autograd.graph.increment_version(args[12])  # a backward that has saved it must not read what is there now
+    return result
+
+
 _op = dispatch.Op("bn_rk_sum", dispatch.ordered("rkfast.ops.bn_rk_sum", "forward"))
 _ARGS = (
     "Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, Tensor[] terms, float[] coeffs, Tensor? step, "
@@ -76,7 +82,7 @@ _forward = dispatch.register(f"bn_rk_sum({_ARGS}, bool mask) -> Tensor[]", _op, 
 # Writes out and returns x's mean and variance, empty where they were given, and out's, empty where not asked for.
 _forward_out = dispatch.register(
     f"bn_rk_sum_out({_ARGS}, Tensor(a!) out) -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda *args: pairs(_op(*args[:12], False, args[12]), args[3] is None, args[11]),
+    _body_out,
     lambda *args: pairs(_fake(*args[:12]), args[3] is None, args[11]),
 )
 # With g' the gradient where the mask is set (relu without a mask: where the output recomputed from x, which then has no
@@ -235,14 +241,33 @@ def bn_rk_sum(
 
     Raises:
         TypeError: an argument is no tensor, not floating, or the dtypes are mixed.
-        ValueError: a shape, length or device that does not fit; one value per channel in training; no running
-            statistics where they are needed; an ``out`` whose memory cannot be written. Nothing is modified then.
-        RuntimeError: ``out`` is given and an argument requires grad; or a backend was asked for that cannot serve this.
+        ValueError: a shape, length, number or device that does not fit; one value per channel in training; no running
+            statistics where they are needed, or such as cannot be written; an ``out`` whose memory cannot be written.
+            Nothing is modified then.
+        RuntimeError: ``out`` is given and an argument requires grad; running statistics require grad; or a backend was
+            asked for that cannot serve this.
     """
-    vectors = (weight, bias, running_mean, running_var)
-    seen = checks.survey((x, *terms) if isinstance(terms, (list, tuple)) else (), vectors, (step,))
+    if type(training) is not bool or type(relu) is not bool or type(return_moments) is not bool:
+        checks.flags(training=training, relu=relu, return_moments=return_moments)
+    if not training:
+        moments = None
+    vectors: tuple[Tensor | None, ...] = (weight, bias, running_mean, running_var)
+    if moments is not None:
+        checks.triple(moments)
+        vectors = (moments[0], moments[1], *vectors)
+    tensors = (x, *terms) if isinstance(terms, (list, tuple)) else ()
+    seen = checks.survey(tensors, vectors, (step,), 2, num_batches_tracked)
     x, terms, coeffs = _checked(x, vectors, terms, coeffs, step, seen)
+    if type(eps) is not float or type(momentum) is not float or not eps > 0:
+        _check_numbers(eps, momentum, training)
     tracked = training and running_mean is not None
+    if not seen:
+        checks.running(running_mean, "running_mean", tracked)
+        checks.running(running_var, "running_var", tracked)
+        if tracked:
+            checks.counter(num_batches_tracked, x)
+        x, weight, bias, step = map(checks.held, (x, weight, bias, step))
+        terms = [checks.held(t) for t in terms]
     count = _count(x, moments) if training else 0
     if training:
         if tracked and momentum is None and num_batches_tracked is None:
@@ -257,30 +282,30 @@ def bn_rk_sum(
     if seen:
         needs_grad, channels_last = bool(seen & checks.NEEDS_GRAD), bool(seen & checks.CHANNELS_LAST)
     else:
-        inputs = (x, weight, bias, step, *terms)
+        mean, var = checks.held(mean), checks.held(var)
+        inputs: Sequence[Tensor | None] = (x, weight, bias, step, *terms)
         needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
         channels_last = layout.is_channels_last(x)
     plain = bool(seen & checks.PLAIN)
     update: Any = update_running_stats
     tail = (relu, eps, return_moments)
     if out is not None:
-        channels_last = checks.slot(out, x, [x, *terms], needs_grad)
+        channels_last = checks.slot(out, x, [x, *terms], (weight, bias, step, mean, var), needs_grad)
         found = _forward_out(x, weight, bias, mean, var, terms, coeffs, step, channels_last, *tail, out)
         total = out
-    elif not plain and torch._C._are_functorch_transforms_active():
+    elif not plain and checks.transformed((x, weight, bias, step, mean, var, *terms)):
+        if training:  # moments that are given do not carry their dependence on x
+            mean = var = None
         total, *found = reference.composite(x, weight, bias, mean, var, terms, coeffs, step, *tail)
+        found = [v.detach() for v in found]
         update = channel_moments.update_running_stats
     elif needs_grad:
         found = []
+        inputs = (mean, var, x, weight, bias, step, *terms)
+        if not seen:
+            inputs = checks.distinct(inputs)
         returned = _BnRkSum.apply(
-            (coeffs, channels_last, relu, training, eps, return_moments, found if plain else None),
-            mean,
-            var,
-            x,
-            weight,
-            bias,
-            step,
-            *terms,
+            (coeffs, channels_last, relu, training, eps, return_moments, found if plain else None), *inputs
         )
         total, *found = (returned, *found) if plain else returned
     else:
@@ -316,7 +341,7 @@ def _checked(
             f"terms: expected at most {checks.MAX_TERMS} tensors, got {len(terms)}; sum some of them first"
         )
     coeffs = checks.coefficients(coeffs, terms)
-    names = ("weight", "bias", "running_mean", "running_var")
+    names = ("moments.mean", "moments.var", "weight", "bias", "running_mean", "running_var")[-len(vectors) :]
     if not seen:
         checks.activation(x, "x")
         for i in range(len(terms)):
@@ -326,22 +351,25 @@ def _checked(
         for vector, name in zip(vectors, names, strict=True):
             checks.vector(vector, x, name)
         checks.vector(step, x, "step", per_sample=True)
-    if (vectors[2] is None) != (vectors[3] is None):
-        missing = names[2] if vectors[2] is None else names[3]
+    if (vectors[-2] is None) != (vectors[-1] is None):
+        missing = names[-2] if vectors[-2] is None else names[-1]
         raise ValueError(f"{missing}: one of the running statistics is missing; give both or neither")
     return x, terms, coeffs
 
 
+def _check_numbers(eps: float, momentum: float | None, training: bool) -> None:
+    checks.real(eps, "eps")
+    if momentum is not None:
+        checks.real(momentum, "momentum")
+    if not (eps > 0 if training else eps >= 0):
+        raise ValueError(f"eps: expected a {'positive' if training else 'non-negative'} number, got {eps}")
+
+
 def _count(x: Tensor, moments: Moments | None) -> int:
     """How many values of a channel the batch's moments are taken over."""
-    if moments is None:
-        count = layout.count(x)
-    else:
-        if len(moments) != 3:
-            raise TypeError(f"moments: expected Moments(mean, var, count), got {len(moments)} values")
-        checks.vector(moments[0], x, "moments.mean")
-        checks.vector(moments[1], x, "moments.var")
-        count = moments[2]
+    count = layout.count(x)
+    if moments is not None:
+        checks.known(moments, x)
     if count == 1:
         raise ValueError(
             f"x: expected more than 1 value per channel when training, got input size {tuple(x.shape)}; "

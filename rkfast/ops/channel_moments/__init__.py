@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from rkfast import dispatch
@@ -75,7 +74,8 @@ def channel_moments(x: Tensor) -> Moments:
         ValueError: x has fewer than 2 or more than 5 dimensions.
     """
     checks.activation(x, "x")
-    if torch._C._are_functorch_transforms_active():
+    x = checks.held(x)
+    if checks.transformed((x,)):
         mean, var = reference.forward(x, False)
     else:
         mean, var = _forward(x.detach(), layout.is_channels_last(x))

@@ -274,6 +274,8 @@ def kernel_reason(x: Tensor) -> str | None:
         dtype = torch.get_autocast_dtype(x.device.type)
         if dtype != torch.float32:
             return f"under autocast it is {dtype}: the C++ kernel serves float32"
+    if checks.tracing():
+        return "torch.jit.trace records no op of rkfast"
     return _missing() or _cpu_reason(x)
 
 
@@ -402,12 +404,13 @@ def run(
     )
     count = layout.count(x)
     tracked = any(norm.training and norm.running_mean is not None for norm in norms)
-    if torch._C._are_functorch_transforms_active():
+    if checks.transformed((x, *params)):
         raise RuntimeError(
-            "dense_block: transforms of torch.func are not supported; take the plain block (fused=False) for them"
+            "dense_block: torch.func, forward-mode AD and torch.jit.trace are not supported; take the plain block "
+            "(fused=False) for them"
         )
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *params)):
-        out, *found = _DenseBlock.apply(call, x, *params, *statistics, *keeps, mean, var)
+        out, *found = _DenseBlock.apply(call, *checks.distinct((x, *params, *statistics, *keeps, mean, var)))
     else:
         # Moments of the bottlenecks come with the bottlenecks only.
         result = _forward(
@@ -497,8 +500,10 @@ def checked(
         for i, weight in enumerate(weights):
             _conv(weight, f"{name}[{i}]", x)
     if moments is not None:
-        for name, moment in (("mean", moments.mean), ("var", moments.var)):
+        checks.triple(moments)
+        for name, moment in (("mean", moments[0]), ("var", moments[1])):
             checks.vector(moment, x, f"moments.{name}")
+        checks.known(moments, x)
     return x, conv1, conv2
 
 
@@ -549,6 +554,12 @@ def _norm(norm: object, name: str, channels: int, x: Tensor) -> None:
             raise ValueError(f"{name}.{field}: expected [{channels}], got {list(v.shape)}")
         if v.device != x.device:
             raise ValueError(f"{name}.{field}: device {v.device} differs from x's {x.device}; move one of them")
+        checks.resolved(v, f"{name}.{field}")
+    tracked = norm.training and norm.running_mean is not None
+    checks.running(norm.running_mean, f"{name}.running_mean", tracked)
+    checks.running(norm.running_var, f"{name}.running_var", tracked)
+    if tracked:
+        checks.counter(norm.num_batches_tracked, x, f"{name}.num_batches_tracked")
     if (norm.running_mean is None) != (norm.running_var is None):
         raise ValueError(f"{name}: running_mean and running_var come together, or not at all")
     if norm.batch and layout.count(x) == 1:

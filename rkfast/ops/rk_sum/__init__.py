@@ -53,6 +53,12 @@ def _fake_backward(
     ]
 
 
+def _body_out(*args: Any) -> tuple[Tensor, ...]:
+    result = pairs(_op(*args[:7], False, args[7]), args[6])
+    torch.autograd.graph.increment_version(args[7])  # a backward that has saved it must not read what is there now
+    return result
+
+
 _op = dispatch.Op("rk_sum", dispatch.ordered("rkfast.ops.rk_sum", "forward"))
 _ARGS = "Tensor[] terms, float[] coeffs, Tensor?[] steps, Tensor? shift, bool channels_last, bool relu, bool moments"
 
@@ -61,7 +67,7 @@ _forward = dispatch.register(f"rk_sum({_ARGS}, bool mask) -> Tensor[]", _op, _fa
 # Writes out and returns its mean and variance, empty where not asked for.
 _forward_out = dispatch.register(
     f"rk_sum_out({_ARGS}, Tensor(a!) out) -> (Tensor, Tensor)",
-    lambda *args: pairs(_op(*args[:7], False, args[7]), args[6]),
+    _body_out,
     lambda *args: pairs(_fake(*args[:7]), args[6]),
 )
 # With g' the gradient where the mask is set, returns [coeffs[i] * steps[i] * g' ...], then [step_coeffs[j] *
@@ -216,13 +222,19 @@ def rk_sum(
     Differentiable any number of times in terms, steps and shift. Deterministic.
 
     Raises:
-        TypeError: an argument is no tensor, not floating, or the dtypes are mixed.
+        TypeError: an argument is no tensor, not floating, or the dtypes are mixed; a coefficient requires grad.
         ValueError: no terms or more than 16, a shape, length or device that does not fit, or an ``out`` whose memory
             cannot be written.
         RuntimeError: ``out`` is given and an argument requires grad; or a backend was asked for that cannot serve this.
     """
+    if type(relu) is not bool or type(return_moments) is not bool:
+        checks.flags(relu=relu, return_moments=return_moments)
+    if steps is not None and type(steps) is not list:
+        steps = checks.listed(steps, "steps")
     seen = checks.survey(terms, (shift,), steps or ())
     terms, coeffs, steps, step_at = _checked(terms, coeffs, steps, shift, seen)
+    if not seen:
+        terms, steps, shift = [checks.held(t) for t in terms], [checks.held(h) for h in steps], checks.held(shift)
     first = terms[0]
     tensors: Sequence[Any] = (*terms, *(steps[i] for i in step_at)) if step_at else terms
     if shift is not None:
@@ -234,13 +246,15 @@ def rk_sum(
         channels_last = layout.is_channels_last(first)
     plain = bool(seen & checks.PLAIN)
     if out is not None:
-        channels_last = checks.slot(out, first, terms, needs_grad)
+        channels_last = checks.slot(out, first, terms, (*steps, shift), needs_grad)
         result = _forward_out(terms, coeffs, steps, shift, channels_last, relu, return_moments, out)
         return (out, Moments(result[0], result[1], layout.count(first))) if return_moments else out
-    if not plain and torch._C._are_functorch_transforms_active():
+    if not plain and checks.transformed(tensors):
         total = reference.weighted_sum(terms, coeffs, steps, shift, relu)
         return (total, channel_moments(total)) if return_moments else total
     if needs_grad:
+        if not seen:
+            tensors = checks.distinct(tensors)
         result = _RkSum.apply((coeffs, step_at, channels_last, relu, return_moments, plain), *tensors)
         if not return_moments:
             return result
