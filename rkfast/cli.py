@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -31,7 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 importlib.import_module(module).add_arguments(subparser)
         args = parser.parse_args(argv)
         command = importlib.import_module(COMMANDS[args.command][0])
-        return command.main() if args.command == "info" else command.run(args) or 0
+        status = command.main() if args.command == "info" else command.run(args) or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # The reader, such as head, has what it wanted; Python's own flush at exit must not find the pipe again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except MissingExtra as error:
         print(f"rkfast {asked}: {error}", file=sys.stderr)
         return 1

@@ -10,6 +10,7 @@ import copy
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -53,6 +54,13 @@ def run(args: argparse.Namespace) -> int:
     tqdm = require("tqdm", "demo").tqdm
     require("matplotlib", "demo")
     before = dispatch.served()
+    try:  # before minutes of training
+        args.out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=args.out):
+            pass
+    except OSError as error:
+        print(f"rkfast demo: --out {args.out} cannot be written: {error}", file=sys.stderr)
+        return 2
     try:
         device = torch.device(args.device)
         train, test = digits(args.seed, device)
@@ -96,7 +104,6 @@ def run(args: argparse.Namespace) -> int:
         "failure": failure(calls, device.type),
         **{name: {**result, "losses": trainings[name].losses} for name, result in results.items()},
     }
-    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "demo.json").write_text(json.dumps(report, indent=1) + "\n")
     plot(report, args.out / "demo.png")
     print(table(report))

@@ -22,11 +22,22 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _asked() -> str:
+    asked = os.environ.get("RKFAST_BACKEND") or "auto"
+    if asked == "auto":
+        return "chosen per call; RKFAST_BACKEND forces one"
+    wrong = (
+        "" if asked in dispatch.BACKENDS else f": no backend, so every call fails; {', '.join(dispatch.BACKENDS)} are"
+    )
+    return f"RKFAST_BACKEND={asked}{wrong}"
+
+
 def versions() -> dict[str, str]:
     return {
         "rkfast": f"{rkfast.__version__} in {Path(rkfast.__file__).parent}",
         "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}",
         "triton": _version("triton") + (", interpreted (TRITON_INTERPRET=1)" if native.triton_interprets() else ""),
+        "backend": _asked(),
         "Python": platform.python_version(),
         "platform": platform.platform(),
     }

@@ -81,7 +81,7 @@ class HOResNet(ImageModel):
 def build(
     layers: str,
     *,
-    method: str = "rk4",
+    method: str | None = None,
     width: int = 64,
     num_classes: int = 10,
     in_chans: int = 3,
@@ -90,9 +90,11 @@ def build(
     fused: bool = True,
 ) -> HOResNet:
     """``layers`` counts the stem, the linear layer and two convolutions per branch."""
-    tableau = tableaux.get(method)
     total = whole("layers", int(layers), 4, MAX_LAYERS)
     branches, odd = divmod(total - 2, 2)
+    if method is None:  # HO-ResNet-30 is one of midpoint steps: its 14 branches are no whole RK4 steps
+        method = "midpoint" if total == 30 else "rk4"
+    tableau = tableaux.get(method)
     if odd or branches % tableau.stages:
         raise ValueError(
             f"layers: {total} does not fit {method}, which has {tableau.stages} branches of 2 layers per step; "

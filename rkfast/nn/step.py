@@ -36,7 +36,7 @@ class RKStep(nn.Module):
     Shape: Tensor [N, C, ...] -> [N, C, ...]; branches keep the shape.
 
     Raises:
-        TypeError: learn is not a sequence of str.
+        TypeError: tableau is neither a Tableau nor a name, or learn is not a sequence of str.
         ValueError: there is no such method, the number of branches does not fit, step is not finite, or learn names
             something else.
     """
@@ -52,6 +52,8 @@ class RKStep(nn.Module):
     ) -> None:
         super().__init__()
         tableau = tableaux.get(tableau) if isinstance(tableau, str) else tableau
+        if not isinstance(tableau, Tableau):
+            raise TypeError(f"tableau: expected a Tableau or the name of one, got {type(tableau).__name__}")
         shared = isinstance(branches, nn.Module) and not isinstance(branches, nn.ModuleList)
         modules: list[nn.Module] = [branches] if shared else list(branches)  # type: ignore[list-item, arg-type]
         if not shared and len(modules) != tableau.stages:

@@ -18,12 +18,11 @@ def test_every_listed_model_is_built() -> None:
     names = rkfast.list_models()
     assert len(names) == len(set(names)) == 38
     for name in names:
-        options = {"method": "midpoint"} if name == "ho_resnet-30" else {}  # 14 branches are no whole RK4 steps
-        model = on_meta(name, **options)
+        model = on_meta(name)
         assert isinstance(model, ImageModel)
         assert not any(getattr(module, "fused", False) for module in model.modules())
         with torch.device("meta"):
-            fused = rkfast.create_model(name, **options)
+            fused = rkfast.create_model(name)
         assert fused.fused
         assert {k: v.shape for k, v in fused.state_dict().items()} == {
             k: v.shape for k, v in model.state_dict().items()

@@ -261,3 +261,9 @@ def test_learned_coefficients_under_half_precision() -> None:
 def test_learning_something_else_is_refused(learn: tuple[str, ...], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         RKStep("rk4", Decay(), learn=learn)
+
+
+@pytest.mark.parametrize("given", (None, {}, 4))
+def test_a_tableau_that_is_none_is_named(given: object) -> None:
+    with pytest.raises(TypeError, match=r"^tableau: expected a Tableau"):
+        RKStep(given, nn.Identity())  # type: ignore[arg-type]

@@ -246,6 +246,16 @@ def test_saves_nothing_where_nothing_is_needed() -> None:
         assert saved[0].shape == (2 * 6, (4 * 5 + 7) // 8)
 
 
+def test_a_thread_ends_its_own_choice_and_no_other() -> None:
+    first, second = dispatch.use("cpu"), dispatch.use("reference")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert dispatch.forced() == "reference"
+    second.__exit__(None, None, None)
+    assert dispatch.forced() is None
+
+
 def test_explicit_choice_raises_its_reason() -> None:
     a, b = terms(2)
     with dispatch.use("cuda"), pytest.raises(RuntimeError, match=r"rk_sum: backend 'cuda' was asked for .* cpu"):

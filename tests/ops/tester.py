@@ -77,7 +77,8 @@ class Inputs:
     """Tensors of one call by name; lists stay lists."""
 
     def __init__(self, **tensors: Any) -> None:
-        self.__dict__.update(tensors)
+        for name, value in tensors.items():  # an update of __dict__ is not traced by every torch.compile
+            setattr(self, name, value)
 
     def map(self, f: Callable[[str, Tensor], Tensor]) -> Inputs:
         def each(name: str, v: Any) -> Any:

@@ -53,3 +53,20 @@ def test_demo_without_an_extra_prints_the_pip_line(missing: str) -> None:
     out = python("-c", code, status=1)
     assert "pip install 'rkfast[demo]'" in out
     assert "Traceback" not in out
+
+
+def test_info_tells_of_a_forced_backend_and_survives_head() -> None:
+    code = "import os, sys\nos.environ['RKFAST_BACKEND'] = {!r}\nfrom rkfast.cli import main\nsys.exit(main(['info']))"
+    assert "RKFAST_BACKEND=reference\n" in python("-c", code.format("reference"))
+    assert "RKFAST_BACKEND=foo: no backend" in python("-c", code.format("foo"))
+    code = (
+        "import os, sys\nread, write = os.pipe()\nos.close(read)\nos.dup2(write, 1)\n"
+        "from rkfast.cli import main\nsys.exit(main(['info']))"
+    )
+    assert "BrokenPipe" not in python("-c", code, status=1)
+
+
+def test_demo_tells_of_an_unwritable_folder_before_it_trains(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "file").touch()
+    out = python("-m", "rkfast", "demo", "--out", str(tmp_path / "file"), status=2)
+    assert "--out" in out and "Traceback" not in out and "step/s" not in out
