@@ -349,7 +349,12 @@ print(sum(kept.values()), grew)
     if native.cpu_reason() is not None:
         pytest.skip(native.cpu_reason())
     # Freed memory goes back at once, so that what is resident is what is in use.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    environment = {
+        **os.environ,
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "0",
+        "MALLOC_TOP_PAD_": "0",
+    }
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
     hooked, grew = map(int, result.stdout.split())
     element = 8 * 64 * 128 * 128

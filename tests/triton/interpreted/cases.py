@@ -383,7 +383,7 @@ def test_public_functions_are_served(how: str) -> None:
         grads = torch.autograd.grad(out.square().sum(), (x, y, gate, bn.weight, bn.bias))
         found = ops.channel_moments(out)
     served = dispatch.served() - before
-    expected = [*dispatch.OPS]
+    expected = [op.name for op in dispatch.OPS.values() if any(i.backend == "triton" for i in op.implementations)]
     assert "bn_rk_sum_backward" in expected
     assert served == {(op, "triton"): 1 for op in expected}
     stock = torch.nn.BatchNorm2d(6, momentum=None)
