@@ -1,4 +1,4 @@
-# make demo: everything from an empty machine to the main job. make test: every test but those that need a GPU.
+# make demo: everything from an empty machine to the main job. make test: every test; without a GPU those that need one skip.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
@@ -22,7 +22,7 @@ demo: $(VENV)/.demo
 	$(BIN)/rkfast demo $(DEMO)
 
 test: lint
-	$(BIN)/python -m pytest -m "not gpu" $(TESTS)
+	$(BIN)/python -m pytest $(TESTS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ import os
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -153,9 +153,15 @@ def backend_reason(backend: str, device: str, explicit: bool = False) -> str | N
     return native.cuda_reason() if backend == "cuda" else native.triton_reason()
 
 
-def ordered(home: str, function: str) -> tuple[Implementation, ...]:
-    """The usual list: ``function`` of the modules ``cuda``, ``triton``, ``cpu`` and ``reference`` of ``home``."""
-    return tuple(Implementation(backend, f"{home}.{backend}", function) for backend in BACKENDS)
+def ordered(
+    home: str,
+    function: str,
+    backends: tuple[str, ...] = BACKENDS,
+    supports: Mapping[str, Callable[..., str | None]] | None = None,
+) -> tuple[Implementation, ...]:
+    """The usual list: ``function`` of the modules of ``home`` that are named as the backends are."""
+    asked = supports or {}
+    return tuple(Implementation(b, f"{home}.{b}", function, asked.get(b)) for b in backends)
 
 
 def register(schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> Any:

@@ -11,7 +11,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "target" in metafunc.fixturenames:
         from tests.ops.tester import TARGETS
 
-        metafunc.parametrize("target", TARGETS, ids=[f"{b}-{d}" for b, d in TARGETS])
+        marks = {"cuda": [pytest.mark.gpu]}
+        targets = [pytest.param((b, d), id=f"{b}-{d}", marks=marks.get(d, [])) for b, d in TARGETS]
+        served = getattr(metafunc.module, "SERVED", None)  # backends that have the op
+        metafunc.parametrize("target", [t for t in targets if served is None or t.values[0][0] in served])
 
 
 @pytest.fixture(autouse=True)

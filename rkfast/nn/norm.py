@@ -49,6 +49,8 @@ def as_norm(norm: nn.BatchNorm2d) -> Norm:
     """What calling ``norm`` would do, for an op."""
     tracked = not norm.training or norm.track_running_stats
     running_mean = norm.running_mean if tracked else None
+    # Without a counter nn.BatchNorm2d leaves a cumulative average where it is.
+    momentum = 0.0 if norm.momentum is None and norm.num_batches_tracked is None else norm.momentum
     return Norm(
         norm.weight,
         norm.bias,
@@ -56,7 +58,7 @@ def as_norm(norm: nn.BatchNorm2d) -> Norm:
         norm.running_var if tracked else None,
         norm.num_batches_tracked,
         norm.training or running_mean is None,
-        norm.momentum,
+        momentum,
         norm.eps,
     )
 
@@ -87,8 +89,7 @@ def batch_norm_relu(norm: nn.Module, x: Tensor, moments: Moments | None = None, 
         given.running_var,
         relu=True,
         training=given.training,
-        # Without a counter nn.BatchNorm2d leaves a cumulative average where it is.
-        momentum=0.0 if given.momentum is None and given.num_batches_tracked is None else given.momentum,
+        momentum=given.momentum,
         eps=given.eps,
         num_batches_tracked=given.num_batches_tracked,
         moments=moments,

@@ -78,19 +78,22 @@ def like(x: object, reference: Tensor, name: str, reference_name: str) -> None:
         )
 
 
-def vector(v: object, x: Tensor, name: str, per_sample: bool = False) -> None:
-    """v is None or a floating vector [C] (or [N, C] where a factor per sample is supported) on x's device."""
+def vector(v: object, x: Tensor, name: str, per_sample: bool = False, channels: int | None = None) -> None:
+    """v is None or a floating vector [C] (or [N, C] where a factor per sample is supported) on x's device; C are x's
+    channels or those given."""
     if v is None:
         return
     if not isinstance(v, Tensor):
         raise TypeError(f"{name}: expected a Tensor or None, got {type(v).__name__}")
     if not v.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point tensor, got {v.dtype}")
+    if v.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {v.layout}; convert it with .to_dense()")
     shape = tuple(v.shape)
-    channels = (x.shape[1],)
-    samples = (x.shape[0], x.shape[1])
-    if shape != channels and not (per_sample and shape == samples):
-        wanted = f"[{channels[0]}]" + (f" or {list(samples)}" if per_sample else "")
+    channels = x.shape[1] if channels is None else channels
+    samples = (x.shape[0], channels)
+    if shape != (channels,) and not (per_sample and shape == samples):
+        wanted = f"[{channels}]" + (f" or {list(samples)}" if per_sample else "")
         raise ValueError(f"{name}: shape {list(shape)} does not fit; expected one value per channel, {wanted}")
     if v.device != x.device:
         raise ValueError(f"{name}: device {v.device} differs from the input's {x.device}; move one of them")

@@ -32,7 +32,9 @@ GEOMETRY = ("channels", "length", "chunks", "blocks", "splits", "pieces", "span"
 PITCHES = ("pitch", "x_pitch", "out_pitch")
 
 # Alignment is told by UNIT; without this, every new shape could compile again. (A value of 1 is still a constant.)
-jit = functools.partial(triton.jit, do_not_specialize_on_alignment=[*GEOMETRY, *PITCHES], do_not_specialize=["rows"])
+jit = functools.partial(
+    triton.jit, do_not_specialize_on_alignment=[*GEOMETRY, *PITCHES], do_not_specialize=["rows", "every"]
+)
 
 
 class Tiling(NamedTuple):
@@ -83,7 +85,7 @@ class View(NamedTuple):
     ) -> Tiling:
         """operands: tensors read and written; vectors: per channel; sums: kept for each element of a tile."""
         row = self.channels if self.channels_last else self.positions
-        unit = math.gcd(THREAD_BYTES // itemsize, row, *self.pitches)
+        unit = unit_of(itemsize, row, *self.pitches)
         per_thread = THREAD_BYTES // itemsize
         held = (sums + vectors * self.channels_last) * max(1, itemsize // 4)  # registers
         while held * per_thread > MOST_HELD and per_thread > 1:
@@ -182,6 +184,11 @@ def _width(length: int, least: int, most: int) -> int:
     return next((width for width in widths if 8 * padded[width] <= 9 * length), min(padded, key=lambda w: padded[w]))
 
 
+def unit_of(itemsize: int, *sizes: int) -> int:
+    """Elements that a thread may load at once where rows have these sizes."""
+    return math.gcd(THREAD_BYTES // itemsize, *sizes)
+
+
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -224,8 +231,14 @@ def reduce(kernel: Any, lead: Tensor, groups: int, rows: int, channels: int, *ar
 def merge_moments(partials: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance from partials [3, rows, C]: counts, means and sums of squared deviations."""
     _, rows, c = partials.shape
+    if rows > 2 * PARTIAL_ROWS:  # by more programs than there are blocks of channels
+        span = max(2, math.isqrt(rows))
+        groups = _cdiv(rows, span)
+        merged = partials.new_empty((3, groups, c))
+        reduce(_merge_kernel, partials, groups, span, c, partials, merged, None, None, rows)
+        partials, rows = merged, groups
     mean, var = partials.new_empty(c), partials.new_empty(c)
-    reduce(_merge_kernel, partials, 1, rows, c, partials, mean, var)
+    reduce(_merge_kernel, partials, 1, rows, c, partials, None, mean, var, rows)
     return mean, var
 
 
@@ -316,6 +329,12 @@ def store(out, pitch, v, major, minor, exists, UNIT: tl.constexpr):
 
 
 @triton.jit
+def normalise(x, center, scale, shift):
+    # An explicit fma: backward decides by this value's sign, and must see forward's to the last bit.
+    return tl.fma(x - center, tl.broadcast_to(scale, x.shape), tl.broadcast_to(shift, x.shape))
+
+
+@triton.jit
 def relu(v):
     return tl.where(v <= 0, 0.0, v)  # NaN passes
 
@@ -388,24 +407,29 @@ def column_sum(partials, rows, channels, c, ROWS: tl.constexpr, COLS: tl.constex
 
 @jit
 def _merge_kernel(
-    partials,  # [3, rows, C]
-    mean,  # [C]
-    var,  # [C]
-    rows,
+    partials,  # [3, every, C]
+    merged,  # [3, groups, C] or None
+    mean,  # [C] or None
+    var,
+    every,
+    rows,  # of a group
     channels,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    c = tl.program_id(0) * COLS + tl.arange(0, COLS)
-    plane = rows.to(tl.int64) * channels
+    blocks = tl.cdiv(channels, COLS)
+    group = tl.program_id(0) // blocks
+    c = tl.program_id(0) % blocks * COLS + tl.arange(0, COLS)
+    plane = every.to(tl.int64) * channels
+    last = tl.minimum((group + 1) * rows, every)
     n = tl.zeros((COLS,), WIDE)
     m = tl.zeros((COLS,), WIDE)
     m2 = tl.zeros((COLS,), WIDE)
-    for start in range(0, rows, ROWS):
+    for start in range(group * rows, last, ROWS):
         r = (start + tl.arange(0, ROWS))[:, None]
         at = partials + (r.to(tl.int64) * channels + c[None, :])
-        exists = (r < rows) & (c < channels)[None, :]
+        exists = (r < last) & (c < channels)[None, :]
         part_n = tl.load(at, mask=exists, other=0.0)
         part_mean = tl.load(at + plane, mask=exists, other=0.0)
         part_m2 = tl.load(at + 2 * plane, mask=exists, other=0.0)
@@ -420,5 +444,12 @@ def _merge_kernel(
         m += delta * share
         m2 += tile_m2 + delta * delta * n * share
         n += tile_n
-    tl.store(mean + c, m, mask=c < channels)
-    tl.store(var + c, m2 / n, mask=c < channels)
+    if merged is None:
+        tl.store(mean + c, m, mask=c < channels)
+        tl.store(var + c, m2 / n, mask=c < channels)
+    else:
+        at = merged + (group.to(tl.int64) * channels + c)
+        plane = tl.cdiv(every, rows).to(tl.int64) * channels
+        tl.store(at, n, mask=c < channels)
+        tl.store(at + plane, m, mask=c < channels)
+        tl.store(at + 2 * plane, m2, mask=c < channels)

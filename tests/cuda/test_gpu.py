@@ -18,7 +18,10 @@ from rkfast import dispatch
 from rkfast.ops import bn_rk_sum, channel_moments, rk_sum
 from tests.cuda.test_emulated import close, lay
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch.cuda.is_available() is false")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch.cuda.is_available() is false"),
+]
 
 DEVICE = "cuda"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

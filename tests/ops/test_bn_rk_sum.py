@@ -219,6 +219,8 @@ def test_bad_input_is_named_and_modifies_nothing() -> None:
         (TypeError, "^num_batches_tracked: ", dict(num_batches_tracked=3)),
         (ValueError, "^num_batches_tracked: device", dict(num_batches_tracked=torch.tensor(0, device="meta"))),
         (ValueError, "^running_mean: expanded", dict(running_mean=torch.zeros(1).expand(6))),
+        (ValueError, r"^running_mean: shape \[\] does not fit", dict(running_mean=torch.zeros(()))),
+        (TypeError, r"^running_mean: .* layout torch\.sparse_coo", dict(running_mean=torch.zeros(6).to_sparse())),
         (ValueError, "^running_var: expanded", dict(running_var=torch.ones(1).expand(6))),
         (ValueError, "^running_mean: .*lazily", dict(running_mean=torch._neg_view(v6))),
         (RuntimeError, "^running_var: .*require grad", dict(running_var=v6.clone().requires_grad_())),

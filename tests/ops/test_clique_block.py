@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from rkfast import dispatch, ops
 from rkfast.ops import Norm, Stages, clique_block
-from tests.ops.test_dense_block import BACKENDS, relu_norm
+from tests.ops.test_dense_block import SERVED as SERVED
+from tests.ops.test_dense_block import Target, relu_norm
 from tests.ops.tester import assert_as_good_as, assert_gradients_as_good_as
 
 C = K = 5
@@ -61,10 +62,10 @@ class Block:
         running = (0.1 * draws[2], 0.5 + torch.rand(c).double(), torch.tensor(0))
         return Norm(1 + 0.3 * draws[0], 0.3 * draws[1], *running, not (self.frozen and i % 2), 0.1, (1e-5, 0.1)[i % 2])
 
-    def to(self, dtype: torch.dtype) -> Block:
+    def to(self, dtype: torch.dtype, device: str = "cpu") -> Block:
         def cast(v: Any) -> Any:
             if isinstance(v, Tensor):
-                return v.to(dtype, copy=True) if v.is_floating_point() else v.clone()
+                return v.to(device, dtype, copy=True) if v.is_floating_point() else v.to(device, copy=True)
             if isinstance(v, Norm):
                 return Norm(*(cast(t) for t in v[:5]), *v[5:])
             return [cast(t) for t in v] if isinstance(v, (list, tuple)) else v
@@ -116,30 +117,30 @@ def outcome(block: Block, run: str, y: Tensor, grad: Tensor) -> dict[str, Tensor
     return found
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", CASES)
-def test_against_float64(case: str, backend: str) -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_against_float64(name: str, target: Target) -> None:
     torch.manual_seed(0)
-    block = Block(**CASES[case])
+    block = Block(**CASES[name])
     y = torch.randn(3, block.inputs, 6, 5, dtype=torch.float64)
     channels = C if block.options.get("sum", True) else block.stages * K
     grad = torch.randn(3, channels, 6, 5, dtype=torch.float64)
-    rows = y.float().contiguous(memory_format=torch.channels_last)
-    truth = outcome(block.to(torch.float64), "plain", rows.double(), grad)
-    eager = outcome(block.to(torch.float32), "plain", rows, grad)
+    backend, device = target
+    rows, grad = y.to(device, torch.float32).contiguous(memory_format=torch.channels_last), grad.to(device)
+    truth = outcome(block.to(torch.float64, device), "plain", rows.double(), grad)
+    eager = outcome(block.to(torch.float32, device), "plain", rows, grad)
     with dispatch.use(backend):
         served = dispatch.served()
-        found = outcome(block.to(torch.float32), "ours", rows, grad)
+        found = outcome(block.to(torch.float32, device), "ours", rows, grad)
         # The same kernels as those of a dense block.
         assert dispatch.served()["dense_block", backend] == served["dense_block", backend] + 1
         assert dispatch.served()["dense_block_backward", backend] == served["dense_block_backward", backend] + 1
-    gradients = [name for name in found if name.startswith("gradient")]
-    assert_gradients_as_good_as(*({name: d[name] for name in gradients} for d in (found, eager, truth)))
-    for name in found.keys() - set(gradients):
-        if found[name].is_floating_point():
-            assert_as_good_as(found[name], eager[name], truth[name], name)
+    gradients = [key for key in found if key.startswith("gradient")]
+    assert_gradients_as_good_as(*({key: d[key] for key in gradients} for d in (found, eager, truth)))
+    for key in found.keys() - set(gradients):
+        if found[key].is_floating_point():
+            assert_as_good_as(found[key], eager[key], truth[key], key)
         else:
-            assert torch.equal(found[name], truth[name]), name
+            assert torch.equal(found[key], truth[key]), key
 
 
 @pytest.mark.parametrize("case", ("irk", "rkcnn_i", "cliquenet"))

@@ -23,6 +23,7 @@ from triton.compiler.compiler import CompiledKernel
 
 from rkfast.ops.bn_rk_sum import triton as bn_rk_sum
 from rkfast.ops.channel_moments import triton as channel_moments
+from rkfast.ops.dense_block import triton as dense_block
 from rkfast.ops.rk_sum import triton as rk_sum
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -38,6 +39,11 @@ class Kernel(NamedTuple):
     local: int  # bytes of stack and local memory: where spills go
     shared: int
     ptx: str
+
+    @property
+    def tensor_cores(self) -> bool:
+        """Whether it multiplies as this GPU does fastest."""
+        return {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[self.cc] in self.ptx
 
     def accesses(self, kind: str) -> set[int]:
         """How many bytes a thread loads ("ld") or stores ("st") in global memory at once, here and there."""
@@ -166,6 +172,41 @@ def most(dtype: torch.dtype, channels_last: bool) -> Launch:
         rk_sum.backward(x, mask, coeffs, steps, [x] * 16, coeffs, [False] * 16, True, channels_last)
 
     return Launch("sixteen", call, False)
+
+
+def growths(dtype: torch.dtype, shape: tuple[int, ...], growth: int, width: int | None) -> Launch:
+    """Two growths, the second of which reads two ranges; in training, and the forward with frozen statistics."""
+    c = shape[1]
+    x = torch.empty(shape, dtype=dtype, device="meta").contiguous(memory_format=torch.channels_last)
+    reads, writes = [0, c, 0, 0, 0, c // 2, c, c + growth], [c, c + growth]
+    read = [c, c // 2 + growth]
+
+    def weight(*sizes: int) -> torch.Tensor:
+        return torch.empty(sizes, dtype=dtype, device="meta")
+
+    def norm(channels: int, own: bool) -> list[torch.Tensor | None]:
+        vectors: list[torch.Tensor | None] = [torch.empty(channels, device="meta") for _ in range(4)]
+        return vectors if own else [*vectors[:2], None, None]
+
+    def call() -> None:
+        for own in (False, True):
+            norms: list[torch.Tensor | None] = []
+            for r in read:
+                norms += [*norm(r, own), *([] if width is None else norm(width, own))]
+            conv1 = [weight(width or growth, r, *((1, 1) if width else (3, 3))) for r in read]
+            conv2 = [] if width is None else [weight(growth, width, 3, 3) for _ in read]
+            eps = [1e-5] * (len(norms) // 4)
+            common = (conv1, conv2, norms, [], 1.0, reads, writes, eps)
+            buffer, mean, var, *kept = dense_block.forward(x, *common, c + 2 * growth, [], None, None, not own, False)
+            if not own:
+                moments, mids = kept[: 2 * len(conv2)], kept[2 * len(conv2) :]
+                dense_block.backward(buffer, buffer, mean, var, moments, mids, *common, c, [])
+
+    return Launch(
+        "growths" if width is None else "bottlenecks",
+        call,
+        (c // 2) * dtype.itemsize % 16 == growth * dtype.itemsize % 16 == 0,
+    )
 
 
 def running() -> Launch:

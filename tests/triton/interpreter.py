@@ -1,6 +1,7 @@
 """A pytest plugin (-p tests.triton.interpreter) that makes Triton's interpreter fit to test with.
 
-Its casts from float32 to bfloat16 cut bits off, where a GPU rounds to nearest even; and it prepares triton.language for
+Its casts from float32 to bfloat16 cut bits off, where a GPU rounds to nearest even; its products of bfloat16 multiply
+their bits; and it prepares triton.language for
 every call of a device function again, which takes most of its time. Needs TRITON_INTERPRET=1.
 """
 
@@ -28,6 +29,21 @@ def convert_float(values: Any, source: Any, target: Any, rounding: Any) -> Any:
 
 
 interpreter._convert_float = convert_float
+multiply = interpreter.InterpreterBuilder.create_dot
+
+
+def create_dot(builder: Any, a: Any, b: Any, *others: Any) -> Any:
+    def wide(t: Any) -> Any:
+        if t.dtype.scalar != tl.bfloat16:
+            return t
+        return interpreter.TensorHandle(
+            convert_float(t.data, tl.bfloat16, tl.float32, None).view(np.float32), tl.float32
+        )
+
+    return multiply(builder, wide(a), wide(b), *others)
+
+
+interpreter.InterpreterBuilder.create_dot = create_dot
 # Prepared once and for all.
 interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
 interpreter._patch_lang = lambda function: interpreter._LangPatchScope()

@@ -33,12 +33,6 @@ def _fold(mean, var, weight, bias, step, gate, eps, group, c, channels, AXIS: tl
     return center, rstd, scale, shift
 
 
-@triton.jit
-def _normalise(x, center, scale, shift):
-    # An explicit fma: backward decides by this value's sign, and must see forward's to the last bit.
-    return tl.fma(x - center, tl.broadcast_to(scale, x.shape), tl.broadcast_to(shift, x.shape))
-
-
 @kernels.jit
 def _forward_kernel(
     out,  # [N, C, ...]
@@ -84,7 +78,7 @@ def _forward_kernel(
         major, minor, exists, count, at, bytes_exist = kernels.place(
             t, group, c0, c, channels, length, chunks, AXIS, ROWS, COLS, UNIT
         )
-        total = _normalise(kernels.load(x, x_pitch, major, minor, exists, UNIT, WIDE), center, scale, shift)
+        total = kernels.normalise(kernels.load(x, x_pitch, major, minor, exists, UNIT, WIDE), center, scale, shift)
         for i in tl.static_range(len(terms)):
             coeff = kernels.scalar_of(coeffs[i], WIDE)
             total += coeff * kernels.load(terms[i], pitches[i], major, minor, exists, UNIT, WIDE)
@@ -239,7 +233,7 @@ def _backward_kernel(
         if mask is not None:
             g = tl.where(kernels.unpack(tl.load(mask + at, mask=bytes_exist, other=0), ROWS, COLS), g, 0.0)
         elif RECOMPUTE:
-            g = tl.where(kernels.stored(_normalise(v, center, scale, shift), x) <= 0, 0.0, g)
+            g = tl.where(kernels.stored(kernels.normalise(v, center, scale, shift), x) <= 0, 0.0, g)
         if sums is not None:
             s0 += g
             s1 += tl.where(exists, g * (v - center), 0.0)

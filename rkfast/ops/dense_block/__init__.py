@@ -58,22 +58,33 @@ _ARGS = (
 )
 
 
-def _cpu_reason(x: Tensor, *args: Any) -> str | None:
-    if x.dtype != torch.float32:
-        return f"dtype {x.dtype}: the C++ kernel serves float32"
+def _cpu_reason(x: Tensor, dtype: torch.dtype) -> str | None:
+    if dtype != torch.float32:
+        return f"dtype {dtype}: the C++ kernel serves float32"
+    return _empty_reason(x)
+
+
+def _triton_reason(x: Tensor, dtype: torch.dtype) -> str | None:
+    if dtype == torch.float64:
+        return f"dtype {dtype}: the Triton kernels serve float32, bfloat16 and float16"
+    return _empty_reason(x)
+
+
+def _empty_reason(x: Tensor) -> str | None:
     return "an empty tensor has no rows" if x.numel() == 0 else None
 
 
-def _backward_reason(grad: Tensor, buffer: Tensor, *args: Any) -> str | None:
-    return _cpu_reason(buffer)
+_REASONS = {"triton": _triton_reason, "cpu": _cpu_reason}
+_KERNEL = {"cuda": "triton", "cpu": "cpu"}  # by device
 
 
-def _implementations(function: str, supports: Any) -> tuple[dispatch.Implementation, ...]:
-    home = "rkfast.ops.dense_block"
-    return (
-        dispatch.Implementation("cpu", f"{home}.cpu", function, supports),
-        dispatch.Implementation("reference", f"{home}.reference", function),
-    )
+def _implementations(function: str, lead: int) -> tuple[dispatch.Implementation, ...]:
+    """lead: which of the arguments decides."""
+    supports = {
+        backend: lambda *args, reason=reason: reason(args[lead], args[lead].dtype)
+        for backend, reason in _REASONS.items()
+    }
+    return dispatch.ordered("rkfast.ops.dense_block", function, (*_REASONS, "reference"), supports)
 
 
 def _fake(
@@ -137,7 +148,7 @@ def _fake_backward(
     return result
 
 
-_op = dispatch.Op("dense_block", _implementations("forward", _cpu_reason))
+_op = dispatch.Op("dense_block", _implementations("forward", 0))
 # Returns the buffer [N, channels, H, W] and its mean and var [channels]; with keep also, of each bottleneck, mean and
 # var, and then the bottlenecks themselves; at last, where there is something to sum, the input and that, and with
 # total_moments its mean and var.
@@ -148,7 +159,7 @@ _backward = dispatch.register(
     "dense_block_backward(Tensor grad, Tensor buffer, Tensor mean, Tensor var, Tensor[] mid_moments, Tensor[] mids, "
     "Tensor[] conv1, Tensor[] conv2, Tensor?[] norms, Tensor?[] keeps, float keep_scale, int[] reads, int[] writes, "
     "float[] eps, int inputs, int[] summed) -> Tensor[]",
-    dispatch.Op("dense_block_backward", _implementations("backward", _backward_reason)),
+    dispatch.Op("dense_block_backward", _implementations("backward", 1)),
     _fake_backward,
 )
 
@@ -268,19 +279,18 @@ def kernel_reason(x: Tensor) -> str | None:
     """Why no kernel serves x, and plain PyTorch is the better choice; None where one does, or a backend is forced."""
     if dispatch.forced() is not None:
         return None
-    if x.device.type != "cpu":
-        return f"there is no kernel for {x.device.type} tensors"
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        if dtype != torch.float32:
-            return f"under autocast it is {dtype}: the C++ kernel serves float32"
+    device = x.device.type
+    if device not in _KERNEL:
+        return f"there is no kernel for {device} tensors"
     if checks.tracing():
         return "torch.jit.trace records no op of rkfast"
-    return _missing() or _cpu_reason(x)
+    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    return _missing(device) or _REASONS[_KERNEL[device]](x, dtype)
 
 
-def _missing() -> str | None:
-    return dispatch.backend_reason("cpu", "cpu")
+def _missing(device: str) -> str | None:
+    return dispatch.backend_reason(_KERNEL[device], device)
 
 
 # What torch.compiler.assume_constant_result does; to call it would import the compiler.
@@ -388,10 +398,15 @@ def run(
     norms = [norm for pair in zip(norm1, norm2, strict=True) for norm in pair] if neck else norm1
     convs = [conv for pair in zip(conv1, conv2, strict=True) for conv in pair] if neck else conv1
     statistics = [t for norm in norms for t in ((None, None) if norm.batch else (norm.running_mean, norm.running_var))]
+    params = [t for conv, norm in zip(convs, norms, strict=True) for t in (conv, norm.weight, norm.bias)]
+    if checks.transformed((x, *params)):
+        raise RuntimeError(
+            "dense_block: torch.func, forward-mode AD and torch.jit.trace are not supported; take the plain block "
+            "(fused=False) for them"
+        )
     keeps: list[Tensor | None] = []
     if drop_rate > 0:
         keeps = [_keep(x, weight.shape[0], drop_rate) for weight in convs]
-    params = [t for conv, norm in zip(convs, norms, strict=True) for t in (conv, norm.weight, norm.bias)]
     mean, var = (None, None) if moments is None else moments[:2]
     call = _Call(
         slots=slots,
@@ -404,11 +419,6 @@ def run(
     )
     count = layout.count(x)
     tracked = any(norm.training and norm.running_mean is not None for norm in norms)
-    if checks.transformed((x, *params)):
-        raise RuntimeError(
-            "dense_block: torch.func, forward-mode AD and torch.jit.trace are not supported; take the plain block "
-            "(fused=False) for them"
-        )
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *params)):
         out, *found = _DenseBlock.apply(call, *checks.distinct((x, *params, *statistics, *keeps, mean, var)))
     else:
@@ -429,37 +439,40 @@ def run(
 
 
 def _keep(x: Tensor, channels: int, drop_rate: float) -> Tensor:
+    """Drawn as F.dropout draws it, so that one seed gives the same."""
     shape = (x.shape[0], channels, *x.shape[2:])
-    # Drawn as F.dropout draws it, so that one seed gives the same.
-    return x.new_empty_strided(shape, layout.strides(shape, True)).bernoulli_(1 - drop_rate).bool()
+    rows = x.new_empty_strided(shape, layout.strides(shape, True))
+    if x.is_cuda:
+        return torch.native_dropout(rows, drop_rate, True)[1]
+    return rows.bernoulli_(1 - drop_rate).bool()
 
 
 def _advance(norm1: list[Norm], norm2: list[Norm], slots: Slots, found: list[Tensor], count: int) -> None:
-    mean, var = found[:2]
+    prefixes: dict[tuple[float | None, bool], list[Norm]] = {}
     for i, norm in enumerate(norm1):
         if norm.training and norm.running_mean is not None:
             ranges = [range_ for range_ in _pairs(slots.reads[4 * i : 4 * i + 4]) if range_[1] > range_[0]]
             if len(ranges) == 1 and ranges[0][0] == 0:
-                own = (mean, var)
-            else:
-                read = [torch.cat([t[begin:end] for begin, end in ranges]) for t in (mean, var)]
-                turn = slots.turns[i] if slots.turns else (0, 0)
-                own = (turned(read[0], turn, back=True), turned(read[1], turn, back=True))
-            _advance_one(norm, *own, count)
+                prefixes.setdefault((norm.momentum, norm.num_batches_tracked is None), []).append(norm)
+                continue
+            turn = slots.turns[i] if slots.turns else (0, 0)
+            mean, var = (torch.cat([t[begin:end] for begin, end in ranges]) for t in found[:2])
+            _advance_all([norm], turned(mean, turn, back=True), turned(var, turn, back=True), count)
+    for norms in prefixes.values():
+        _advance_all(norms, found[0], found[1], count)
     for i, norm in enumerate(norm2):
         if norm.training and norm.running_mean is not None:
-            _advance_one(norm, found[2 + 2 * i], found[3 + 2 * i], count)
+            _advance_all([norm], found[2 + 2 * i], found[3 + 2 * i], count)
 
 
 def _pairs(bounds: list[int]) -> list[tuple[int, int]]:
     return [(bounds[0], bounds[1]), (bounds[2], bounds[3])]
 
 
-def _advance_one(norm: Norm, mean: Tensor, var: Tensor, count: int) -> None:
-    counters = [] if norm.num_batches_tracked is None else [norm.num_batches_tracked]
-    # Without a counter nn.BatchNorm2d leaves a cumulative average where it is.
-    momentum = 0.0 if norm.momentum is None and not counters else norm.momentum
-    update_running_stats(mean, var, count, [norm.running_mean], [norm.running_var], counters, momentum)
+def _advance_all(norms: list[Norm], mean: Tensor, var: Tensor, count: int) -> None:
+    """Norms of one momentum, all with a counter or all without, over the first channels of mean and var."""
+    means, variances, counters = ([n[field] for n in norms if n[field] is not None] for field in (2, 3, 4))
+    update_running_stats(mean, var, count, means, variances, counters, norms[0].momentum)
 
 
 def _turned(norm: Norm, turn: tuple[int, int]) -> Norm:
@@ -546,20 +559,15 @@ def _norm(norm: object, name: str, channels: int, x: Tensor) -> None:
         v = getattr(norm, field)
         if v is None:
             continue
-        if not isinstance(v, Tensor):
-            raise TypeError(f"{name}.{field}: expected a Tensor or None, got {type(v).__name__}")
-        if not v.is_floating_point():
-            raise TypeError(f"{name}.{field}: expected a floating-point tensor, got {v.dtype}")
-        if tuple(v.shape) != (channels,):
-            raise ValueError(f"{name}.{field}: expected [{channels}], got {list(v.shape)}")
-        if v.device != x.device:
-            raise ValueError(f"{name}.{field}: device {v.device} differs from x's {x.device}; move one of them")
+        checks.vector(v, x, f"{name}.{field}", channels=channels)
         checks.resolved(v, f"{name}.{field}")
     tracked = norm.training and norm.running_mean is not None
     checks.running(norm.running_mean, f"{name}.running_mean", tracked)
     checks.running(norm.running_var, f"{name}.running_var", tracked)
     if tracked:
         checks.counter(norm.num_batches_tracked, x, f"{name}.num_batches_tracked")
+        if norm.momentum is None and norm.num_batches_tracked is None:
+            raise ValueError(f"{name}.momentum: None (a cumulative average) needs num_batches_tracked")
     if (norm.running_mean is None) != (norm.running_var is None):
         raise ValueError(f"{name}: running_mean and running_var come together, or not at all")
     if norm.batch and layout.count(x) == 1:

@@ -14,7 +14,7 @@ from rkfast.ops.channel_moments import reference as channel_moments
 from rkfast.ops.channel_moments.reference import moments_dtype, per_channel, sums
 
 
-class _Growth(NamedTuple):
+class Growth(NamedTuple):
     reads: list[tuple[int, int]]
     write: int
     conv1: Tensor
@@ -44,7 +44,7 @@ class _Growth(NamedTuple):
             first += end - begin
 
 
-def _growths(
+def growths(
     conv1: Sequence[Tensor],
     conv2: Sequence[Tensor],
     norms: Sequence[Tensor | None],
@@ -52,13 +52,13 @@ def _growths(
     reads: Sequence[int],
     writes: Sequence[int],
     eps: Sequence[float],
-) -> Iterator[_Growth]:
+) -> Iterator[Growth]:
     convs = 2 if conv2 else 1
     for i, (weight, write) in enumerate(zip(conv1, writes, strict=True)):
         norm = norms[4 * convs * i : 4 * convs * (i + 1)]
         keep = keeps[convs * i : convs * (i + 1)] if keeps else [None] * convs
         begin0, end0, begin1, end1 = reads[4 * i : 4 * i + 4]
-        yield _Growth(
+        yield Growth(
             reads=[(begin0, end0), (begin1, end1)],
             write=write,
             conv1=weight,
@@ -96,11 +96,11 @@ def _read(x: Tensor, norm: Sequence[Tensor | None], mean: Tensor, var: Tensor, e
     return _Read(torch.relu(normed).to(x.dtype), scale, mean, rstd, batch)
 
 
-def _conv(x: Tensor, weight: Tensor) -> Tensor:
+def conv(x: Tensor, weight: Tensor) -> Tensor:
     return F.conv2d(x, weight, padding=weight.shape[2] // 2)
 
 
-def _dropped(x: Tensor, keep: Tensor | None, keep_scale: float) -> Tensor:
+def dropped(x: Tensor, keep: Tensor | None, keep_scale: float) -> Tensor:
     return x if keep is None else x * keep * keep_scale
 
 
@@ -124,7 +124,7 @@ def forward(
     dtype = moments_dtype(x.dtype)
     inputs = x.shape[1]
     with torch.autocast(x.device.type, enabled=False):
-        buffer = layout.empty(_like(x, channels), True)
+        buffer = layout.empty(like(x, channels), True)
         means, variances = x.new_empty(channels, dtype=dtype), x.new_empty(channels, dtype=dtype)
 
         def put(slot: slice, growth: Tensor) -> None:
@@ -136,16 +136,16 @@ def forward(
             means[:inputs], variances[:inputs] = mean, var
         mids: list[Tensor] = []
         mid_moments: list[Tensor] = []
-        for g in _growths(conv1, conv2, norms, keeps, reads, writes, eps):
+        for g in growths(conv1, conv2, norms, keeps, reads, writes, eps):
             act = _read(g.read(buffer), g.norm1, g.read(means), g.read(variances), g.eps1).act
-            growth = _dropped(_conv(act, g.conv1), g.keep1, keep_scale)
+            growth = dropped(conv(act, g.conv1), g.keep1, keep_scale)
             if g.conv2 is not None:
                 mid = layout.empty(growth, True).copy_(growth)
                 moments = _mid_moments(mid, g)
                 mids.append(mid)
                 mid_moments.extend(moments)
                 act = _read(mid, g.norm2, *moments, g.eps2).act
-                growth = _dropped(_conv(act, g.conv2), g.keep2, keep_scale)
+                growth = dropped(conv(act, g.conv2), g.keep2, keep_scale)
             put(g.slot, growth)
         result = [buffer, means, variances]
         if keep:
@@ -160,12 +160,12 @@ def forward(
         return result
 
 
-def _like(x: Tensor, channels: int) -> Tensor:
+def like(x: Tensor, channels: int) -> Tensor:
     """A tensor of x's shape with other channels, for its shape and dtype only."""
     return x.new_empty(1).expand(x.shape[0], channels, *x.shape[2:])
 
 
-def _mid_moments(mid: Tensor, g: _Growth) -> tuple[Tensor, Tensor]:
+def _mid_moments(mid: Tensor, g: Growth) -> tuple[Tensor, Tensor]:
     if g.norm2[2] is not None and g.norm2[3] is not None:
         dtype = moments_dtype(mid.dtype)
         return g.norm2[2].to(dtype, copy=True), g.norm2[3].to(dtype, copy=True)
@@ -214,36 +214,36 @@ def backward(
             return g, sums(g, False), sums(g * x_hat, False)
 
         found: list[list[Tensor]] = []
-        growths = list(_growths(conv1, conv2, norms, keeps, reads, writes, eps))
-        for i, g in reversed(list(enumerate(growths))):
+        order = list(growths(conv1, conv2, norms, keeps, reads, writes, eps))
+        for i, g in reversed(list(enumerate(order))):
             x = g.read(buffer)
             read = _read(x, g.norm1, g.read(mean), g.read(var), g.eps1)
             d = finished(g.slot)
             second: list[Tensor] = []
             if g.conv2 is not None:
-                d = _dropped(d, g.keep2, keep_scale)
-                mid = mids[i] if mids else _dropped(_conv(read.act, g.conv1), g.keep1, keep_scale)
+                d = dropped(d, g.keep2, keep_scale)
+                mid = mids[i] if mids else dropped(conv(read.act, g.conv1), g.keep1, keep_scale)
                 read2 = _read(mid, g.norm2, mid_moments[2 * i], mid_moments[2 * i + 1], g.eps2)
-                d, dconv2 = _conv_backward(d, read2.act, g.conv2)
+                d, dconv2 = conv_backward(d, read2.act, g.conv2)
                 g2, dbias2, dweight2 = through(read2, mid, d)
                 if read2.batch:
                     x_hat = (mid.to(dtype) - per_channel(read2.mean, mid)) * per_channel(read2.rstd, mid)
                     g2 = g2 - per_channel(dbias2 / count, mid) - x_hat * per_channel(dweight2 / count, mid)
                 d = (per_channel(read2.scale, mid) * g2).to(buffer.dtype)
                 second = [dconv2, dweight2, dbias2]
-            d = _dropped(d, g.keep1, keep_scale)
-            d, dconv1 = _conv_backward(d, read.act, g.conv1)
+            d = dropped(d, g.keep1, keep_scale)
+            d, dconv1 = conv_backward(d, read.act, g.conv1)
             g1, dbias1, dweight1 = through(read, x, d)
             g.add_to(total, per_channel(read.scale, x) * g1)
             if read.batch:
                 g.add_to(s1, read.scale * dbias1)
                 g.add_to(s2, read.scale * read.rstd * dweight1)
             found.append([dconv1, dweight1, dbias1, *second])
-        dx = layout.empty(_like(buffer, inputs), True).copy_(finished(slice(0, inputs)))
+        dx = layout.empty(like(buffer, inputs), True).copy_(finished(slice(0, inputs)))
         return [dx, *(t for gradients in reversed(found) for t in gradients)]
 
 
-def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def conv_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     pad = weight.shape[2] // 2
     dx, dweight, _ = torch.ops.aten.convolution_backward(
         grad.contiguous(memory_format=torch.channels_last), x, weight, None,

@@ -14,6 +14,7 @@ from tests.triton import compiler
 
 TARGETS = (80, 90, 100)
 STREAMS = ("_forward_kernel", "_backward_kernel", "_moments_kernel")  # they read and write whole tensors
+PRODUCTS = ("_bottleneck_kernel", "_read_backward_kernel", "_weight_gradient_kernel")
 # Dtypes, layouts, sizes and slices go round the targets; sm_90 gets every kernel of each.
 WORK = [
     (90, torch.float32, (256, 64, 112, 112), False, False),
@@ -40,6 +41,10 @@ def check(launch: compiler.Launch, cc: int, itemsize: int) -> None:
         what = f"{launch.name}: {kernel.name} for sm_{cc}"
         assert kernel.local == 0, f"{what} spills: {kernel.local} bytes of local memory"
         assert kernel.shared <= compiler.SHARED[cc] // 2, f"{what} takes {kernel.shared} bytes of shared memory"
+        if kernel.name in PRODUCTS:
+            if launch.name == "bottlenecks":
+                assert kernel.tensor_cores, f"{what} multiplies without tensor cores"
+            assert not launch.wide or 16 in kernel.accesses("ld"), f"{what} loads {sorted(kernel.accesses('ld'))} bytes"
         if launch.wide and kernel.name in STREAMS:
             loads, stores = kernel.accesses("ld"), kernel.accesses("st")
             # Besides: vectors and partial results [C] in the dtype of sums, and bytes of the mask.
@@ -64,6 +69,34 @@ def test_compiles_without_spills(
 @pytest.mark.parametrize("cc", TARGETS)
 def test_most_terms(cc: int) -> None:
     check(compiler.most(torch.bfloat16, channels_last=True), cc, 2)
+
+
+# DenseNet's first block, IRKNet and ERKNet without bottleneck (dtype, input, growth rate, bottleneck).
+GROWTHS = [
+    (torch.bfloat16, (256, 64, 56, 56), 32, 128),
+    (torch.float32, (256, 64, 56, 56), 32, 128),
+    (torch.float16, (64, 80, 32, 32), 80, 160),
+    (torch.bfloat16, (64, 36, 32, 32), 36, None),
+]
+
+
+@pytest.mark.parametrize(("dtype", "shape", "growth", "width"), GROWTHS, ids=str)
+@pytest.mark.parametrize("cc", TARGETS)
+def test_dense_blocks(cc: int, dtype: torch.dtype, shape: tuple[int, ...], growth: int, width: int | None) -> None:
+    check(compiler.growths(dtype, shape, growth, width), cc, dtype.itemsize)
+
+
+def test_layers_do_not_compile_again() -> None:
+    """Neither a longer prefix nor another resolution."""
+
+    def call(shape: tuple[int, ...]) -> int:
+        with compiler.compiling_for(90) as compiled:
+            compiler.growths(torch.bfloat16, shape, 32, 128).call()
+        return len({each.metadata.name for each in compiled if each.metadata.name in PRODUCTS})
+
+    call((256, 64, 56, 56))
+    assert call((256, 96, 56, 56)) == 0
+    assert call((64, 512, 28, 28)) == 0
 
 
 @pytest.mark.parametrize("cc", TARGETS)

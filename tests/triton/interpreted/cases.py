@@ -19,7 +19,9 @@ from rkfast.ops.bn_rk_sum import reference as bn_reference
 from rkfast.ops.bn_rk_sum import triton as bn_triton
 from rkfast.ops.channel_moments import reference as moments_reference
 from rkfast.ops.channel_moments import triton as moments_triton
+from rkfast.ops.dense_block import triton as dense_block
 from rkfast.ops.rk_sum import reference, triton
+from tests.ops import test_clique_block, test_dense_block
 from tests.ops.tester import DTYPES, assert_as_good_as, lay
 
 LAYOUTS = ("contiguous", "channels_last", "slice", "channels_last_slice")
@@ -369,6 +371,65 @@ def test_running_statistics(momentum: float | None, count: int) -> None:
         assert_as_good_as(a, b, c, f"{a.dtype}")
 
 
+@pytest.fixture(params=("few programs", "small blocks"))
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of several tiles: all rows in one program's loop, or each tile in a program of its own."""
+    small = dense_block._Blocks(16, 16, 16)
+    monkeypatch.setattr(dense_block, "_LARGEST", {2: small, 4: small})
+    monkeypatch.setattr(dense_block, "_PROGRAMS", 1 if request.param == "few programs" else 1 << 20)
+    monkeypatch.setattr(kernels, "PARTIAL_ROWS", 2)
+
+
+TRITON = ("triton", "cpu")
+
+
+DENSE = [(s, n) for s in test_dense_block.SHAPES for n in test_dense_block.NORMS if s != "wide_neck" or n == "batch"]
+
+
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize(("shape", "norms"), DENSE)
+def test_dense_blocks(shape: str, norms: str) -> None:
+    test_dense_block.test_against_float64(shape, norms, TRITON)
+
+
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize("name", test_clique_block.CASES)
+def test_clique_blocks(name: str) -> None:
+    test_clique_block.test_against_float64(name, TRITON)
+
+
+@pytest.mark.parametrize("how", test_dense_block.LAYOUTS)
+def test_dense_block_layouts(how: str) -> None:
+    test_dense_block.test_layouts(how, TRITON)
+
+
+@pytest.mark.parametrize("size", ((40, 1, 1), (3, 1, 7), (1, 5, 130), (2, 17, 19)), ids=str)
+def test_dense_block_sizes(size: tuple[int, int, int]) -> None:
+    test_dense_block.test_sizes(size, TRITON)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_dense_block_reduced_precision(dtype: torch.dtype) -> None:
+    test_dense_block.test_reduced_precision(dtype, TRITON)
+
+
+def test_dense_block_with_dropout() -> None:
+    test_dense_block.test_dropout_is_eagers(TRITON)
+
+
+def test_dense_block_with_moments() -> None:
+    test_dense_block.test_moments_come_and_go(TRITON)
+
+
+def test_dense_block_with_nan() -> None:
+    test_dense_block.test_nan_spreads_as_in_eager(TRITON)
+
+
+@pytest.mark.parametrize("shape", ("plain", "neck_sum"))
+def test_dense_block_in_autograd(shape: str) -> None:
+    test_dense_block.test_autograd_is_used_as_usual(shape, TRITON)
+
+
 @pytest.mark.parametrize("how", LAYOUTS)
 def test_public_functions_are_served(how: str) -> None:
     x, y = (lay(torch.randn(2, 6, 3, 5), how, i, "cpu").requires_grad_() for i in range(2))
@@ -382,6 +443,8 @@ def test_public_functions_are_served(how: str) -> None:
         )  # fmt: skip
         grads = torch.autograd.grad(out.square().sum(), (x, y, gate, bn.weight, bn.bias))
         found = ops.channel_moments(out)
+        conv = torch.randn(4, 6, 3, 3, requires_grad=True)
+        torch.autograd.grad(ops.dense_block(x, [conv], [ops.Norm(None, None, None, None)]).sum(), conv)
     served = dispatch.served() - before
     expected = [op.name for op in dispatch.OPS.values() if any(i.backend == "triton" for i in op.implementations)]
     assert "bn_rk_sum_backward" in expected
