@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -137,11 +138,39 @@ def _fake_backward(
     return result
 
 
+Shape = Sequence[int]
+
+
+def _count(x: Shape, conv1: Sequence[Shape], conv2: Sequence[Shape], *_: Any, **__: Any) -> int:
+    return _products(x, [*conv1, *conv2])
+
+
+def _count_backward(
+    grad: Shape,
+    buffer: Shape,
+    mean: Shape,
+    var: Shape,
+    mid_moments: Sequence[Shape],
+    mids: Sequence[Shape],
+    conv1: Sequence[Shape],
+    conv2: Sequence[Shape],
+    *_: Any,
+    **__: Any,
+) -> int:
+    made_again = conv1 if conv2 and not mids else []
+    return 2 * _products(buffer, [*conv1, *conv2]) + _products(buffer, made_again)
+
+
+def _products(x: Shape, weights: Sequence[Shape]) -> int:
+    """Of convolutions at the resolution of x, by their definition also where they go by tiles."""
+    return 2 * x[0] * math.prod(x[2:]) * sum(math.prod(w) for w in weights)
+
+
 _op = dispatch.Op("dense_block", _implementations("forward", _cpu_reason))
 # Returns the buffer [N, channels, H, W] and its mean and var [channels]; with keep also, of each bottleneck, mean and
 # var, and then the bottlenecks themselves; at last, where there is something to sum, the input and that, and with
 # total_moments its mean and var.
-_forward = dispatch.register(f"dense_block({_ARGS}) -> Tensor[]", _op, _fake)
+_forward = dispatch.register(f"dense_block({_ARGS}) -> Tensor[]", _op, _fake, _count)
 # Returns the gradients of the input, and of each growth those of its first convolution, weight and bias, and of its
 # second ones. mids may be empty: they are made again.
 _backward = dispatch.register(
@@ -150,6 +179,7 @@ _backward = dispatch.register(
     "float[] eps, int inputs, int[] summed) -> Tensor[]",
     dispatch.Op("dense_block_backward", _implementations("backward", _backward_reason)),
     _fake_backward,
+    _count_backward,
 )
 
 
