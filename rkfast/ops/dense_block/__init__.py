@@ -300,7 +300,7 @@ def kernel_reason(x: Tensor) -> str | None:
         return None
     if x.device.type != "cpu":
         return f"there is no kernel for {x.device.type} tensors"
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if checks.autocasts(x) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         if dtype != torch.float32:
             return f"under autocast it is {dtype}: the C++ kernel serves float32"
@@ -521,7 +521,7 @@ def checked(
     for name, values, needed in (("norm1", norm1, len(conv1)), ("conv2", conv2, second), ("norm2", norm2, second)):
         if len(values) != needed:
             raise ValueError(f"{name}: expected {needed} for {len(conv1)} growths, got {len(values)}")
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if checks.autocasts(x) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
         conv1 = [w.to(dtype) if isinstance(w, Tensor) else w for w in conv1]
