@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -191,6 +192,7 @@ class _Call(NamedTuple):
     neck: bool
     remake: bool  # the bottlenecks are made again in the backward
     moments: bool  # of the sum
+    advance: Callable[[list[Tensor]], None] | None  # the running statistics, by moments
 
 
 class _DenseBlock(torch.autograd.Function):
@@ -206,6 +208,8 @@ class _DenseBlock(torch.autograd.Function):
             x, conv1, conv2, norms, keeps, call.keep_scale, slots.reads, slots.writes, call.eps, slots.channels,
             slots.summed, *moments, True, call.moments,
         )  # fmt: skip
+        if call.advance is not None:
+            call.advance(result[1:])
         middle = 3 + 2 * len(conv2)
         kept = result[: middle if call.remake else middle + len(conv2)]
         ctx.call = call
@@ -423,6 +427,13 @@ def run(
         keeps = [_keep(x, weight.shape[0], drop_rate) for weight in convs]
     params = [t for conv, norm in zip(convs, norms, strict=True) for t in (conv, norm.weight, norm.bias)]
     mean, var = (None, None) if moments is None else moments[:2]
+    count = layout.count(x)
+    tracked = any(norm.training and norm.running_mean is not None for norm in norms)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *params))
+    advance = functools.partial(_advance, stored, norm2, slots, count)
+    # Activation checkpointing stops what it computes again at the last tensor that is kept: as in a BatchNorm,
+    # statistics move before. A compiler wants nothing changed within a Function.
+    within = tracked and needs_grad and not torch.compiler.is_compiling()
     call = _Call(
         slots=slots,
         counts=(len(params), len(statistics), len(keeps)),
@@ -431,15 +442,14 @@ def run(
         neck=neck,
         remake=memory == "min",
         moments=return_moments and bool(slots.summed),
+        advance=advance if within else None,
     )
-    count = layout.count(x)
-    tracked = any(norm.training and norm.running_mean is not None for norm in norms)
     if checks.transformed((x, *params)):
         raise RuntimeError(
             "dense_block: torch.func, forward-mode AD and torch.jit.trace are not supported; take the plain block "
             "(fused=False) for them"
         )
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *params)):
+    if needs_grad:
         out, *found = _DenseBlock.apply(call, *checks.distinct((x, *params, *statistics, *keeps, mean, var)))
     else:
         # Moments of the bottlenecks come with the bottlenecks only.
@@ -449,9 +459,9 @@ def run(
         )  # fmt: skip
         out = _result(result, slots, call.moments)
         found = result[1:]
-    if tracked:
+    if tracked and not within:
         with torch.no_grad():
-            _advance(stored, norm2, slots, found, count)
+            advance(found)
     if not return_moments:
         return out, None
     own = found[-2:] if slots.summed else [t[slots.first :] for t in found[:2]]
@@ -464,7 +474,7 @@ def _keep(x: Tensor, channels: int, drop_rate: float) -> Tensor:
     return x.new_empty_strided(shape, layout.strides(shape, True)).bernoulli_(1 - drop_rate).bool()
 
 
-def _advance(norm1: list[Norm], norm2: list[Norm], slots: Slots, found: list[Tensor], count: int) -> None:
+def _advance(norm1: list[Norm], norm2: list[Norm], slots: Slots, count: int, found: list[Tensor]) -> None:
     mean, var = found[:2]
     for i, norm in enumerate(norm1):
         if norm.training and norm.running_mean is not None:
