@@ -1,4 +1,4 @@
-"""The command line: ``rkfast info``, ``rkfast demo``, ``rkfast bench``."""
+"""The command line: ``rkfast info``, ``rkfast demo``, ``rkfast plot``, ``rkfast bench``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rkfast.extras import MissingExtra
 COMMANDS = {
     "info": ("rkfast.info", "versions, build, devices, and which backend serves which op"),
     "demo": ("rkfast.demo", "train a network of RK4 blocks on handwritten digits, stock and fused side by side"),
+    "plot": ("rkfast.plot", "draw a figure of the papers, with results of your own beside what is published"),
     "bench": ("rkfast.bench.run", "measure the ops against eager and compiled PyTorch"),
 }
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rkfast import native
+from rkfast import flops, native
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -164,13 +164,17 @@ def ordered(
     return tuple(Implementation(b, f"{home}.{b}", function, asked.get(b)) for b in backends)
 
 
-def register(schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def register(
+    schema: str, body: Callable[..., Any], fake: Callable[..., Any], count: Callable[..., int] | None = None
+) -> Any:
     """Register an entry point with torch.library, at import, once.
 
     Args:
         schema: torch schema, the name first.
         body: computes it; usually an Op.
         fake: allocates what ``body`` returns, for tracing and for meta tensors.
+        count: its FLOPs from the shapes of its arguments, for torch's counter; None counts nothing, as torch does for
+            sums and norms.
 
     Returns:
         The torch operator.
@@ -179,7 +183,10 @@ def register(schema: str, body: Callable[..., Any], fake: Callable[..., Any]) ->
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     library.impl(name, body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"rkfast::{name}", functools.partial(_faked, name, fake), lib=library)
-    return getattr(torch.ops.rkfast, name).default
+    packet = getattr(torch.ops.rkfast, name)
+    if count is not None:
+        flops.register(packet, count)
+    return packet.default
 
 
 def _faked(name: str, fake: Callable[..., Any], *args: Any) -> Any:

@@ -233,9 +233,14 @@ def transformed(tensors: Sequence[Tensor | None]) -> bool:
     )
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for x; of a device that has none, such as meta, torch would not even be asked."""
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
 def promoted(tensors: list[Tensor]) -> list[Tensor]:
     """Under autocast, tensors of different floating dtypes in the widest of them, as eager's sum would have it."""
-    if all(isinstance(t, Tensor) for t in tensors) and torch.is_autocast_enabled(tensors[0].device.type):
+    if all(isinstance(t, Tensor) for t in tensors) and autocasts(tensors[0]):
         widest = tensors[0].dtype
         for t in tensors:
             if t.is_floating_point():

@@ -8,32 +8,24 @@ import pytest
 import torch
 
 import rkfast
+from rkfast import papers
 from tests.models.tester import (
     check_checkpointing,
     check_dropout,
     check_fused,
     check_interface,
-    flops,
+    check_row,
     on_meta,
     parameters,
 )
 
+EXACT = (935_994, 4_485_706, 6_937_546, 10_135_594, 10_480_938)
 
-@pytest.mark.parametrize(
-    ("name", "growth_rate", "exact", "millions", "billions"),
-    (
-        ("cliquenet-12", 36, 935_994, "0.94", "0.91"),
-        ("cliquenet-15", 64, 4_485_706, "4.49", "4.21"),
-        ("cliquenet-15", 80, 6_937_546, "6.94", "6.45"),
-        ("cliquenet-18", 80, 10_135_594, "10.14", "9.45"),
-        # With bottlenecks T counts two convolutions per layer.
-        ("cliquenet-30-abc", 150, 10_480_938, "10.48", "10.56"),
-    ),
-)
-def test_tables(name: str, growth_rate: int, exact: int, millions: str, billions: str) -> None:
-    assert parameters(name, growth_rate=growth_rate) == exact
-    assert f"{exact / 1e6:.2f}" == millions
-    assert f"{flops(name, 32, growth_rate=growth_rate) / 1e9:.2f}" == billions
+
+@pytest.mark.parametrize(("row", "exact"), list(zip(papers.CLIQUENET, EXACT, strict=True)))
+def test_tables(row: papers.Row, exact: int) -> None:
+    assert row.millions is not None and row.billions is not None
+    assert check_row(row) == exact
 
 
 def test_names() -> None:

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 import rkfast
-from rkfast import measure, native
+from rkfast import measure, native, papers
 from rkfast.nn import DenseBlock
 from tests.models.tester import (
     check_checkpointing,
     check_dropout,
     check_fused,
     check_interface,
-    flops,
+    check_row,
     on_meta,
     parameters,
 )
@@ -84,33 +84,13 @@ def test_torchvision_itself() -> None:
     assert converted[0] == converted[1]
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "millions"),
-    (
-        ("densenet-40", {}, "1.0"),
-        ("densenet-100", {}, "7.0"),
-        ("densenet-100", {"growth_rate": 24}, "27.2"),
-        ("densenet-100-bc", {}, "0.8"),
-        ("densenet-250-bc", {"growth_rate": 24}, "15.3"),
-        ("densenet-190-bc", {"growth_rate": 40}, "25.6"),
-    ),
-)
-def test_parameters_on_cifar(name: str, options: dict[str, Any], millions: str) -> None:
-    """Table 2 of the DenseNet paper."""
-    assert f"{parameters(name, **options) / 1e6:.1f}" == millions
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "billions"),
-    (
+@pytest.mark.parametrize("row", papers.DENSENET_TABLE_2)
+def test_tables(row: papers.Row) -> None:
+    if row.billions == "14.53":
         # The printed FLOPs are those of a stem with 2k channels; the printed 27.2 million parameters of one with 16.
-        ("densenet-100", {"growth_rate": 24, "init_channels": 48}, "14.53"),
-        ("densenet-250-bc", {"growth_rate": 24}, "10.83"),
-        ("densenet-190-bc", {"growth_rate": 40}, "18.59"),
-    ),
-)
-def test_flops_of_rknets_table_2(name: str, options: dict[str, Any], billions: str) -> None:
-    assert f"{flops(name, 32, **options) / 1e9:.2f}" == billions
+        check_row(row._replace(billions=None))
+        row = row._replace(options=row.options | {"init_channels": 48}, millions=None)
+    check_row(row)
 
 
 SMALL: list[tuple[str, dict[str, Any]]] = [

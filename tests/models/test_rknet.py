@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import rkfast
+from rkfast import papers
 from rkfast.nn import ERKStep, IRKStep, TimePeriod
 from rkfast.ops import Moments
 from tests.models.tester import (
@@ -16,32 +17,16 @@ from tests.models.tester import (
     check_dropout,
     check_fused,
     check_interface,
-    flops,
+    check_row,
     on_meta,
     parameters,
 )
 
-IMAGENET = {"growth_rate": 32, "stem": "imagenet", "num_classes": 1000}
-# name, options, parameters, the table's parameters in millions, the table's FLOPs in billions
-ROWS: list[tuple[str, dict[str, Any], int, str, str]] = [
-    ("erknet-6x1_6x1_6x1", {}, 744_382, "0.74", "0.66"),
-    ("erknet-7x1_6x1_6x1", {}, 826_534, "0.83", "0.83"),
-    ("erknet-7x1_7x1_6x1", {}, 908_686, "0.91", "0.87"),
-    ("erknet-7x1_7x1_7x1", {}, 990_838, "0.99", "0.88"),
-    ("irknet-3x1_3x1_3x1", {}, 322_534, "0.32", "0.38"),
-    ("irknet-4x1_3x1_3x1", {}, 404_902, "0.40", "0.62"),
-    ("irknet-4x1_4x1_3x1", {}, 487_270, "0.49", "0.68"),
-    ("irknet-4x1_4x1_4x1", {}, 569_638, "0.57", "0.69"),
-    ("irknet-5x1_5x1_5x1-ab", {"growth_rate": 80}, 1_396_810, "1.40", "2.17"),
-    ("irknet-5x1_5x1_5x1-a", {"growth_rate": 80}, 4_368_010, "4.37", "5.44"),
-    ("irknet-5x1_5x1_5x1-ab", {"growth_rate": 150}, 4_866_010, "4.87", "7.62"),
-    ("irknet-6x1_6x1_6x1-a", {"growth_rate": 80}, 6_276_490, "6.28", "7.92"),
-    ("irknet-5x1_5x1_5x1-ab", {"growth_rate": 180}, 6_994_810, "6.99", "10.98"),
-    ("irknet-5x1_5x1_5x1-ab", {"growth_rate": 200}, 8_628_010, "8.63", "13.55"),
-    ("irknet-5x1_5x1_5x1-ab", {"growth_rate": 240}, 12_408_010, "12.41", "19.51"),
-    ("erknet-3x1_3x1_3x1_1x1-b", IMAGENET | {"m": (2, 4, 8, 16)}, 6_947_048, "6.95", "5.20"),
-    ("erknet-3x1_3x1_4x1_2x1-b", IMAGENET | {"m": (2, 4, 8, 20)}, 14_485_992, "14.49", "6.35"),
-    ("erknet-3x1_3x1_6x1_2x1-b", IMAGENET | {"m": (2, 4, 8, 28)}, 25_513_960, "25.51", "8.50"),
+# Of each row of the tables.
+EXACT = [
+    *(744_382, 826_534, 908_686, 990_838, 322_534, 404_902, 487_270, 569_638),
+    *(1_396_810, 4_368_010, 4_866_010, 6_276_490, 6_994_810, 8_628_010, 12_408_010),
+    *(6_947_048, 14_485_992, 25_513_960),
 ]
 
 
@@ -61,20 +46,19 @@ def closed_form(method: str, stages: list[int], k: int, suffix: str) -> int:
     return total
 
 
-@pytest.mark.parametrize(("name", "options", "exact", "millions", "billions"), ROWS)
-def test_tables(name: str, options: dict[str, Any], exact: int, millions: str, billions: str) -> None:
-    imagenet = "stem" in options
-    assert parameters(name, **options) == exact
-    assert f"{exact / 1e6:.2f}" == millions
-    assert f"{flops(name, 224 if imagenet else 32, **options) / 1e9:.2f}" == billions
+@pytest.mark.parametrize(("row", "exact"), list(zip(papers.RKNET, EXACT, strict=True)))
+def test_tables(row: papers.Row, exact: int) -> None:
+    imagenet = "imagenet" in row.errors
+    assert row.millions is not None and row.billions is not None
+    assert check_row(row, 224 if imagenet else 32) == exact
     if not imagenet:
-        family, periods, *suffix = name.split("-")
+        family, periods, *suffix = row.model.split("-")
         stages = [int(term.split("x")[0]) for term in periods.split("_")]
-        assert exact == closed_form(family[:3], stages, options.get("growth_rate", 36), "".join(suffix))
+        assert exact == closed_form(family[:3], stages, row.options.get("growth_rate", 36), "".join(suffix))
 
 
 def test_every_row_is_listed() -> None:
-    assert {name for name, *_ in ROWS} <= set(rkfast.list_models())
+    assert {row.model for row in papers.RKNET} <= set(rkfast.list_models())
 
 
 @pytest.mark.parametrize(("neck", "plain", "timed"), ((1, 215_530, 216_238), (None, 745_018, 747_814)))

@@ -5,58 +5,45 @@ from __future__ import annotations
 import copy
 import io
 import itertools
-import math
 import pickle
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import rkfast
-from rkfast.nn import Attention, ERKStep, IRKStep, NormPool, RKCNNStep
+from rkfast import papers
+from rkfast.nn import Transition
+from rkfast.papers import on_meta as on_meta
 from tests.ops.tester import assert_as_good_as
 
 
-def on_meta(name: str, **options: Any) -> nn.Module:
-    with torch.device("meta"):
-        return rkfast.create_model(name, fused=False, **options)
-
-
 def parameters(name: str, **options: Any) -> int:
-    return sum(p.numel() for p in on_meta(name, **options).parameters())
-
-
-def _convolution(x: Sequence[int], w: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:
-    return math.prod(out_shape) * (2 * math.prod(w[1:]) - 1)
-
-
-def _linear(bias: Sequence[int], x: Sequence[int], w: Sequence[int], *, out_shape: Sequence[int], **__: Any) -> int:
-    return math.prod(out_shape) * (2 * x[1] - 1)
+    return papers.parameters(on_meta(name, **options))
 
 
 def flops(name: str, size: int, **options: Any) -> int:
-    """Of one image, by the convention that fits the printed digits of RKNet's tables: the multiplications and additions
-    of convolutions and linear layers (2 n - 1 per output), the explicit sums, the means over H and W and the product of
-    an attention; nothing else."""
-    model, extra = on_meta(name, **options).eval(), []
-    for module in model.modules():
-        if isinstance(module, (ERKStep, IRKStep, RKCNNStep)):
-            module.register_forward_hook(lambda m, args, _: extra.append(m.stages * args[0].numel()))
-        elif isinstance(module, (NormPool, Attention)):
-            times = 2 if isinstance(module, Attention) else 1
-            module.register_forward_hook(lambda _, args, __, times=times: extra.append(times * args[0].numel()))
-        elif module is getattr(model, "features", None):
-            module.register_forward_hook(lambda _, __, out: extra.append(out.numel()))
-    counted = {torch.ops.aten.convolution: _convolution, torch.ops.aten.addmm: _linear}
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=counted) as counter:
-        model(torch.empty(1, 3, size, size, device="meta"))
-    assert extra
-    return counter.get_total_flops() + sum(extra)
+    return papers.flops(on_meta(name, **options), size)
+
+
+def check_row(row: papers.Row, size: int = 32) -> int:
+    """The printed parameters and FLOPs are those of the model, and of the fused one too; its exact parameters."""
+    exact = parameters(row.model, **row.options)
+    if row.millions is not None:
+        digits = len(row.millions.partition(".")[2])
+        assert f"{exact / 1e6:.{digits}f}" == row.millions
+    if row.billions is not None:
+        assert f"{flops(row.model, size, **row.options) / 1e9:.2f}" == row.billions
+        with rkfast.use("reference"):  # else plain PyTorch serves meta tensors
+            served = on_meta(row.model, fused=True, **row.options)
+            for module in served.modules():
+                if isinstance(module, Transition):  # a fused one saves FLOPs by pooling first, but for hooks
+                    module.pool.register_forward_hook(lambda *_: None)
+            assert papers.flops(served, size) == flops(row.model, size, **row.options)
+    return exact
 
 
 def twins(name: str, seed: int = 0, **options: Any) -> tuple[nn.Module, nn.Module, nn.Module]:

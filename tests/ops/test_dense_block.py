@@ -290,6 +290,17 @@ def test_autograd_is_used_as_usual(shape: str, target: Target) -> None:
             block.ours(xs[0]).relu_().sum().backward()
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_on_meta(shape: str) -> None:
+    block = Block(shape).to(torch.float32, "meta")
+    x = torch.empty(3, block.inputs, 5, 6, device="meta", requires_grad=True)
+    out, moments = block.ours(x, return_moments=True)
+    assert out.is_meta and out.shape == (3, block.channels, 5, 6) and moments.mean.shape == (block.channels,)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    (grad,) = torch.autograd.grad(out.sum(), [x])
+    assert grad.is_meta and grad.shape == x.shape
+
+
 def test_opcheck_and_compile(target: Target) -> None:
     torch.manual_seed(11)
     backend, device = target

@@ -11,10 +11,10 @@ def test_help_imports_no_command() -> None:
     code = (
         "import sys\nfrom rkfast.cli import main\n"
         "try: main(['--help'])\nexcept SystemExit as end: assert end.code == 0\n"
-        "assert not {'rkfast.info', 'rkfast.demo', 'rkfast.bench'} & set(sys.modules)"
+        "assert not {'rkfast.info', 'rkfast.demo', 'rkfast.plot', 'rkfast.bench'} & set(sys.modules)"
     )
     out = python("-c", code)
-    assert all(command in out for command in ("info", "demo", "bench"))
+    assert all(command in out for command in ("info", "demo", "plot", "bench"))
 
 
 def test_version_and_unknown_command() -> None:

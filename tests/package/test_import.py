@@ -11,7 +11,8 @@ import torch
 class Blocked:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("triton", "torchvision", "timm", "sklearn", "tqdm", "matplotlib") or name in (
-            "rkfast._C", "rkfast._cuda", "torch.utils.cpp_extension", "torch._inductor.codecache"
+            "rkfast._C", "rkfast._cuda",
+            "torch.utils.cpp_extension", "torch.utils.flop_counter", "torch._inductor.codecache"
         ):
             raise AssertionError(f"imported {name}")
 def refuse(*args, **kwargs):

@@ -16,6 +16,7 @@ PACKAGE = ROOT / "rkfast"
 LAYERS = {
     "native": 0,
     "extras": 0,
+    "flops": 0,
     "tableau": 0,
     "measure": 0,
     "dispatch": 1,
@@ -23,8 +24,10 @@ LAYERS = {
     "nn": 3,
     "models": 4,
     "__init__": 5,
+    "papers": 5,
     "info": 6,
     "demo": 6,
+    "plot": 6,
     "bench": 6,
     "cli": 7,
     "__main__": 8,

@@ -100,7 +100,7 @@ class _BnRkSum(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        call: tuple[list[float], bool, bool, bool, float, bool, list[Tensor] | None],
+        call: tuple[list[float], bool, bool, bool, float, bool, list[Tensor] | None, tuple[Any, ...] | None],
         mean: Tensor | None,
         var: Tensor | None,
         x: Tensor,
@@ -110,7 +110,7 @@ class _BnRkSum(torch.autograd.Function):
         *terms: Tensor,
     ) -> Any:
         # One argument, because each costs apply as much as a tensor.
-        coeffs, channels_last, relu, batch_stats, eps, moments, found = call
+        coeffs, channels_last, relu, batch_stats, eps, moments, found, moved = call
         # Without terms the sign of the output follows from x, so that nothing need be kept for it.
         mask = relu and len(terms) > 0
         result = (_forward if found is None else _op)(
@@ -119,6 +119,8 @@ class _BnRkSum(torch.autograd.Function):
         vectors = result[2 if mask else 1 :]
         if mean is None:
             mean, var = vectors[:2]
+        if moved is not None:
+            (update_running_stats if found is None else update_running_stats_op)(mean, var, *moved)
         ctx.saved = (coeffs, channels_last, relu, batch_stats, eps)
         ctx.save_for_backward(x, weight, bias, mean, var, step, result[1] if mask else None)
         if found is not None:  # outputs that nobody differentiates cost apply as much as the others
@@ -288,6 +290,10 @@ def bn_rk_sum(
         channels_last = layout.is_channels_last(x)
     plain = bool(seen & checks.PLAIN)
     update: Any = update_running_stats
+    moved: tuple[Any, ...] | None = None
+    if tracked:
+        counters = [] if num_batches_tracked is None else [num_batches_tracked]
+        moved = (count, [running_mean], [running_var], counters, momentum)
     tail = (relu, eps, return_moments)
     if out is not None:
         channels_last = checks.slot(out, x, [x, *terms], (weight, bias, step, mean, var), needs_grad)
@@ -304,23 +310,24 @@ def bn_rk_sum(
         inputs = (mean, var, x, weight, bias, step, *terms)
         if not seen:
             inputs = checks.distinct(inputs)
-        returned = _BnRkSum.apply(
-            (coeffs, channels_last, relu, training, eps, return_moments, found if plain else None), *inputs
-        )
+        # Activation checkpointing stops what it computes again at the last tensor that is kept: as in a BatchNorm,
+        # statistics move before. A compiler wants nothing changed within a Function.
+        within = None if torch.compiler.is_compiling() else moved
+        call = (coeffs, channels_last, relu, training, eps, return_moments, found if plain else None, within)
+        returned = _BnRkSum.apply(call, *inputs)
         total, *found = (returned, *found) if plain else returned
+        moved = moved if within is None else None
     else:
         run = _op if plain else _forward
         total, *found = run(x, weight, bias, mean, var, terms, coeffs, step, channels_last, *tail, False)
-    if tracked:
+    if moved is not None:
         if mean is None:
             mean, var = found[:2]
-        counters = [] if num_batches_tracked is None else [num_batches_tracked]
-        moved = (mean, var, count, [running_mean], [running_var], counters, momentum)
         if plain:  # nothing here requires grad
-            update_running_stats_op(*moved)
+            update_running_stats_op(mean, var, *moved)
         else:
             with torch.no_grad():
-                update(*moved)
+                update(mean, var, *moved)
     return (total, Moments(found[-2], found[-1], layout.count(x))) if return_moments else total
 
 

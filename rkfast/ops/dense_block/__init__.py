@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -148,11 +150,39 @@ def _fake_backward(
     return result
 
 
+Shape = Sequence[int]
+
+
+def _count(x: Shape, conv1: Sequence[Shape], conv2: Sequence[Shape], *_: Any, **__: Any) -> int:
+    return _products(x, [*conv1, *conv2])
+
+
+def _count_backward(
+    grad: Shape,
+    buffer: Shape,
+    mean: Shape,
+    var: Shape,
+    mid_moments: Sequence[Shape],
+    mids: Sequence[Shape],
+    conv1: Sequence[Shape],
+    conv2: Sequence[Shape],
+    *_: Any,
+    **__: Any,
+) -> int:
+    made_again = conv1 if conv2 and not mids else []
+    return 2 * _products(buffer, [*conv1, *conv2]) + _products(buffer, made_again)
+
+
+def _products(x: Shape, weights: Sequence[Shape]) -> int:
+    """Of convolutions at the resolution of x, by their definition also where they go by tiles."""
+    return 2 * x[0] * math.prod(x[2:]) * sum(math.prod(w) for w in weights)
+
+
 _op = dispatch.Op("dense_block", _implementations("forward", 0))
 # Returns the buffer [N, channels, H, W] and its mean and var [channels]; with keep also, of each bottleneck, mean and
 # var, and then the bottlenecks themselves; at last, where there is something to sum, the input and that, and with
 # total_moments its mean and var.
-_forward = dispatch.register(f"dense_block({_ARGS}) -> Tensor[]", _op, _fake)
+_forward = dispatch.register(f"dense_block({_ARGS}) -> Tensor[]", _op, _fake, _count)
 # Returns the gradients of the input, and of each growth those of its first convolution, weight and bias, and of its
 # second ones. mids may be empty: they are made again.
 _backward = dispatch.register(
@@ -161,6 +191,7 @@ _backward = dispatch.register(
     "float[] eps, int inputs, int[] summed) -> Tensor[]",
     dispatch.Op("dense_block_backward", _implementations("backward", 1)),
     _fake_backward,
+    _count_backward,
 )
 
 
@@ -172,6 +203,7 @@ class _Call(NamedTuple):
     neck: bool
     remake: bool  # the bottlenecks are made again in the backward
     moments: bool  # of the sum
+    advance: Callable[[list[Tensor]], None] | None  # the running statistics, by moments
 
 
 class _DenseBlock(torch.autograd.Function):
@@ -187,6 +219,8 @@ class _DenseBlock(torch.autograd.Function):
             x, conv1, conv2, norms, keeps, call.keep_scale, slots.reads, slots.writes, call.eps, slots.channels,
             slots.summed, *moments, True, call.moments,
         )  # fmt: skip
+        if call.advance is not None:
+            call.advance(result[1:])
         middle = 3 + 2 * len(conv2)
         kept = result[: middle if call.remake else middle + len(conv2)]
         ctx.call = call
@@ -284,7 +318,7 @@ def kernel_reason(x: Tensor) -> str | None:
         return f"there is no kernel for {device} tensors"
     if checks.tracing():
         return "torch.jit.trace records no op of rkfast"
-    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    autocast = checks.autocasts(x) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     return _missing(device) or _REASONS[_KERNEL[device]](x, dtype)
 
@@ -408,6 +442,13 @@ def run(
     if drop_rate > 0:
         keeps = [_keep(x, weight.shape[0], drop_rate) for weight in convs]
     mean, var = (None, None) if moments is None else moments[:2]
+    count = layout.count(x)
+    tracked = any(norm.training and norm.running_mean is not None for norm in norms)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *params))
+    advance = functools.partial(_advance, stored, norm2, slots, count)
+    # Activation checkpointing stops what it computes again at the last tensor that is kept: as in a BatchNorm,
+    # statistics move before. A compiler wants nothing changed within a Function.
+    within = tracked and needs_grad and not torch.compiler.is_compiling()
     call = _Call(
         slots=slots,
         counts=(len(params), len(statistics), len(keeps)),
@@ -416,10 +457,9 @@ def run(
         neck=neck,
         remake=memory == "min",
         moments=return_moments and bool(slots.summed),
+        advance=advance if within else None,
     )
-    count = layout.count(x)
-    tracked = any(norm.training and norm.running_mean is not None for norm in norms)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *params)):
+    if needs_grad:
         out, *found = _DenseBlock.apply(call, *checks.distinct((x, *params, *statistics, *keeps, mean, var)))
     else:
         # Moments of the bottlenecks come with the bottlenecks only.
@@ -429,9 +469,9 @@ def run(
         )  # fmt: skip
         out = _result(result, slots, call.moments)
         found = result[1:]
-    if tracked:
+    if tracked and not within:
         with torch.no_grad():
-            _advance(stored, norm2, slots, found, count)
+            advance(found)
     if not return_moments:
         return out, None
     own = found[-2:] if slots.summed else [t[slots.first :] for t in found[:2]]
@@ -447,7 +487,7 @@ def _keep(x: Tensor, channels: int, drop_rate: float) -> Tensor:
     return rows.bernoulli_(1 - drop_rate).bool()
 
 
-def _advance(norm1: list[Norm], norm2: list[Norm], slots: Slots, found: list[Tensor], count: int) -> None:
+def _advance(norm1: list[Norm], norm2: list[Norm], slots: Slots, count: int, found: list[Tensor]) -> None:
     prefixes: dict[tuple[float | None, bool], list[Norm]] = {}
     for i, norm in enumerate(norm1):
         if norm.training and norm.running_mean is not None:
@@ -504,7 +544,7 @@ def checked(
     for name, values, needed in (("norm1", norm1, len(conv1)), ("conv2", conv2, second), ("norm2", norm2, second)):
         if len(values) != needed:
             raise ValueError(f"{name}: expected {needed} for {len(conv1)} growths, got {len(values)}")
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if checks.autocasts(x) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
         conv1 = [w.to(dtype) if isinstance(w, Tensor) else w for w in conv1]
