@@ -104,6 +104,25 @@ def test_a_wrong_network_has_no_figure_and_fails_the_run(
     assert "| erknet" not in table
 
 
+@pytest.mark.parametrize("times", (1, models.REDRAWN, 1 + models.REDRAWN))
+def test_gradients_are_wrong_where_they_are_on_every_batch(times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    right, made = models.Networks._fused, 0
+
+    def wrong_at_first(self: models.Networks, memory: str) -> nn.Module:
+        nonlocal made
+        made += 1
+        model = right(self, memory)
+        if made <= times:
+            _scale_one_gradient(model)
+        return model
+
+    monkeypatch.setattr(models.Networks, "_fused", wrong_at_first)
+    networks = models.Networks(TINY["erknet-2x1_1x1/2x3x8x8/train"], Contest("cpu", ("auto",), (), 0.0, 1))
+    verdict = networks._verdict("speed")
+    assert (verdict.failure is None) == (times <= models.REDRAWN)
+    assert made == min(times, models.REDRAWN) + 1
+
+
 def test_a_library_that_is_missing_is_named_and_the_rest_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
