@@ -1,41 +1,87 @@
-"""One case: the gate, then ours, eager, compiled PyTorch and a plain copy in the same rounds."""
+"""One case: the gate, then ours, eager, compiled PyTorch and other peers, and a plain copy in the same rounds."""
 
 from __future__ import annotations
 
 import contextlib
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from rkfast import dispatch, measure
 
-from . import gate, timing
-from .workload import BOUNDARY, Case, Function, Inputs
+from . import timing
+from .gate import Verdict
+from .workload import BOUNDARY, MODES, AnyCase
 
 COMPILE = {
     "compile": "default",
+    "compile_freezing": "default",
     "compile_max_autotune": "max-autotune-no-cudagraphs",
     "compile_cuda_graphs": "reduce-overhead",
 }
-PEERS = (
-    *("eager", "eager_channels_last", "add_alpha", "in_place"),
-    *("compile", "compile_max_autotune", "compile_cuda_graphs"),
-)
+COPIED = 1 << 26  # bytes, where a case does not say how many it moves: the copy then only tells how fast the machine is
 
 
 @dataclass(frozen=True)
 class Contest:
-    """How to measure: which of ``PEERS`` beside which backends of ours, and for how long."""
+    """How to measure: which peers beside which backends of ours, and for how long."""
 
     device: str
     backends: tuple[str, ...]  # "auto" leaves the choice to dispatch
     peers: tuple[str, ...]
     seconds: float
     threads: int
+
+
+class Contender:
+    """A computation on tensors of its own, as steps for the two loops: without and with gradients."""
+
+    backend = "auto"
+    parameters: Sequence[Tensor] = ()  # that the backward may keep at no cost
+    compiled = False  # or converted, or anything else that takes time before the first step
+    has_footprint = True  # whether its memory is what it takes during a step
+
+    def forward(self) -> Any:
+        raise NotImplementedError
+
+    def forward_grad(self) -> Any:
+        raise NotImplementedError
+
+    def backward(self, outputs: Any) -> Any:
+        raise NotImplementedError
+
+    def both(self) -> Any:
+        return self.backward(self.forward_grad())
+
+
+class Field(Protocol):
+    """Who takes part in one case of a suite."""
+
+    def ours(self) -> Iterator[tuple[str, Verdict, Contender]]:
+        """Name, what the gate says, and the contender that is measured if that is nothing."""
+        ...
+
+    def peers(self) -> Iterator[tuple[str, Callable[[], Contender]]]:
+        """Name, and what makes the contender; where that raises, the peer is left out, with the reason."""
+        ...
+
+
+class Suite(NamedTuple):
+    """Cases that are measured alike."""
+
+    kind: str  # what the names stand for
+    # By name, the cases of one size ("tiny": everything once, "quick": a sample, "full") for one device.
+    cases: dict[str, Callable[[str, str], Iterator[Any]]]
+    field: Callable[[Any, Contest], Field]
+    backends: Callable[[str], tuple[str, ...]]  # of ours, by device
+    peers: dict[str, tuple[str, ...]]  # by device, unless others are asked for
+    known_peers: tuple[str, ...]
+    rounds: tuple[int, int] = timing.ROUNDS
 
 
 def backends(device: str) -> tuple[str, ...]:
@@ -45,41 +91,13 @@ def backends(device: str) -> tuple[str, ...]:
     return tuple(b for b in ("cuda", "triton") if dispatch.backend_reason(b, device) is None) or ("auto",)
 
 
-class Contender:
-    """A computation and the tensors it runs on, and its steps for the two loops: without and with gradients."""
-
-    def __init__(self, function: Function, inputs: Inputs, seed: Tensor | None, backend: str = "auto") -> None:
-        self.function, self.backend = function, backend
-        self.plain = inputs
-        self.seed = seed
-        self.inputs = Inputs(_leaves(inputs.activations), _leaves(inputs.vectors), inputs.buffers)
-        self.wanted = [*self.inputs.activations, *self.inputs.vectors]
-
-    def forward(self) -> Any:
-        with torch.no_grad():
-            return self.function(*self.plain)
-
-    def forward_grad(self) -> Any:
-        return self.function(*self.inputs)
-
-    def backward(self, outputs: Any) -> Any:
-        return torch.autograd.grad(outputs[0], self.wanted, self.seed)
-
-    def both(self) -> Any:
-        return self.backward(self.forward_grad())
-
-
-def _leaves(tensors: list[Tensor]) -> list[Tensor]:
-    return [t.detach().requires_grad_() for t in tensors]
-
-
-class Copy:
+class Copy(Contender):
     """``out.copy_(x)`` that moves as many bytes as each part of the case must."""
 
-    backend = "auto"
+    has_footprint = False
 
-    def __init__(self, case: Case, device: str) -> None:
-        moved = case.bytes()
+    def __init__(self, case: AnyCase, device: str) -> None:
+        moved = case.bytes() or dict.fromkeys(MODES, COPIED)
 
         def pair(mode: str) -> tuple[Tensor, Tensor]:
             elements = max(moved[mode] // (2 * case.dtype.itemsize), 1)
@@ -96,12 +114,12 @@ class Copy:
         out, x = self.pairs["forward_grad"]
         out.copy_(x)
 
-    def backward(self, _: Any) -> None:
+    def backward(self, outputs: Any) -> None:
         out, x = self.pairs["backward"]
         out.copy_(x)
 
 
-def run(case: Case, contest: Contest) -> dict[str, Any]:
+def run(suite: Suite, case: AnyCase, contest: Contest) -> dict[str, Any]:
     """Samples of every contender by mode, with what it keeps; or, where the gate fails, no figure at all."""
     if any(peer in COMPILE for peer in contest.peers):  # else Dynamo, seconds of imports, is not needed
         from torch._inductor import config
@@ -109,101 +127,73 @@ def run(case: Case, contest: Contest) -> dict[str, Any]:
         torch.compiler.reset()
         config.cpp.threads = contest.threads  # compiled code is cached under it, not under the number in force
     device = contest.device
-    drawn, seed = case.draw(device), case.seed(device)
     report: dict[str, Any] = {"id": case.id, "threads": contest.threads, "gate": {}, "contenders": {}, "failed": {}}
-    contenders: dict[str, Contender | Copy] = {}
-    given = arranged(drawn, case.channels_last)
-    for backend in contest.backends:
-        ours = Contender(case.workload.ours, given, dense(seed, case.channels_last), backend)
-        with forced(backend):
-            verdict = gate.check(case, given, dense(seed, case.channels_last))
-        served = dispatch.OPS[case.workload.op].last
-        name = served.backend if served is not None and backend == "auto" else backend
+    contenders: dict[str, Contender] = {}
+    compile_s: dict[str, float] = {}
+    field = suite.field(case, contest)
+    for name, verdict, ours in field.ours():
         report["gate"][name] = verdict._asdict()
         if verdict.failure is None:
+            _step(case, ours)
             contenders[name] = ours
     if not contenders:
         return report
     ours_by = tuple(contenders)
-    contenders.update(_peers(case, contest, drawn, given, seed))
+    for name, build in field.peers():
+        start = time.perf_counter()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                contender = build()
+            _step(case, contender)
+        except Exception as error:
+            report["failed"][name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        else:
+            contenders[name] = contender
+            if contender.compiled:
+                compile_s[name] = time.perf_counter() - start
     contenders["copy"] = Copy(case, device)
-    _warm_up(case, contenders, ours_by, report["failed"])
     for name, each in contenders.items():
-        footprint = _footprint(case, each, device)
-        report["contenders"][name] = {"ms": {}, "faults": {}, "ours": name in ours_by, **footprint}
-    _measure(case, contest, contenders, report["contenders"])
+        for _ in range(2):
+            _step(case, each)
+        found = {"ms": {}, "faults": {}, "ours": name in ours_by, "compile_s": compile_s.get(name)}
+        report["contenders"][name] = found | _footprint(case, each, device)
+    _measure(case, contest, suite.rounds, contenders, report["contenders"])
     return report
-
-
-def dense(t: Tensor, channels_last: bool) -> Tensor:
-    return t.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-
-
-def arranged(inputs: Inputs, channels_last: bool) -> Inputs:
-    return inputs.map(lambda t: dense(t, channels_last), torch.clone)
 
 
 def forced(name: str) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if name == "auto" else dispatch.use(name)
 
 
-def _peers(case: Case, contest: Contest, drawn: Inputs, given: Inputs, seed: Tensor) -> Iterator[tuple[str, Contender]]:
-    functions = case.workload.peers()
-    eager = functions["eager"]
-    # Each has its own tensors, but for layout those of ours.
-    for name in contest.peers:
-        if name in COMPILE:
-            own = given.map(torch.clone, torch.clone)
-            contender = Contender(eager, own, dense(seed, case.channels_last).clone())
-            contender.function = torch.compile(eager, mode=COMPILE[name], dynamic=False)
-            if name == "compile_cuda_graphs":  # a graph otherwise copies its inputs at every call
-                for t in (*own.activations, *own.vectors, *own.buffers, *contender.wanted):
-                    torch._dynamo.mark_static_address(t)
-            yield name, contender
-        elif name == "eager_channels_last":
-            yield name, Contender(eager, arranged(drawn, True), dense(seed, True).clone())
-        elif name in functions:
-            channels_last = case.channels_last and name != "eager"
-            yield name, Contender(functions[name], arranged(drawn, channels_last), dense(seed, channels_last).clone())
-
-
-def _warm_up(
-    case: Case, contenders: dict[str, Contender | Copy], ours: tuple[str, ...], failed: dict[str, str]
-) -> None:
-    """Compile and run every contender; a peer that cannot is left out, with the reason."""
-    for name, contender in list(contenders.items()):
-        try:
-            _try(case, contender)
-        except Exception as error:  # noqa: PERF203
-            if name in ours:
-                raise
-            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-            del contenders[name]
-
-
-def _try(case: Case, contender: Contender | Copy) -> None:
+def _step(case: AnyCase, contender: Contender) -> None:
     with forced(contender.backend), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for _ in range(3):
+        if "forward" in case.modes:
             contender.forward()
-            if case.workload.differentiable:
-                contender.backward(contender.forward_grad())
+        if "both" in case.modes:
+            contender.both()
 
 
-def _footprint(case: Case, contender: Contender | Copy, device: str) -> dict[str, Any]:
-    if isinstance(contender, Copy):
+def _footprint(case: AnyCase, contender: Contender, device: str) -> dict[str, Any]:
+    if not contender.has_footprint:
         return {"peak_bytes": {}, "saved_bytes": None}
+    peak, saved = {}, None
     with forced(contender.backend):
-        peak = {"forward": measure.peak_bytes(contender.forward, device)}
-        saved = None
-        if case.workload.differentiable:
+        if "forward" in case.modes:
+            peak["forward"] = measure.peak_bytes(contender.forward, device)
+        if "both" in case.modes:
             peak["both"] = measure.peak_bytes(contender.both, device)
-            saved = measure.saved_bytes(contender.forward_grad, contender.inputs.vectors)
+            saved = measure.saved_bytes(contender.forward_grad, contender.parameters)
     return {"peak_bytes": peak, "saved_bytes": saved}
 
 
 def _measure(
-    case: Case, contest: Contest, contenders: dict[str, Contender | Copy], found: dict[str, dict[str, Any]]
+    case: AnyCase,
+    contest: Contest,
+    rounds: tuple[int, int],
+    contenders: dict[str, Contender],
+    found: dict[str, dict[str, Any]],
 ) -> None:
     entered = contextlib.ExitStack()
 
@@ -211,15 +201,18 @@ def _measure(
         entered.close()
         entered.enter_context(forced(contenders[name].backend))
 
+    def sampled(steps: dict[str, timing.Step], loops: int = 1) -> Iterator[tuple[str, list[timing.Sample]]]:
+        return iter(timing.interleave(steps, loops * contest.seconds, contest.device, entering, rounds).items())
+
     with entered:
-        plain = {name: timing.Step(c.forward, None) for name, c in contenders.items()}
-        for name, samples in timing.interleave(plain, contest.seconds, contest.device, entering).items():
-            found[name]["ms"]["forward"] = [s.ms[0] for s in samples]
-            found[name]["faults"]["forward"] = timing.summary([s.faults[0] for s in samples]).p50
-        if not case.workload.differentiable:
+        if "forward" in case.modes:
+            for name, samples in sampled({name: timing.Step(c.forward) for name, c in contenders.items()}):
+                found[name]["ms"]["forward"] = [s.ms[0] for s in samples]
+                found[name]["faults"]["forward"] = timing.summary([s.faults[0] for s in samples]).p50
+        if "both" not in case.modes:
             return
         training = {name: timing.Step(c.forward_grad, c.backward) for name, c in contenders.items()}
-        for name, samples in timing.interleave(training, 2 * contest.seconds, contest.device, entering).items():
+        for name, samples in sampled(training, 2):
             ms, faults = found[name]["ms"], found[name]["faults"]
             for part, mode in enumerate(("forward_grad", "backward")):
                 ms[mode] = [s.ms[part] for s in samples]
@@ -227,6 +220,5 @@ def _measure(
             ms["both"] = [sum(s.ms) for s in samples]
             faults["both"] = timing.summary([sum(s.faults) for s in samples]).p50
         if case.shape == BOUNDARY:  # what the call costs, without the caches that a backward in between leaves
-            alone = {name: timing.Step(c.forward_grad, None) for name, c in contenders.items()}
-            for name, samples in timing.interleave(alone, contest.seconds, contest.device, entering).items():
+            for name, samples in sampled({name: timing.Step(c.forward_grad) for name, c in contenders.items()}):
                 found[name]["ms"]["forward_grad"] = [s.ms[0] for s in samples]

@@ -52,12 +52,35 @@ def error(found: Tensor, truth: Tensor, rms: bool = False) -> float:
     return difference / scale if scale else difference
 
 
-def check(case: Case, inputs: Inputs, seed: Tensor) -> Verdict:
-    """Compare the case's op and its eager expression with the expression in fp64.
+def compare(ours: Results, theirs: Results, truth: Results, rms: bool = False) -> Verdict:
+    """Ours pass where no tensor's error exceeds twice theirs plus ROUNDINGS of its dtype. With ``rms``, where ReLUs
+    within may flip and which tensor that moves is a matter of luck, of each kind the mean and the largest error."""
+    worst_ours = worst_theirs = 0.0
+    failure = None
+    for kind, found, expected, reference in zip(Results._fields, ours, theirs, truth, strict=True):
+        if len(found) != len(reference):
+            return Verdict(float("nan"), float("nan"), f"{kind}: {len(found)} tensors instead of {len(reference)}")
+        errors = [
+            (error(a, t, rms), error(b, t, rms), ROUNDINGS * torch.finfo(a.dtype).eps / 2)
+            for a, b, t in zip(found, expected, reference, strict=True)
+        ]
+        named: dict[str, tuple[float, ...]] = {f"{kind}[{i}]": each for i, each in enumerate(errors)}
+        if rms and errors:
+            columns = [torch.tensor(column, dtype=torch.float64) for column in zip(*errors, strict=True)]  # NaN stays
+            named = {
+                f"{kind}, their mean": tuple(column.mean().item() for column in columns),
+                f"{kind}, the worst": tuple(column.max().item() for column in columns),
+            }
+        for name, (our_error, their_error, rounding) in named.items():
+            worst_ours, worst_theirs = max(worst_ours, our_error), max(worst_theirs, their_error)
+            allowed = 2 * their_error + rounding
+            if not our_error <= allowed and failure is None:  # a NaN fails
+                failure = f"{name}: error {our_error:.2e} where {allowed:.2e} is allowed"
+    return Verdict(worst_ours, worst_theirs, failure)
 
-    The op passes where no tensor's error exceeds twice eager's own plus ROUNDINGS of its dtype; where ReLUs within may
-    flip, the mean of the tensors' root mean squares.
-    """
+
+def check(case: Case, inputs: Inputs, seed: Tensor) -> Verdict:
+    """Compare the case's op and its eager expression with the expression in fp64."""
     workload = case.workload
     peers = workload.peers()
     eager = peers.get("add_alpha", peers["eager"])  # the one that rounds less
@@ -73,20 +96,4 @@ def check(case: Case, inputs: Inputs, seed: Tensor) -> Verdict:
     truth = compute(eager, wide, None if given is None else given.double())
     theirs = compute(eager, inputs, given)
     ours = compute(workload.ours, inputs, given)
-    worst_ours = worst_eager = 0.0
-    failure = None
-    for kind, found, expected, reference in zip(Results._fields, ours, theirs, truth, strict=True):
-        if len(found) != len(reference):
-            return Verdict(float("nan"), float("nan"), f"{kind}: {len(found)} tensors instead of {len(reference)}")
-        errors = [
-            (error(a, t, workload.rms), error(b, t, workload.rms), ROUNDINGS * torch.finfo(a.dtype).eps / 2)
-            for a, b, t in zip(found, expected, reference, strict=True)
-        ]
-        if workload.rms and errors:  # a small tensor's flips are a matter of luck: all of a kind together
-            errors = [tuple(sum(column) / len(errors) for column in zip(*errors, strict=True))]
-        for i, (ours_error, eager_error, rounding) in enumerate(errors):
-            worst_ours, worst_eager = max(worst_ours, ours_error), max(worst_eager, eager_error)
-            allowed = 2 * eager_error + rounding
-            if not ours_error <= allowed and failure is None:  # a NaN fails
-                failure = f"{kind}[{i}]: error {ours_error:.2e} where {allowed:.2e} is allowed"
-    return Verdict(worst_ours, worst_eager, failure)
+    return compare(ours, theirs, truth, workload.rms)

@@ -69,10 +69,10 @@ def slices(out: Path, dry_run: bool, arch: str | None) -> list[Slice]:
             return [python, "-c", "raise SystemExit('compute-sanitizer was not found; put it on the PATH')"]
         return [sanitizer, "--tool", tool, "--error-exitcode", "9", *sanitize]
 
-    def measured(*more: str) -> list[str]:
+    def measured(suite: str, *more: str) -> list[str]:
         tiny = ["--size", "tiny", "--peers", "eager", "--seconds", "0.01", "--threads", "1", "--malloc", "current"]
         return [
-            python, "bench/run.py", "ops", "--device", device, "--resume",
+            python, "bench/run.py", suite, "--device", device, "--resume",
             "--json", str(out / "results.json"), "--markdown", str(out / "results.md"),
             "--baselines", str(out / "baselines.json"), *(tiny if dry_run else []), *more,
         ]  # fmt: skip
@@ -85,11 +85,12 @@ def slices(out: Path, dry_run: bool, arch: str | None) -> list[Slice]:
         Slice("build", [python, "setup.py", "--version"] if dry_run else build, {} if dry_run else required),
         Slice("tests", [*pytest, "tests/cuda"]),
         Slice("memcheck", watched("memcheck"), uncached),
-        Slice("bench-main", measured("--main"), budgeted=True),
+        Slice("bench-main", measured("ops", "--main"), budgeted=True),
+        Slice("bench-models", measured("models"), budgeted=True),
         # Without a GPU no test of an op asks for one.
         Slice("more-tests", [*pytest, "tests", "--ignore=tests/cuda"], fine=(0, NO_TESTS) if dry_run else (0,)),
         Slice("racecheck", watched("racecheck"), uncached),
-        Slice("bench", measured(), budgeted=True),
+        Slice("bench", measured("ops"), budgeted=True),
     ]
 
 
@@ -195,9 +196,10 @@ def figures(results: Path) -> list[str]:
         if row["mode"] in ("forward", "both"):
             beside = " ".join(f"{name} {peer['speedup']:.2f}x" for name, peer in row["peers"].items())
             shape = "x".join(map(str, row["shape"]))
+            moved = "" if row["bytes"] is None else f", {row['gb_per_s']:.0f} GB/s, {row['copy_share']:.0%} of copy"
             lines.append(
                 f"{row['op']} {row['case']} {shape} {row['dtype']} {row['layout']} {row['backend']} {row['mode']}: "
-                f"{row['ms_p50'] * 1e3:.4g} us, {row['gb_per_s']:.0f} GB/s, {row['copy_share']:.0%} of copy; {beside}"
+                f"{row['ms_p50'] * 1e3:.4g} us{moved}; {beside}"
             )
     wrong = [f"WRONG: {g['id']} on {g['backend']}: {g['failure']}" for g in document["gate"] if g["failure"]]
     broken = {f"{name} could not run: {why}" for g in document["gate"] for name, why in g["failed_peers"].items()}

@@ -80,7 +80,7 @@ def describe(device: str) -> dict[str, Any]:
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
             "rkfast": rkfast.__version__,
-            "triton": _version("triton"),
+            **{package: _version(package) for package in ("triton", "openvino", "onnxruntime")},
         },
         **commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

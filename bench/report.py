@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import timing
-from .workload import BOUNDARY, MODES, Case
+from .workload import BOUNDARY, MODES, AnyCase
 
 SCHEMA = 1
 COLUMNS = (
@@ -24,7 +24,7 @@ TINY_US = 100  # up to here a table says microseconds
 Reports = dict[str, dict[str, Any]]  # what contest.run gave, by malloc setting
 
 
-def rows(case: Case, reports: Reports, device: str) -> Iterator[dict[str, Any]]:
+def rows(case: AnyCase, reports: Reports, device: str) -> Iterator[dict[str, Any]]:
     """One row per backend of ours and mode; every contender stands at its better malloc setting."""
     moved = case.bytes()
     names = list(dict.fromkeys(name for r in reports.values() for name in r["contenders"]))
@@ -36,8 +36,8 @@ def rows(case: Case, reports: Reports, device: str) -> Iterator[dict[str, Any]]:
             ms = timing.summary(ours["ms"][mode])
             copy = best.get("copy")
             yield {
-                "op": case.workload.op,
-                "case": case.workload.name,
+                "op": case.op,
+                "case": case.name,
                 "backend": name,
                 "device": device,
                 "mode": mode,
@@ -47,12 +47,12 @@ def rows(case: Case, reports: Reports, device: str) -> Iterator[dict[str, Any]]:
                 "threads": reports[setting]["threads"],
                 "malloc": setting,
                 **_spread(ms),
-                "bytes": moved[mode],
-                "gb_per_s": moved[mode] / ms.p50 / 1e6,
-                "copy_share": statistics.median(copy[1]["ms"][mode]) / ms.p50 if copy else None,
+                "bytes": moved[mode] if moved else None,
+                "gb_per_s": moved[mode] / ms.p50 / 1e6 if moved else None,
+                "copy_share": statistics.median(copy[1]["ms"][mode]) / ms.p50 if moved and copy else None,
                 **_footprint(ours, mode),
                 "peers": {
-                    peer: _peer(found, at, mode, ours["ms"][mode])
+                    peer: {**_peer(found, at, mode, ours["ms"][mode]), "compile_s": _compile_s(reports, peer)}
                     for peer, (at, found) in best.items()
                     if not found["ours"] and peer != "copy"
                 },
@@ -63,6 +63,12 @@ def _better(reports: Reports, name: str, mode: str) -> tuple[str, dict[str, Any]
     stood = [(setting, r["contenders"][name]) for setting, r in reports.items() if name in r["contenders"]]
     measured = [(setting, contender) for setting, contender in stood if mode in contender["ms"]]
     return min(measured, key=lambda pair: statistics.median(pair[1]["ms"][mode]), default=None)
+
+
+def _compile_s(reports: Reports, name: str) -> float | None:
+    """At the setting that came first, which found nothing compiled."""
+    stood = (r["contenders"][name].get("compile_s") for r in reports.values() if name in r["contenders"])
+    return max((seconds for seconds in stood if seconds is not None), default=None)
 
 
 def _spread(ms: timing.Summary) -> dict[str, float]:
@@ -90,7 +96,7 @@ def _peer(peer: dict[str, Any], setting: str, mode: str, ours: list[float]) -> d
     }
 
 
-def gates(case: Case, reports: Reports, device: str) -> Iterator[dict[str, Any]]:
+def gates(case: AnyCase, reports: Reports, device: str) -> Iterator[dict[str, Any]]:
     """What the gate said, per backend; the worse where it was asked at several malloc settings."""
     for backend in dict.fromkeys(b for r in reports.values() for b in r["gate"]):
         asked = [r["gate"][backend] for r in reports.values() if backend in r["gate"]]
@@ -121,7 +127,10 @@ def write_csv(path: Path, document: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        measured = ("ms_p20", "ms_p50", "ms_p80", "speedup", "speedup_p20", "speedup_p80", "page_faults", "saved_bytes")
+        measured = (
+            *("ms_p20", "ms_p50", "ms_p80", "speedup", "speedup_p20", "speedup_p80"),
+            *("page_faults", "saved_bytes", "compile_s"),
+        )
         context = ("machine", "torch", "commit", "dirty", "date")
         writer.writerow([*COLUMNS, *(f"{p}_{m}" for p in peers for m in measured), *context])
         machine = document["machine"]
@@ -144,8 +153,17 @@ def _time(row: dict[str, Any]) -> str:
     return f"{p50:.3g} ms ({p20:.3g}–{p80:.3g})"
 
 
+def _or_blank(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
 def _mb(count: float | None) -> str:
     return "" if count is None else f"{count / 1e6:.3g}"
+
+
+def _compiling(row: dict[str, Any]) -> str:
+    taken = ((name, peer["compile_s"]) for name, peer in row["peers"].items())
+    return ", ".join(f"{name} {seconds:.2g}" for name, seconds in taken if seconds is not None)
 
 
 def _speedup(peer: dict[str, Any] | None) -> str:
@@ -170,7 +188,8 @@ def markdown(document: dict[str, Any]) -> str:
         "Medians (20th to 80th percentile) of interleaved rounds, inputs left where the caches keep them. `×` columns: "
         "a peer's median over ours (percentiles of the ratio round by round); on CPU each side at its better malloc "
         "setting. `GB/s` counts the bytes that cannot be avoided; `copy`: the time of an `out.copy_(x)` that moves as "
-        "many over ours. `MB saved` is kept for backward, `MB peak` taken above the inputs; eager's in brackets."
+        "many over ours. `MB saved` is kept for backward, `MB peak` taken above the inputs; eager's in brackets. "
+        "`s to compile`: what peers took that compile or convert, their first step included."
         + (" `*`: measured in an earlier run on this machine." if _any_kept(found) else ""),
         "",
     ]
@@ -182,7 +201,7 @@ def markdown(document: dict[str, Any]) -> str:
     if found:
         peers = peer_names(found)
         head = ["op", "case", "backend", "mode", "dtype", "layout", "shape", "threads", "time", "GB/s", "copy"]
-        head += ["MB saved", "MB peak", "faults", *(f"× {p}" for p in peers)]
+        head += ["MB saved", "MB peak", "faults", *(f"× {p}" for p in peers), "s to compile"]
         lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         for row in found:
             eager = row["peers"].get("eager")
@@ -196,10 +215,10 @@ def markdown(document: dict[str, Any]) -> str:
                 + " | ".join(
                     [
                         row["op"], row["case"], row["backend"], row["mode"], row["dtype"], row["layout"],
-                        "×".join(map(str, row["shape"])), str(row["threads"]), _time(row), f"{row['gb_per_s']:.3g}",
-                        "" if row["copy_share"] is None else f"{row['copy_share']:.0%}",
+                        "×".join(map(str, row["shape"])), str(row["threads"]), _time(row),
+                        _or_blank(row["gb_per_s"], "{:.3g}"), _or_blank(row["copy_share"], "{:.0%}"),
                         beside("saved_bytes", _mb), beside("peak_bytes", _mb), beside("page_faults", "{:.0f}".format),
-                        *(_speedup(row["peers"].get(p)) for p in peers),
+                        *(_speedup(row["peers"].get(p)) for p in peers), _compiling(row),
                     ]
                 )
                 + " |"

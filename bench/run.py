@@ -1,4 +1,5 @@
-"""``rkfast bench ops`` and ``python bench/run.py ops``: the ops beside eager and compiled PyTorch.
+"""``rkfast bench ops``, ``rkfast bench models``, or ``python bench/run.py`` with the same arguments: the ops, and whole
+networks, beside eager and compiled PyTorch; inference of networks also beside OpenVINO and ONNX Runtime.
 
 Exit status: 0; 1 where a result was wrong or a measurement broke down; 75 where ``--budget`` ended the run early, which
 ``--resume`` then continues.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,11 +30,11 @@ import torch
 
 from rkfast import dispatch
 
-from . import contest, machine, report
-from .contest import PEERS, Contest
-from .ops import OPS
-from .workload import Case
+from . import contest, machine, models, ops, report
+from .contest import Contest
+from .workload import AnyCase
 
+SUITES = {"ops": ops.SUITE, "models": models.SUITE}
 UNFINISHED = 75
 # glibc gives large blocks back to the system at once, and each step then takes its pages anew; or it keeps them.
 MALLOC = {
@@ -48,16 +50,18 @@ DRIFT = 0.1  # a kept baseline holds while the copy beside it stays this close t
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("suite", choices=["ops"], help="what to measure")
-    add("names", nargs="*", metavar="OP", help=f"of {', '.join(OPS)}; all of them by default")
+    add("suite", choices=SUITES, help="what to measure")
+    names = "; ".join(f"of {name}: {', '.join(suite.cases)}" for name, suite in SUITES.items())
+    peers = "; ".join(f"of {name}: {', '.join(suite.known_peers)}" for name, suite in SUITES.items())
+    add("names", nargs="*", metavar="NAME", help=f"all of the suite by default; {names}")
     add("--size", choices=["tiny", "quick", "full"], default="full", help="how many cases, how large")
-    add("--quick", dest="size", action="store_const", const="quick", help="the same as --size quick: under two minutes")
-    add("--filter", default="", metavar="TEXT", help="only cases whose id contains it: OP/VARIANT/SHAPE/DTYPE/LAYOUT")
-    add("--main", action="store_true", help="only the main variant of each op")
+    add("--quick", dest="size", action="store_const", const="quick", help="the same as --size quick")
+    add("--filter", default="", metavar="TEXT", help="only cases whose id, as --list prints it, contains it")
+    add("--main", action="store_true", help="only the main cases")
     add("--list", action="store_true", help="print the ids of the cases and stop")
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     add("--backend", action="append", choices=["auto", *dispatch.BACKENDS], help="of ours; may be repeated")
-    add("--peers", default=None, help=f"comma-separated, of {', '.join(PEERS)}; the last two are CUDA's")
+    add("--peers", default=None, help=f"comma-separated, {peers}; by default all but those that tune on CPU")
     add("--threads", type=int, action="append", help="may be repeated; by default all cores, and 1 for the main cases")
     add("--seconds", type=float, default=None, help="per case and loop (default 1, quick 0.5)")
     add(
@@ -126,11 +130,12 @@ def run(args: argparse.Namespace) -> int:
     return UNFINISHED if unfinished else 0
 
 
-def select(args: argparse.Namespace) -> list[Case]:
-    unknown = [name for name in args.names if name not in OPS]
+def select(args: argparse.Namespace) -> list[AnyCase]:
+    suite = SUITES[args.suite]
+    unknown = [name for name in args.names if name not in suite.cases]
     if unknown:
-        raise SystemExit(f"rkfast bench: {unknown[0]!r} is not an op; there are {', '.join(OPS)}")
-    every = (case for name in args.names or OPS for case in OPS[name](args.size, args.device))
+        raise SystemExit(f"rkfast bench: {unknown[0]!r} is no {suite.kind}; there are {', '.join(suite.cases)}")
+    every = (case for name in args.names or suite.cases for case in suite.cases[name](args.size, args.device))
     chosen = [case for case in every if args.filter in case.id and (case.main or not args.main)]
     return sorted(chosen, key=lambda case: not case.main)
 
@@ -169,18 +174,20 @@ def _threads(device: str) -> list[int]:
 def _job(
     args: argparse.Namespace, ids: list[str], threads: int, setting: str, until: float | None, out: Path
 ) -> dict[str, Any]:
-    peers = tuple(args.peers.split(",")) if args.peers is not None else PEERS if args.device == "cuda" else PEERS[:4]
-    unknown = [peer for peer in peers if peer and peer not in PEERS]
+    suite = SUITES[args.suite]
+    peers = suite.peers[args.device] if args.peers is None else [peer for peer in args.peers.split(",") if peer]
+    unknown = [peer for peer in peers if peer not in suite.known_peers]
     if unknown:
-        raise SystemExit(f"rkfast bench: {unknown[0]!r} is not a peer; there are {', '.join(PEERS)}")
+        raise SystemExit(f"rkfast bench: {unknown[0]!r} is not a peer; there are {', '.join(suite.known_peers)}")
     return {
+        "suite": args.suite,
         "names": args.names,
         "size": args.size,
         "ids": ids,
         "contest": {
             "device": args.device,
-            "backends": args.backend or contest.backends(args.device),
-            "peers": [peer for peer in peers if peer],
+            "backends": args.backend or suite.backends(args.device),
+            "peers": peers,
             "seconds": args.seconds if args.seconds is not None else 1.0 if args.size == "full" else 0.5,
             "threads": threads,
         },
@@ -204,7 +211,9 @@ def _measured(job: dict[str, Any], setting: str, reports: dict[str, dict[str, An
         file.write_text(json.dumps(job))
         kept = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
         environment = {**kept, **MALLOC[setting], "OMP_NUM_THREADS": str(job["contest"]["threads"])}
-        command = [sys.executable, str(Path(__file__).resolve()), "ops", "--job", str(file)]
+        # Fresh, so that what compiling takes is seen; the next malloc setting finds it done.
+        environment["TORCHINDUCTOR_CACHE_DIR"] = str(out.parent / "compiled")
+        command = [sys.executable, str(Path(__file__).resolve()), job["suite"], "--job", str(file)]
         status = subprocess.run(command, env=environment).returncode
     if status:
         print(f"rkfast bench: the process that measured at malloc setting {setting!r} exited {status}", file=sys.stderr)
@@ -219,24 +228,25 @@ def _work(job: dict[str, Any]) -> None:
     asked = job["contest"]
     settings = Contest(**{**asked, "backends": tuple(asked["backends"]), "peers": tuple(asked["peers"])})
     torch.set_num_threads(settings.threads)
+    suite = SUITES[job["suite"]]
     baselines = Baselines(job["baselines"], settings.device)
     with open(job["out"], "w") as out:
         for i, case in enumerate(_named(job)):
             if job["until"] is not None and time.time() > job["until"]:
                 return
             _progress(job, i, case)
-            found = baselines.measure(case, settings)
+            found = baselines.measure(suite, case, settings)
             out.write(json.dumps(found) + "\n")
             out.flush()
 
 
-def _named(job: dict[str, Any]) -> Iterator[Case]:
-    device = job["contest"]["device"]
-    every = {case.id: case for name in job["names"] or OPS for case in OPS[name](job["size"], device)}
+def _named(job: dict[str, Any]) -> Iterator[AnyCase]:
+    device, cases = job["contest"]["device"], SUITES[job["suite"]].cases
+    every = {case.id: case for name in job["names"] or cases for case in cases[name](job["size"], device)}
     return (every[id] for id in job["ids"])
 
 
-def _progress(job: dict[str, Any], i: int, case: Case) -> None:
+def _progress(job: dict[str, Any], i: int, case: AnyCase) -> None:
     where = f"{job['contest']['threads']} threads, malloc {job['setting']}"
     print(f"[{i + 1}/{len(job['ids'])}] {case.id} ({where})", file=sys.stderr, flush=True)
 
@@ -254,17 +264,17 @@ class Baselines:
             self.all = json.loads(self.path.read_text())
         self.known = self.all.setdefault(self.key, {})
 
-    def measure(self, case: Case, settings: Contest) -> dict[str, Any]:
+    def measure(self, suite: contest.Suite, case: AnyCase, settings: Contest) -> dict[str, Any]:
         if self.path is None:
-            return contest.run(case, settings)
+            return contest.run(suite, case, settings)
         kept = self.known.get(f"{case.id}, {settings.threads} threads", {})
         peers = tuple(peer for peer in settings.peers if peer not in kept)
-        found = contest.run(case, Contest(**{**settings.__dict__, "peers": peers}))
+        found = contest.run(suite, case, Contest(**{**settings.__dict__, "peers": peers}))
         if not found["contenders"]:
             return found
         if kept and _drifted(kept["copy"], found["contenders"]["copy"]):
             kept = {}
-            found = contest.run(case, settings)
+            found = contest.run(suite, case, settings)
         for peer, samples in kept.items():
             if peer in settings.peers:
                 found["contenders"].setdefault(peer, {**samples, "kept": True})
@@ -282,7 +292,8 @@ class Baselines:
 
 
 def _drifted(then: dict[str, Any], now: dict[str, Any]) -> bool:
-    before, after = (sorted(c["ms"]["forward"])[len(c["ms"]["forward"]) // 2] for c in (then, now))
+    mode = next(iter(now["ms"]))
+    before, after = (statistics.median(c["ms"][mode]) for c in (then, now))
     return abs(after / before - 1) > DRIFT
 
 

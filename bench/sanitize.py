@@ -21,7 +21,7 @@ from rkfast import dispatch
 
 from . import contest, gate
 from .ops import OPS
-from .workload import DTYPES, Case
+from .workload import DTYPES, Case, arranged, dense
 
 
 def main() -> int:
@@ -39,13 +39,13 @@ def main() -> int:
 
 
 def _passes(case: Case, device: str, backend: str) -> bool:
-    inputs = contest.arranged(case.draw(device), case.channels_last)
+    inputs = arranged(case.draw(device), case.channels_last)
     # A slice of the channels: rows farther apart than they are long.
     sliced = inputs.map(lambda t: torch.cat([t, t, t], 1)[:, t.shape[1] : 2 * t.shape[1]], lambda t: t)
     passed = True
     for given in (inputs, sliced):
         with contest.forced(backend):
-            verdict = gate.check(case, given, contest.dense(case.seed(device), case.channels_last))
+            verdict = gate.check(case, given, dense(case.seed(device), case.channels_last))
         if verdict.failure is not None:
             print(f"{case.id} on {backend}: {verdict.failure}")
             passed = False

@@ -48,6 +48,14 @@ class Inputs(NamedTuple):
         )
 
 
+def dense(t: Tensor, channels_last: bool) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def arranged(inputs: Inputs, channels_last: bool) -> Inputs:
+    return inputs.map(lambda t: dense(t, channels_last), torch.clone)
+
+
 class Traffic(NamedTuple):
     """Passes over an activation, reads and writes, that remain when nothing stays in a cache; and over a ReLU mask."""
 
@@ -90,13 +98,49 @@ class Workload(Protocol):
     def before_relu(self) -> Function: ...
 
 
+class AnyCase(Protocol):
+    """What a contest and its report ask of a case, of whatever suite."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def op(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def layout(self) -> str: ...
+    @property
+    def main(self) -> bool: ...  # measured first, and also on one thread
+    @property
+    def modes(self) -> tuple[str, ...]: ...  # of MODES; those after "forward" come together
+    def bytes(self) -> dict[str, int] | None: ...  # that each mode cannot avoid moving, where that says anything
+
+
 @dataclass(frozen=True)
 class Case:
+    """A case of an op."""
+
     workload: Workload
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     channels_last: bool = True
-    main: bool = field(default=False, compare=False)  # measured first, and also on one thread
+    main: bool = field(default=False, compare=False)
+
+    @property
+    def op(self) -> str:
+        return self.workload.op
+
+    @property
+    def name(self) -> str:
+        return self.workload.name
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        return MODES if self.workload.differentiable else MODES[:1]
 
     @property
     def layout(self) -> str:
@@ -106,7 +150,7 @@ class Case:
     def id(self) -> str:
         shape = "x".join(map(str, self.shape))
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.workload.op}/{self.workload.name}/{shape}/{dtype}/{self.layout}"
+        return f"{self.op}/{self.name}/{shape}/{dtype}/{self.layout}"
 
     @property
     def numel(self) -> int:

@@ -16,7 +16,7 @@ COMMANDS = {
     "info": ("rkfast.info", "versions, build, devices, and which backend serves which op"),
     "demo": ("rkfast.demo", "train a network of RK4 blocks on handwritten digits, stock and fused side by side"),
     "plot": ("rkfast.plot", "draw a figure of the papers, with results of your own beside what is published"),
-    "bench": ("rkfast.bench.run", "measure the ops against eager and compiled PyTorch"),
+    "bench": ("rkfast.bench.run", "measure the ops, or whole models, against eager and compiled PyTorch"),
 }
 
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import rkfast
 from rkfast.nn import CliqueBlock, DenseBlock, RKCNNStep, Transition
-from tests.ops.test_dense_block import BACKENDS
+from tests.ops.tester import CPU_BACKENDS
 from tests.package.process import python
 
 MODELS: list[tuple[str, dict[str, Any], int]] = [
@@ -48,7 +48,7 @@ def counted(model: nn.Module, size: int, backward: bool, batch: int = 2) -> tupl
     return counter.get_total_flops(), ours
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize(("name", "options", "size"), MODELS)
 def test_fused_counts_as_stock(name: str, options: dict[str, Any], size: int, backend: str) -> None:
     for backward in (False, True):
@@ -60,7 +60,7 @@ def test_fused_counts_as_stock(name: str, options: dict[str, Any], size: int, ba
         assert found == expected
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize(("name", "options", "size"), MODELS[1:])
 def test_what_is_made_again_counts_again(name: str, options: dict[str, Any], size: int, backend: str) -> None:
     """memory="min": in the backward the 1x1 convolutions of every bottleneck once more."""

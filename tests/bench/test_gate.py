@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rkfast.bench import contest, gate, run
+from rkfast.bench import gate, run
 from rkfast.bench.ops import OPS, rk_sum
 from rkfast.bench.ops.rk_sum import RkSum
-from rkfast.bench.workload import DTYPES, Case
+from rkfast.bench.workload import DTYPES, Case, arranged
 
 TINY = {case.id: case for cases in OPS.values() for case in cases("tiny", "cpu")}
 
@@ -22,7 +22,7 @@ TINY = {case.id: case for cases in OPS.values() for case in cases("tiny", "cpu")
 @pytest.mark.parametrize("id", TINY)
 def test_right_results_pass(id: str) -> None:
     case = TINY[id]
-    inputs = contest.arranged(case.draw("cpu"), case.channels_last)
+    inputs = arranged(case.draw("cpu"), case.channels_last)
     verdict = gate.check(case, inputs, case.seed("cpu"))
     assert verdict.failure is None
     assert verdict.eager > 0
@@ -87,6 +87,17 @@ def test_a_relu_may_flip_beside_its_kink_and_nowhere_else(monkeypatch: pytest.Mo
     monkeypatch.setattr(rk_sum, "rk_sum", shifted(2e-3))
     failure = gate.check(case, inputs, seed).failure
     assert failure is not None
+
+
+@pytest.mark.parametrize("wrong", (0.01, float("nan")))
+def test_one_wrong_tensor_among_many_is_refused_beside_relus_that_flip(wrong: float) -> None:
+    truth = [torch.randn(50, dtype=torch.float64) for _ in range(100)]
+    eager, ours = ([t.float() * (1 + 1e-3 * torch.randn(50)) for t in truth] for _ in range(2))
+    assert gate.compare(*(gate.Results([], side, []) for side in (ours, eager, truth)), rms=True).failure is None
+    ours[7] = ours[7] * (1 + wrong)
+    failure = gate.compare(*(gate.Results([], side, []) for side in (ours, eager, truth)), rms=True).failure
+    assert failure is not None
+    assert failure.startswith("gradients, the worst" if wrong == 0.01 else "gradients, their mean")
 
 
 def test_buffers_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:

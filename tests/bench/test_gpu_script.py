@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from rkfast.bench import gpu
+from rkfast.bench.models import TINY
+from rkfast.bench.ops import OPS
 from tests.package.process import ROOT, environment
 
 KEY = {"device": "some GPU", "torch": "2", "triton": "3", "sources": "a", "dry_run": False}
@@ -36,10 +38,13 @@ def test_dry_run_takes_the_whole_road_and_then_has_nothing_left(tmp_path: Path) 
     said = script("--dry-run", "--out", str(tmp_path))
     assert said.rstrip().endswith("nothing is left")
     state = json.loads((tmp_path / "state.json").read_text())["slices"]
-    assert list(state) == ["build", "tests", "memcheck", "bench-main", "more-tests", "racecheck", "bench"]
+    assert list(state) == [
+        *("build", "tests", "memcheck", "bench-main", "bench-models", "more-tests", "racecheck", "bench")
+    ]
     assert {each["status"] for each in state.values()} == {"done"}
     results = json.loads((tmp_path / "results.json").read_text())
-    assert {row["op"] for row in results["rows"]} == {"rk_sum", "bn_rk_sum", "channel_moments", "dense_block"}
+    models = {network.name for network in TINY.values()}
+    assert {row["op"] for row in results["rows"]} == {*OPS, *models}
     assert not any(verdict["failure"] for verdict in results["gate"])
     assert (tmp_path / "results.md").read_text().count("\n| ") == len(results["rows"]) + 1
     assert "rk_sum n=14 2x3x5x3 float32 channels_last" in said
@@ -119,12 +124,12 @@ def test_on_a_gpu_it_builds_watches_and_measures(tmp_path: Path, monkeypatch: py
     for name in ("tests", "more-tests"):
         assert "-m gpu" in " ".join(planned[name].command)
         assert "--collect-only" not in planned[name].command
-    for name in ("bench-main", "bench"):
+    for name in ("bench-main", "bench-models", "bench"):
         assert planned[name].budgeted
         assert "tiny" not in planned[name].command
     from rkfast.bench import run
 
-    for name in ("bench-main", "bench"):  # the arguments are ones that bench/run.py takes
+    for name in ("bench-main", "bench-models", "bench"):  # the arguments are ones that bench/run.py takes
         parser = argparse.ArgumentParser()
         run.add_arguments(parser)
         args = parser.parse_args(planned[name].command[2:])

@@ -24,7 +24,7 @@ NUMBERS = {
 ROW = {"op", "case", "backend", "device", "mode", "dtype", "layout", "shape", "threads", "malloc", "peers", *NUMBERS}
 PEER = {
     "malloc", "ms_p20", "ms_p50", "ms_p80", "peak_bytes", "saved_bytes", "page_faults",
-    "speedup", "speedup_p20", "speedup_p80", "kept",
+    "speedup", "speedup_p20", "speedup_p80", "kept", "compile_s",
 }  # fmt: skip
 
 
@@ -73,7 +73,7 @@ def test_results_say_where_they_come_from_and_keep_their_schema(tmp_path: Path) 
     assert document["machine"]["cores"] >= 1
     assert document["machine"]["capability"] == torch.backends.cpu.get_cpu_capability()
     assert document["versions"]["torch"] == torch.__version__
-    assert set(document["versions"]) == {"python", "torch", "cuda", "rkfast", "triton"}
+    assert set(document["versions"]) == {*("python", "torch", "cuda", "rkfast", "triton", "openvino", "onnxruntime")}
     assert document["rows"]
     for row in document["rows"]:
         assert set(row) == ROW
@@ -131,9 +131,9 @@ def test_baselines_are_measured_once_and_again_where_the_machine_drifted(
     ran: list[tuple[str, ...]] = []
     real = contest.run
 
-    def watched(case: Any, settings: contest.Contest) -> dict[str, Any]:
+    def watched(suite: contest.Suite, case: Any, settings: contest.Contest) -> dict[str, Any]:
         ran.append(settings.peers)
-        found = real(case, settings)
+        found = real(suite, case, settings)
         if found["contenders"]:
             found["contenders"]["copy"]["ms"]["forward"] = [copy_ms] * 3
         return found
@@ -155,6 +155,14 @@ def test_compiled_pytorch_is_a_peer(tmp_path: Path) -> None:
     rows = measured(tmp_path, "rk_sum", "--filter", "/n=2/", "--peers", "compile")["rows"]
     assert rows
     assert all(row["peers"]["compile"]["speedup"] > 0 for row in rows)
+    assert all(row["peers"]["compile"]["compile_s"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("suite", run.SUITES.values(), ids=run.SUITES)
+def test_peers_that_are_no_matter_of_patience_are_usual(suite: contest.Suite) -> None:
+    assert {"eager", "eager_channels_last", "compile"} <= set(suite.peers["cpu"])
+    assert {"compile_max_autotune", "compile_cuda_graphs"} <= set(suite.peers["cuda"]) - set(suite.peers["cpu"])
+    assert set(suite.known_peers) == {*suite.peers["cpu"], *suite.peers["cuda"]}
 
 
 @pytest.mark.parametrize(("load", "quotable"), [(0.1, True), (3.9, False)])
@@ -168,7 +176,7 @@ def test_figures_of_a_busy_machine_say_so(
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(SystemExit, match="'rk_summ' is not an op; there are rk_sum"):
+    with pytest.raises(SystemExit, match="'rk_summ' is no op; there are rk_sum"):
         run.main(["ops", "rk_summ", *TINY])
     with pytest.raises(SystemExit, match="'jax' is not a peer; there are eager"):
         run.main(["ops", "rk_sum", *TINY, "--malloc", "current", "--peers", "jax"])

@@ -17,8 +17,7 @@ from rkfast import dispatch
 from rkfast.nn import CliqueBlock, DenseBlock, ERKStep, IRKStep, Period, RKCNNStep
 from rkfast.nn.norm import batch_norm_relu
 from rkfast.ops.dense_block import kernel_reason
-from tests.ops.test_dense_block import BACKENDS
-from tests.ops.tester import assert_as_good_as, assert_gradients_as_good_as
+from tests.ops.tester import CPU_BACKENDS, assert_as_good_as, assert_gradients_as_good_as
 
 MODULES: dict[str, Callable[..., nn.Module]] = {
     "dense": lambda **kw: DenseBlock(4, 5, 4, **kw),
@@ -74,7 +73,7 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
         torch.testing.assert_close(value, theirs[key], rtol=1e-3, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("memory", ("speed", "min"))
 @pytest.mark.parametrize("reentrant", (False, True), ids=("", "reentrant"))
 @pytest.mark.parametrize("name", MODULES)
@@ -119,7 +118,7 @@ def test_a_norm_that_comes_last_is_checkpointed(reentrant: bool) -> None:
     assert results[0]["num_batches_tracked"] == 2
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("name", MODULES)
 def test_graphs_are_kept_and_overlap(name: str, backend: str) -> None:
     """Two forwards before their backwards, and each backward twice."""
@@ -134,7 +133,7 @@ def test_graphs_are_kept_and_overlap(name: str, backend: str) -> None:
                 assert all(map(torch.equal, found, expected))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("name", MODULES)
 def test_dropout_is_that_of_stock(name: str, backend: str) -> None:
     """One seed gives the same masks, in channels_last."""
@@ -154,7 +153,7 @@ def test_dropout_is_that_of_stock(name: str, backend: str) -> None:
     assert_same(ours, seen(stock, seeded, x))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("every", (2, 3))
 @pytest.mark.parametrize("name", MODULES)
 def test_some_norms_are_frozen(name: str, every: int, backend: str) -> None:

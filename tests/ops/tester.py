@@ -51,6 +51,7 @@ def _targets() -> list[tuple[str, str]]:
 
 
 TARGETS = _targets()
+CPU_BACKENDS = [backend for backend, device in TARGETS if device == "cpu" and backend != "triton"]
 
 
 def lay(values: Tensor, how: str, index: int, device: str) -> Tensor:
