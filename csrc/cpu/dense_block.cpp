@@ -335,10 +335,10 @@ class Block {
     }
   }
   // b = conv1(normalised), or, with `then`, what the second BatchNorm and ReLU make of it.
-  void bottleneck(const Unit& u, const Read& read, float* b, Moment* moments, const Read* then) const {
+  void bottleneck(const Unit& u, const Read& read, float* b, Moment* moments, const Read* then) {
     const int64_t width = u.width, channels = u.read(), pad = padded(width);
-    const Tensor w = u.conv1.reshape({width, channels}).t().contiguous();
-    const float* weights = w.const_data_ptr<float>();
+    const Tensor w = u.conv1.reshape({width, channels}).contiguous();
+    const float* weights = transposed(w.const_data_ptr<float>(), width, channels);
     std::vector<double> mean(moments ? parts_.count * pad : 0), m2(mean.size());
     parts_.run([&](int64_t part, int64_t from, int64_t to) {
       float* act = scratch(0, parts_.tile * channels);
@@ -365,12 +365,43 @@ class Block {
   bool by_tiles(const Tensor& w) const {
     return w.size(2) == 3 && w.size(0) >= 16 && w.size(1) >= 16 && h_ >= 4 && w_ >= 4;
   }
-  // [9][channels][outputs] of w [outputs, channels, 3, 3], or of the convolution that its gradient is, in tiles' form.
-  static Tensor tile_weight(const Tensor& w, bool gradient) {
-    const Tensor taps = (gradient ? w.flip({2, 3}).permute({2, 3, 0, 1}) : w.permute({2, 3, 1, 0})).contiguous();
-    const int64_t size = w.size(0) * w.size(1);
-    Tensor tiles = at::empty({16, size}, taps.options());
-    transform_weight({taps.const_data_ptr<float>(), size, tiles.data_ptr<float>(), false});
+  // [columns][rows] of a matrix [rows][columns].
+  const float* transposed(const float* matrix, int64_t rows, int64_t columns) {
+    float* out = room(transposed_, rows * columns);
+    constexpr int64_t kEach = 64;
+    at::parallel_for(0, (columns + kEach - 1) / kEach, 4, [&](int64_t from, int64_t to) {
+      const int64_t first = from * kEach, n = std::min(columns, to * kEach) - first;
+      transpose_rows({{matrix + first, columns}, rows, n, {out + first * rows, rows}});
+    });
+    return out;
+  }
+  // [9][channels][outputs] of w [outputs, channels, 3, 3] in tiles' form, or [9][outputs][channels] of the convolution that
+  // its gradient is.
+  const float* tile_weight(const Tensor& w, bool gradient) {
+    const int64_t outputs = w.size(0), channels = w.size(1), size = outputs * channels;
+    const bool taps_first = w.is_contiguous(at::MemoryFormat::ChannelsLast);  // [outputs][9][channels]
+    float* tiles = room(tiles_, 16 * size);
+    if (gradient && taps_first) {
+      const float* last = w.const_data_ptr<float>() + 8 * channels;
+      at::parallel_for(0, outputs, 8, [&](int64_t from, int64_t to) {
+        for (int64_t k = from; k < to; ++k)
+          transform_weight({last + 9 * k * channels, -channels, channels, tiles + k * channels, size, false});
+      });
+    } else if (gradient) {
+      const Tensor taps = w.flip({2, 3}).permute({2, 3, 0, 1}).contiguous();
+      transform_weight({taps.const_data_ptr<float>(), size, size, tiles, size, false});
+    } else {
+      const Tensor dense = taps_first ? w : w.contiguous();
+      const float* taps = transposed(dense.const_data_ptr<float>(), outputs, 9 * channels);
+      at::parallel_for(0, channels, 16, [&](int64_t from, int64_t to) {
+        if (taps_first) {
+          transform_weight({taps + from * outputs, size, (to - from) * outputs, tiles + from * outputs, size, false});
+        } else {
+          for (int64_t c = from; c < to; ++c)
+            transform_weight({taps + 9 * c * outputs, outputs, outputs, tiles + c * outputs, size, false});
+        }
+      });
+    }
     return tiles;
   }
   template <typename Load>
@@ -387,8 +418,7 @@ class Block {
     Tensor growth;
     Slot<const float> from_slot{x_ + u.write, channels_};
     if (by_tiles(w)) {
-      const Tensor tiles = tile_weight(w, false);
-      winograd(Bands(n_, h_, w_, channels + u.growth), channels, u.growth, load, tiles.const_data_ptr<float>(), slot(u.write));
+      winograd(Bands(n_, h_, w_, channels + u.growth), channels, u.growth, load, tile_weight(w, false), slot(u.write));
       if (!keep) return take_moments(u.write, u.growth);
     } else {
       growth = at::conv2d(nhwc(materialise(channels, load), channels), w, {}, 1, w.size(2) / 2).contiguous(at::MemoryFormat::ChannelsLast);
@@ -532,8 +562,8 @@ class Block {
       auto rows = [&](int64_t row, int64_t n, Slot<float> out) { std::copy_n(grad + row * growth, n * growth, out.data); };
       Tensor dact = reused(dact_, channels);
       const Bands bands(n_, h_, w_, channels + growth);
-      const Tensor tiles = tile_weight(w, true), taps = at::empty({3, 3, growth, channels}, w.options().memory_format(std::nullopt));
-      winograd(bands, growth, channels, rows, tiles.const_data_ptr<float>(), {dact.data_ptr<float>(), channels});
+      const Tensor taps = at::empty({3, 3, growth, channels}, w.options().memory_format(std::nullopt));
+      winograd(bands, growth, channels, rows, tile_weight(w, true), {dact.data_ptr<float>(), channels});
       winograd_weight(bands, channels, growth, load, {grad, growth}, taps.data_ptr<float>());
       return {dact, like(taps.permute({2, 3, 0, 1}), w)};
     }
@@ -623,7 +653,7 @@ class Block {
   const Parts parts_;
   const at::TensorOptions options_;
   std::vector<Unit> units_;
-  Tensor buffer_, total_, normalised_, mid_, grad_, dact_, products_;
+  Tensor buffer_, total_, normalised_, mid_, grad_, dact_, products_, transposed_, tiles_;
   float* x_ = nullptr;
   Moment moments_;
   std::vector<double> s1_, s2_;

@@ -93,11 +93,12 @@ struct TransformGradient {
   int64_t plane;
 };
 
-// w [9][size] to G w G^T [16][size], or, backwards, d [16][size] to G^T d G [9][size].
+// w [9][size] to G w G^T [16][size], or, backwards, d [16][size] to G^T d G [9][size]; planes lie a pitch apart.
 struct TransformWeight {
   const float* from;
-  int64_t size;
+  int64_t from_pitch, size;
   float* to;
+  int64_t to_pitch;
   bool backwards;
 };
 

@@ -104,7 +104,7 @@ void winograd_weight(const Bands& s, int64_t channels, int64_t outputs, const Lo
   });
   for (int64_t part = 1; part < parts; ++part)
     for (int64_t i = 0; i < 16 * size; ++i) sums[i] += sums[part * 16 * size + i];
-  transform_weight({sums.data(), size, out, true});
+  transform_weight({sums.data(), size, size, out, size, true});
 }
 
 }  // namespace rkfast

@@ -117,19 +117,19 @@ void weight(const TransformWeight& a) {
   along<P, 1>(a.size, [&](int64_t p, auto, auto n) {
     if (a.backwards) {
       Vec d[16], e[4][3], column[3];
-      for (int q = 0; q < 16; ++q) d[q] = load<P>(a.from + q * a.size + p, n).v[0];
+      for (int q = 0; q < 16; ++q) d[q] = load<P>(a.from + q * a.from_pitch + p, n).v[0];
       for (int i = 0; i < 4; ++i) narrow(d + 4 * i, 1, e[i]);
       for (int j = 0; j < 3; ++j) {
         narrow(&e[0][j], 3, column);
-        for (int i = 0; i < 3; ++i) store(P{column[i]}, a.to + (3 * i + j) * a.size + p, n);
+        for (int i = 0; i < 3; ++i) store(P{column[i]}, a.to + (3 * i + j) * a.to_pitch + p, n);
       }
     } else {
       Vec w[9], e[3][4], column[4];
-      for (int q = 0; q < 9; ++q) w[q] = load<P>(a.from + q * a.size + p, n).v[0];
+      for (int q = 0; q < 9; ++q) w[q] = load<P>(a.from + q * a.from_pitch + p, n).v[0];
       for (int i = 0; i < 3; ++i) widen(w + 3 * i, 1, e[i]);
       for (int j = 0; j < 4; ++j) {
         widen(&e[0][j], 4, column);
-        for (int i = 0; i < 4; ++i) store(P{column[i]}, a.to + (4 * i + j) * a.size + p, n);
+        for (int i = 0; i < 4; ++i) store(P{column[i]}, a.to + (4 * i + j) * a.to_pitch + p, n);
       }
     }
   });
