@@ -1,4 +1,4 @@
-"""Fused models in DistributedDataParallel: two processes, gloo."""
+"""Fused models in DistributedDataParallel, and with SyncBatchNorm: two processes, gloo."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rkfast
+from rkfast import dispatch
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo")
 MODELS = {
@@ -58,3 +59,67 @@ def test_gradients_are_averaged(name: str, tmp_path: Path) -> None:
     expected = [(a + b) / 2 for a, b in zip(*alone, strict=True)]
     assert len(first) == len(expected)
     torch.testing.assert_close(first, expected, rtol=1e-3, atol=1e-4)
+
+
+SYNCED = {
+    "densenet-16": {"growth_rate": 4},
+    "densenet-16-bc": {"growth_rate": 4},
+    "erknet-2x1_2x1-b": {"growth_rate": 16},
+    "irknet-2x1_2x1-ab": {"growth_rate": 8},
+    "ho_resnet-10": {"width": 16},
+}
+SIZES = (3, 5)  # the processes' parts of the batch
+STEPS = 3
+
+
+def synced_batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(sum(SIZES), 3, 16, 16, generator=generator, dtype=torch.float64)
+    # Each part with moments of its own, so that those of one process are far from those of all.
+    images[: SIZES[0]] = 2 * images[: SIZES[0]] + 1
+    return images, torch.randint(10, (sum(SIZES),), generator=generator)
+
+
+def stepped(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Gradients of the summed loss, and statistics, after a few steps; and what evaluation gives then."""
+    model.train()
+    for _ in range(STEPS):
+        model.zero_grad()
+        F.cross_entropy(model(images), labels, reduction="sum").backward()
+    found = {f"gradient of {name}": p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    found.update({name: b.clone() for name, b in model.named_buffers()})
+    found["evaluated"] = model.eval()(images).detach()
+    return found
+
+
+def synced_worker(rank: int, folder: str, name: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    try:
+        torch.manual_seed(0)
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(rkfast.create_model(name, **SYNCED[name]).double())
+        part = slice(0, SIZES[0]) if rank == 0 else slice(SIZES[0], None)
+        images, labels = synced_batch()
+        before = dispatch.served()
+        found = stepped(model, images[part], labels[part])
+        found["served"] = torch.tensor((dispatch.served() - before)["dense_block", "reference"])
+        # Gradients of parameters are those of this process, which DistributedDataParallel would add up.
+        for key in [key for key in found if key.startswith("gradient")]:
+            dist.all_reduce(found[key])
+        torch.save(found, Path(folder) / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", SYNCED)
+def test_synchronised_statistics_are_those_of_the_whole_batch(name: str, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(synced_worker, (str(tmp_path), name), nprocs=2)
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    torch.manual_seed(0)
+    expected = stepped(rkfast.create_model(name, fused=False, **SYNCED[name]).double(), *synced_batch())
+    evaluated = torch.cat([part.pop("evaluated") for part in parts])
+    torch.testing.assert_close(evaluated, expected.pop("evaluated"), rtol=1e-9, atol=1e-9)
+    blocks = [int(part.pop("served")) for part in parts]
+    assert blocks[0] == blocks[1] and (blocks[0] > 0) == (name != "ho_resnet-10")
+    for part in parts:
+        torch.testing.assert_close(part, expected, rtol=1e-9, atol=1e-9)

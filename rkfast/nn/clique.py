@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rkfast.nn.dense import NormLayer, concatenated, dropout
-from rkfast.nn.norm import as_norm, fusible, plain_conv
+from rkfast.nn.norm import as_norm, fusible, group_of, one_group, plain_conv
 from rkfast.nn.step import weighted_sum
 from rkfast.ops import Moments, Norm, Stages, clique_block, dense_block
 from rkfast.ops.dense_block import kernel_reason
@@ -109,7 +109,13 @@ class CliqueBlock(nn.Module):
         norms = [*self.init_norm1, *self.update_norm1]
         if self.weight2 is not None:
             norms += [*self.init_norm2, *self.update_norm2]
-        return self.fused and y.dim() == 4 and kernel_reason(y) is None and all(map(fusible, norms))
+        return (
+            self.fused
+            and y.dim() == 4
+            and kernel_reason(y, group_of(norms[0])) is None
+            and one_group(norms)
+            and all(map(fusible, norms))
+        )
 
     def _block(self, y: Tensor, *, sum: bool, moments: Moments | None = None, return_moments: bool = False) -> Any:
         c, k = self.in_channels, self.growth_rate
@@ -219,6 +225,8 @@ class IRKStep(CliqueBlock):
     ) -> tuple[Tensor, Moments | None]:
         """The step, taking y's moments if they are known, and leaving those of y' if asked for (and fused)."""
         if self._fusible(y):
+            if group_of(self.init_norm1[0]):
+                return self._block(y, sum=True), None
             result = self._block(y, sum=True, moments=moments, return_moments=return_moments)
             return result if return_moments else (result, None)
         return weighted_sum(y, self._plain(y), [1.0] * self.stages, fused=self.fused, return_moments=return_moments)
@@ -300,6 +308,8 @@ class RKCNNStep(nn.Module):
     ) -> tuple[Tensor, Moments | None]:
         """The step, taking y's moments if they are known, and leaving those of y' if asked for (and fused)."""
         if self._fusible(y):
+            if group_of(self.init_bn_1x1[0]):
+                return self._block(y, None, False), None
             result = self._block(y, moments, return_moments)
             return result if return_moments else (result, None)
         return weighted_sum(y, self._plain(y), [1.0] * self.stages, fused=self.fused, return_moments=return_moments)
@@ -314,7 +324,8 @@ class RKCNNStep(nn.Module):
             and y.dim() == 4
             and (self.method == "e" or self.stages > 1)
             and not (self.method == "r" and self.rounds > 1)
-            and kernel_reason(y) is None
+            and kernel_reason(y, group_of(norms[0])) is None
+            and one_group(norms)
             and all(map(fusible, norms))
             and all(map(plain_conv, convs))
         )

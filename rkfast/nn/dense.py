@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rkfast.nn.norm import as_norm, fusible, hooked, plain_conv
+from rkfast.nn.norm import as_norm, fusible, group_of, hooked, one_group, plain_conv
 from rkfast.nn.step import Period, weighted_sum
 from rkfast.ops import Moments, dense_block
 from rkfast.ops.dense_block import kernel_reason
@@ -147,11 +147,16 @@ class DenseBlock(nn.ModuleDict):
         return self._block(y) if self._fusible(y) else self._plain(y)
 
     def _fusible(self, y: Tensor) -> bool:
-        if not self.fused or self.time_channel or y.dim() != 4 or kernel_reason(y) is not None:
+        if not self.fused or self.time_channel or y.dim() != 4 or kernel_reason(y, self._group()) is not None:
             return False
         layers = [cast(DenseLayer, layer) for layer in self.values()]
+        norms = [norm for layer in layers for norm in (layer.norm1, *([layer.norm2] if layer.has_bottleneck else []))]
         one_mode = self.drop_rate == 0 or len({layer.training for layer in layers}) == 1
-        return one_mode and all(layer.fusible() for layer in layers)
+        return one_mode and one_group(norms) and all(layer.fusible() for layer in layers)
+
+    def _group(self) -> str:
+        """Of processes that share the batch; moments of one of them are of no use then."""
+        return group_of(cast(nn.Module, next(iter(self.values())).norm1))
 
     def _block(
         self, y: Tensor, sum_of: int | None = None, moments: Moments | None = None, return_moments: bool = False
@@ -256,6 +261,8 @@ class ERKStep(DenseBlock):
 
         time: Tensor [], T/u of a step with a time channel; 0 if not given."""
         if self._fusible(y):
+            if self._group():
+                return self._block(y, self.stages), None
             result = self._block(y, self.stages, moments, return_moments)
             return result if return_moments else (result, None)
         weights: list[float | Tensor] = [1.0] * self.stages

@@ -1,11 +1,15 @@
 """A BatchNorm that its owner follows with a ReLU, in one op.
 
 The module stays a plain nn.BatchNorm2d and the ReLU stays with its owner, so that whoever replaces the BatchNorm
-(convert_sync_batchnorm, quantisation, a hook) gets what he asked for: the stock path.
+(quantisation, a hook) gets what he asked for: the stock path.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -22,12 +26,29 @@ def hooked(module: nn.Module) -> bool:
 
 def fusible(norm: nn.Module) -> bool:
     """Whether bn_rk_sum does what calling ``norm`` would do."""
+    if type(norm) is nn.SyncBatchNorm:
+        return not hooked(norm) and not torch.compiler.is_compiling()
     return type(norm) is nn.BatchNorm2d and not hooked(norm)
 
 
 def reads_moments(norm: nn.Module) -> bool:
     """Whether ``batch_norm_relu(norm, x, moments)`` would read the moments of x."""
-    return fusible(norm) and (norm.training or norm.running_mean is None)
+    return fusible(norm) and (norm.training or norm.running_mean is None) and not group_of(norm)
+
+
+def group_of(norm: nn.Module) -> str:
+    """The name of the process group over which an nn.SyncBatchNorm would take its statistics now; "" for none."""
+    if type(norm) is not nn.SyncBatchNorm or not norm.training or not dist.is_available() or not dist.is_initialized():
+        return ""
+    group = norm.process_group or dist.group.WORLD
+    return group.group_name if dist.get_world_size(group) > 1 else ""
+
+
+def one_group(norms: Sequence[nn.Module]) -> bool:
+    """Whether no norm takes its statistics over other processes than the rest."""
+    if all(type(norm) is not nn.SyncBatchNorm for norm in norms):
+        return True
+    return len({(type(norm), getattr(norm, "process_group", None)) for norm in norms}) == 1
 
 
 def plain_conv(conv: nn.Module) -> bool:
@@ -45,7 +66,7 @@ def plain_conv(conv: nn.Module) -> bool:
     )
 
 
-def as_norm(norm: nn.BatchNorm2d) -> Norm:
+def as_norm(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> Norm:
     """What calling ``norm`` would do, for an op."""
     tracked = not norm.training or norm.track_running_stats
     running_mean = norm.running_mean if tracked else None
@@ -60,14 +81,17 @@ def as_norm(norm: nn.BatchNorm2d) -> Norm:
         norm.training or running_mean is None,
         momentum,
         norm.eps,
+        group_of(norm),
     )
 
 
 def batch_norm_relu(norm: nn.Module, x: Tensor, moments: Moments | None = None, *, fused: bool = True) -> Tensor:
-    """``relu(norm(x))``, fused where norm is an nn.BatchNorm2d without hooks, and the stock modules elsewhere.
+    """``relu(norm(x))``, fused where norm is an nn.BatchNorm2d or nn.SyncBatchNorm without hooks, and the stock modules
+    elsewhere.
 
     Args:
-        norm: usually nn.BatchNorm2d, in any of its modes (training, frozen by .eval(), without statistics, ...).
+        norm: usually nn.BatchNorm2d or nn.SyncBatchNorm, in any of its modes (training, frozen by .eval(), without
+            statistics, ...).
         x: Tensor [N, C, H, W].
         moments: x's moments, where they are known already.
         fused: False takes the stock path.
@@ -78,7 +102,7 @@ def batch_norm_relu(norm: nn.Module, x: Tensor, moments: Moments | None = None, 
     if not (fused and fusible(norm)):
         # In place only on what is certainly norm's own: it may be an Identity, or a hook may keep what it returned.
         return F.relu(norm(x), inplace=isinstance(norm, _BatchNorm) and not hooked(norm))
-    assert isinstance(norm, nn.BatchNorm2d)
+    assert isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm))
     norm._check_input_dim(x)
     given = as_norm(norm)
     return bn_rk_sum(
@@ -92,5 +116,6 @@ def batch_norm_relu(norm: nn.Module, x: Tensor, moments: Moments | None = None, 
         momentum=given.momentum,
         eps=given.eps,
         num_batches_tracked=given.num_batches_tracked,
-        moments=moments,
+        moments=None if given.group else moments,
+        group=given.group,
     )

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from rkfast import dispatch
-from rkfast.ops import checks, layout
+from rkfast.ops import checks, collective, layout
 from rkfast.ops.bn_rk_sum import reference
 from rkfast.ops.channel_moments import Moments, moments_dtype, pairs, update_running_stats, update_running_stats_op
+from rkfast.ops.channel_moments import channel_moments as moments_of
 from rkfast.ops.channel_moments import reference as channel_moments
 
 
@@ -100,7 +101,7 @@ class _BnRkSum(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        call: tuple[list[float], bool, bool, bool, float, bool, list[Tensor] | None, tuple[Any, ...] | None],
+        call: tuple[list[float], bool, bool, bool, float, bool, list[Tensor] | None, tuple[Any, ...] | None, str],
         mean: Tensor | None,
         var: Tensor | None,
         x: Tensor,
@@ -110,7 +111,7 @@ class _BnRkSum(torch.autograd.Function):
         *terms: Tensor,
     ) -> Any:
         # One argument, because each costs apply as much as a tensor.
-        coeffs, channels_last, relu, batch_stats, eps, moments, found, moved = call
+        coeffs, channels_last, relu, batch_stats, eps, moments, found, moved, group = call
         # Without terms the sign of the output follows from x, so that nothing need be kept for it.
         mask = relu and len(terms) > 0
         result = (_forward if found is None else _op)(
@@ -121,7 +122,7 @@ class _BnRkSum(torch.autograd.Function):
             mean, var = vectors[:2]
         if moved is not None:
             (update_running_stats if found is None else update_running_stats_op)(mean, var, *moved)
-        ctx.saved = (coeffs, channels_last, relu, batch_stats, eps)
+        ctx.saved = (coeffs, channels_last, relu, batch_stats, eps, group)
         ctx.save_for_backward(x, weight, bias, mean, var, step, result[1] if mask else None)
         if found is not None:  # outputs that nobody differentiates cost apply as much as the others
             found.extend(vectors)
@@ -135,9 +136,15 @@ class _BnRkSum(torch.autograd.Function):
         needed = ctx.needs_input_grad[3:]
         if grad is None:
             return (None,) * (3 + len(needed))
+        if not torch.is_grad_enabled():
+            return (None, None, None, *_gradients(grad, *ctx.saved_tensors, *ctx.saved, needed))
         # A gradient of the gradient is asked for: the same in plain, differentiable PyTorch.
-        gradients: Any = reference.gradients if torch.is_grad_enabled() else _gradients
-        return (None, None, None, *gradients(grad, *ctx.saved_tensors, *ctx.saved, needed))
+        *saved, group = ctx.saved
+        if group:
+            raise RuntimeError(
+                "bn_rk_sum: the gradient of its gradient (create_graph=True) is not supported with group"
+            )
+        return (None, None, None, *reference.gradients(grad, *ctx.saved_tensors, *saved, needed))
 
 
 def _gradients(
@@ -154,6 +161,7 @@ def _gradients(
     relu: bool,
     batch_stats: bool,
     eps: float,
+    group: str,
     needed: tuple[bool, ...],
 ) -> list[Tensor | None]:
     need_x, need_weight, need_bias, need_step, *need_terms = needed
@@ -162,17 +170,24 @@ def _gradients(
     for c, need in zip(coeffs, need_terms, strict=True):
         if need and (mask is not None or c != 1.0):
             wanted.setdefault(c, len(wanted))
-    need_affine = need_weight or need_bias
+    shared = bool(group) and need_x  # sums over all processes stand between the gradient's parts
+    need_affine = need_weight or need_bias or shared
     result: list[Tensor] = []
     if need_x or need_affine or need_step or wanted:
         result = list(
             _backward(
                 grad, x, weight, bias, mean, var, step, mask, list(wanted),
-                channels_last, relu, batch_stats, eps, need_x, need_affine, need_step,
+                channels_last, relu, batch_stats and not group, eps, need_x, need_affine, need_step,
             )
         )  # fmt: skip
     dx = result.pop(0) if need_x else None
     dweight, dbias = (result.pop(0), result.pop(0)) if need_affine else (None, None)
+    if shared and dx is not None and dweight is not None and dbias is not None:
+        count = collective.count(layout.count(x), x, group)
+        slope, offset = collective.mean_terms(weight, var, eps, dweight, dbias, count, group)
+        dx = _forward(
+            x, slope, offset, mean, torch.zeros_like(var), [dx], [1.0], None, channels_last, False, 1.0, False, False
+        )[0]  # fmt: skip
     dstep = result.pop(0) if need_step else None
     return [
         dx,
@@ -204,6 +219,7 @@ def bn_rk_sum(
     moments: Moments | None = None,
     return_moments: bool = False,
     out: Tensor | None = None,
+    group: str = "",
 ) -> Any:
     """BatchNorm scaled and joined with other tensors, ``out = act(sum_j coeffs[j] * terms[j] + step * BN(x))``.
 
@@ -234,6 +250,8 @@ def bn_rk_sum(
             that wrote x); the gradient takes their dependence on x into account. Ignored unless training.
         return_moments: also return the moments of ``out``, as stored, from the same pass; not differentiable.
         out: a tensor to write into, dense or a channel slice; not differentiable.
+        group: in training, the name of a process group (``ProcessGroup.group_name``) whose processes each have a part
+            of the batch: statistics are those of all of it, as in nn.SyncBatchNorm, on a CPU too (gloo).
 
     Returns:
         Tensor [N, C, ...] in the memory format of ``out`` or else of x; with ``return_moments`` a pair (Tensor,
@@ -253,6 +271,9 @@ def bn_rk_sum(
         checks.flags(training=training, relu=relu, return_moments=return_moments)
     if not training:
         moments = None
+        group = ""
+    if group:
+        _check_group(group, moments)
     vectors: tuple[Tensor | None, ...] = (weight, bias, running_mean, running_var)
     if moments is not None:
         checks.triple(moments)
@@ -270,7 +291,7 @@ def bn_rk_sum(
             checks.counter(num_batches_tracked, x)
         x, weight, bias, step = map(checks.held, (x, weight, bias, step))
         terms = [checks.held(t) for t in terms]
-    count = _count(x, moments) if training else 0
+    count = _count(x, moments, bool(group)) if training else 0
     if training:
         if tracked and momentum is None and num_batches_tracked is None:
             raise ValueError("num_batches_tracked: momentum=None averages over all batches and needs the counter")
@@ -294,6 +315,15 @@ def bn_rk_sum(
     if tracked:
         counters = [] if num_batches_tracked is None else [num_batches_tracked]
         moved = (count, [running_mean], [running_var], counters, momentum)
+    if group:
+        if checks.transformed((x, weight, bias, step, *terms)):
+            raise RuntimeError("group: not supported by torch.func, forward-mode AD and torch.jit.trace")
+        with torch.no_grad():
+            mean, var = collective.moments(*moments_of(x), group)
+            if moved is not None:
+                every = collective.unbiased(var, collective.count(count, x, group))
+                update_running_stats(mean, every, 1, *moved[1:])
+                moved = None
     tail = (relu, eps, return_moments)
     if out is not None:
         channels_last = checks.slot(out, x, [x, *terms], (weight, bias, step, mean, var), needs_grad)
@@ -313,7 +343,7 @@ def bn_rk_sum(
         # Activation checkpointing stops what it computes again at the last tensor that is kept: as in a BatchNorm,
         # statistics move before. A compiler wants nothing changed within a Function.
         within = None if torch.compiler.is_compiling() else moved
-        call = (coeffs, channels_last, relu, training, eps, return_moments, found if plain else None, within)
+        call = (coeffs, channels_last, relu, training, eps, return_moments, found if plain else None, within, group)
         returned = _BnRkSum.apply(call, *inputs)
         total, *found = (returned, *found) if plain else returned
         moved = moved if within is None else None
@@ -372,12 +402,19 @@ def _check_numbers(eps: float, momentum: float | None, training: bool) -> None:
         raise ValueError(f"eps: expected a {'positive' if training else 'non-negative'} number, got {eps}")
 
 
-def _count(x: Tensor, moments: Moments | None) -> int:
+def _check_group(group: object, moments: Moments | None) -> None:
+    if not isinstance(group, str):
+        raise TypeError(f"group: expected the name of a process group, as group.group_name gives it, got {group!r}")
+    if moments is not None:
+        raise ValueError("moments: those of one process; with group they are taken over all of them, give None")
+
+
+def _count(x: Tensor, moments: Moments | None, shared: bool) -> int:
     """How many values of a channel the batch's moments are taken over."""
     count = layout.count(x)
     if moments is not None:
         checks.known(moments, x)
-    if count == 1:
+    if count == 1 and not shared:
         raise ValueError(
             f"x: expected more than 1 value per channel when training, got input size {tuple(x.shape)}; "
             "use a larger batch, or training=False"

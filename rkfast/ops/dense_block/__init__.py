@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rkfast import dispatch
-from rkfast.ops import checks, layout
+from rkfast.ops import checks, collective, layout
 from rkfast.ops.channel_moments import Moments, moments_dtype, update_running_stats
 
 MEMORY = ("speed", "min")
@@ -21,7 +21,8 @@ class Norm(NamedTuple):
     """A BatchNorm: what ``torch.nn.functional.batch_norm`` takes, and the counter of nn.BatchNorm2d.
 
     weight, bias, running_mean, running_var: [C] of any floating dtype, or None. training: normalise with the batch's
-    own moments, and move the running ones; False takes the running ones. momentum None: the cumulative average.
+    own moments, and move the running ones; False takes the running ones. momentum None: the cumulative average. group:
+    the name of a process group whose processes each have a part of the batch (nn.SyncBatchNorm), one for all norms.
     """
 
     weight: Tensor | None
@@ -32,6 +33,7 @@ class Norm(NamedTuple):
     training: bool = True
     momentum: float | None = 0.1
     eps: float = 1e-5
+    group: str = ""
 
     @property
     def batch(self) -> bool:
@@ -56,11 +58,13 @@ class Slots(NamedTuple):
 _ARGS = (
     "Tensor x, Tensor[] conv1, Tensor[] conv2, Tensor?[] norms, Tensor?[] keeps, float keep_scale, int[] reads, "
     "int[] writes, float[] eps, int channels, int[] summed, Tensor? mean, Tensor? var, bool keep, "
-    "bool total_moments"
+    "bool total_moments, str group"
 )
 
 
-def _cpu_reason(x: Tensor, dtype: torch.dtype) -> str | None:
+def _cpu_reason(x: Tensor, dtype: torch.dtype, group: str = "") -> str | None:
+    if group:
+        return "a group of processes: their sums are shared by the Triton kernels and the reference"
     if dtype != torch.float32:
         return f"dtype {dtype}: the C++ kernel serves float32"
     return _empty_reason(x)
@@ -83,8 +87,8 @@ _KERNEL = {"cuda": "triton", "cpu": "cpu"}  # by device
 def _implementations(function: str, lead: int) -> tuple[dispatch.Implementation, ...]:
     """lead: which of the arguments decides."""
     supports = {
-        backend: lambda *args, reason=reason: reason(args[lead], args[lead].dtype)
-        for backend, reason in _REASONS.items()
+        "triton": lambda *args: _triton_reason(args[lead], args[lead].dtype),
+        "cpu": lambda *args: _cpu_reason(args[lead], args[lead].dtype, args[-1]),
     }
     return dispatch.ordered("rkfast.ops.dense_block", function, (*_REASONS, "reference"), supports)
 
@@ -105,6 +109,7 @@ def _fake(
     var: Tensor | None,
     keep: bool,
     total_moments: bool,
+    group: str,
 ) -> list[Tensor]:
     dtype = moments_dtype(x.dtype)
 
@@ -140,6 +145,7 @@ def _fake_backward(
     eps: list[float],
     inputs: int,
     summed: list[int],
+    group: str,
 ) -> list[Tensor]:
     shape = (buffer.shape[0], inputs, *buffer.shape[2:])
     result = [buffer.new_empty_strided(shape, layout.strides(shape, True))]
@@ -188,7 +194,7 @@ _forward = dispatch.register(f"dense_block({_ARGS}) -> Tensor[]", _op, _fake, _c
 _backward = dispatch.register(
     "dense_block_backward(Tensor grad, Tensor buffer, Tensor mean, Tensor var, Tensor[] mid_moments, Tensor[] mids, "
     "Tensor[] conv1, Tensor[] conv2, Tensor?[] norms, Tensor?[] keeps, float keep_scale, int[] reads, int[] writes, "
-    "float[] eps, int inputs, int[] summed) -> Tensor[]",
+    "float[] eps, int inputs, int[] summed, str group) -> Tensor[]",
     dispatch.Op("dense_block_backward", _implementations("backward", 1)),
     _fake_backward,
     _count_backward,
@@ -203,6 +209,7 @@ class _Call(NamedTuple):
     neck: bool
     remake: bool  # the bottlenecks are made again in the backward
     moments: bool  # of the sum
+    group: str
     advance: Callable[[list[Tensor]], None] | None  # the running statistics, by moments
 
 
@@ -217,7 +224,7 @@ class _DenseBlock(torch.autograd.Function):
         slots = call.slots
         result = _forward(
             x, conv1, conv2, norms, keeps, call.keep_scale, slots.reads, slots.writes, call.eps, slots.channels,
-            slots.summed, *moments, True, call.moments,
+            slots.summed, *moments, True, call.moments, call.group,
         )  # fmt: skip
         if call.advance is not None:
             call.advance(result[1:])
@@ -254,7 +261,7 @@ class _DenseBlock(torch.autograd.Function):
             grad = whole
         found = _backward(
             grad, *kept[:3], kept[3:middle], kept[middle:], conv1, conv2, norms, keeps, call.keep_scale, slots.reads,
-            slots.writes, call.eps, ctx.inputs, slots.summed,
+            slots.writes, call.eps, ctx.inputs, slots.summed, call.group,
         )  # fmt: skip
         gradients = [
             d.to(p.dtype) if need and p is not None else None
@@ -309,9 +316,10 @@ def _sorted(
     return conv1, conv2, norms
 
 
-def kernel_reason(x: Tensor) -> str | None:
-    """Why no kernel serves x, and plain PyTorch is the better choice; None where one does, or a backend is forced."""
-    if dispatch.forced() is not None:
+def kernel_reason(x: Tensor, group: str = "") -> str | None:
+    """Why no kernel serves x, and plain PyTorch is the better choice; None where one does, or a backend is forced, or
+    PyTorch has none: its SyncBatchNorm takes no CPU tensors."""
+    if dispatch.forced() is not None or (group and x.device.type == "cpu"):
         return None
     device = x.device.type
     if device not in _KERNEL:
@@ -423,6 +431,7 @@ def run(
     """Growths over any slots: the result and, if asked for, its moments. Nothing is modified where an argument does
     not fit."""
     neck = bool(conv2)
+    group = _group([*norm1, *norm2], moments is not None or return_moments)
     for i in range(len(conv1)):
         _fit(slots.width(i), i, conv1, norm1, conv2, norm2, x)
     stored = norm1
@@ -445,7 +454,7 @@ def run(
     count = layout.count(x)
     tracked = any(norm.training and norm.running_mean is not None for norm in norms)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *params))
-    advance = functools.partial(_advance, stored, norm2, slots, count)
+    advance = functools.partial(_advance, stored, norm2, slots, count, group)
     # Activation checkpointing stops what it computes again at the last tensor that is kept: as in a BatchNorm,
     # statistics move before. A compiler wants nothing changed within a Function.
     within = tracked and needs_grad and not torch.compiler.is_compiling()
@@ -457,6 +466,7 @@ def run(
         neck=neck,
         remake=memory == "min",
         moments=return_moments and bool(slots.summed),
+        group=group,
         advance=advance if within else None,
     )
     if needs_grad:
@@ -465,7 +475,7 @@ def run(
         # Moments of the bottlenecks come with the bottlenecks only.
         result = _forward(
             x, *_sorted(neck, params, statistics), keeps, call.keep_scale, slots.reads, slots.writes, call.eps,
-            slots.channels, slots.summed, mean, var, tracked and neck, call.moments,
+            slots.channels, slots.summed, mean, var, tracked and neck, call.moments, call.group,
         )  # fmt: skip
         out = _result(result, slots, call.moments)
         found = result[1:]
@@ -487,7 +497,22 @@ def _keep(x: Tensor, channels: int, drop_rate: float) -> Tensor:
     return rows.bernoulli_(1 - drop_rate).bool()
 
 
-def _advance(norm1: list[Norm], norm2: list[Norm], slots: Slots, count: int, found: list[Tensor]) -> None:
+def _group(norms: list[Norm], moments: bool) -> str:
+    groups = {norm.group for norm in norms if isinstance(norm, Norm) and norm.batch}
+    if len(groups) > 1:
+        raise ValueError(f"norms: expected one group for all that take the batch's statistics, got {sorted(groups)}")
+    group = groups.pop() if groups else ""
+    if group and moments:
+        raise ValueError("moments, return_moments: those of one process; with a group they are taken over all of them")
+    return group
+
+
+def _advance(norm1: list[Norm], norm2: list[Norm], slots: Slots, count: int, group: str, found: list[Tensor]) -> None:
+    if group:
+        every = collective.count(count, found[0], group)
+        moments = found[: 2 + 2 * len(norm2)]
+        found = [collective.unbiased(t, every) if i % 2 else t for i, t in enumerate(moments)]
+        count = 1  # so that nothing is corrected twice
     prefixes: dict[tuple[float | None, bool], list[Norm]] = {}
     for i, norm in enumerate(norm1):
         if norm.training and norm.running_mean is not None:
@@ -610,5 +635,5 @@ def _norm(norm: object, name: str, channels: int, x: Tensor) -> None:
             raise ValueError(f"{name}.momentum: None (a cumulative average) needs num_batches_tracked")
     if (norm.running_mean is None) != (norm.running_var is None):
         raise ValueError(f"{name}: running_mean and running_var come together, or not at all")
-    if norm.batch and layout.count(x) == 1:
+    if norm.batch and layout.count(x) == 1 and not norm.group:
         raise ValueError(f"{name}: expected more than 1 value per channel when training, got x of {list(x.shape)}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rkfast.ops import layout
+from rkfast.ops import collective, layout
 from rkfast.ops.channel_moments import reference as channel_moments
 from rkfast.ops.channel_moments.reference import moments_dtype, per_channel, sums
 
@@ -120,6 +120,7 @@ def forward(
     var: Tensor | None,
     keep: bool,
     total_moments: bool,
+    group: str,
 ) -> list[Tensor]:
     dtype = moments_dtype(x.dtype)
     inputs = x.shape[1]
@@ -129,7 +130,7 @@ def forward(
 
         def put(slot: slice, growth: Tensor) -> None:
             buffer[:, slot] = growth
-            means[slot], variances[slot] = channel_moments.forward(buffer[:, slot], True)
+            means[slot], variances[slot] = moments(buffer[:, slot], group)
 
         put(slice(0, inputs), x)
         if mean is not None and var is not None:
@@ -141,10 +142,10 @@ def forward(
             growth = dropped(conv(act, g.conv1), g.keep1, keep_scale)
             if g.conv2 is not None:
                 mid = layout.empty(growth, True).copy_(growth)
-                moments = _mid_moments(mid, g)
+                own = _mid_moments(mid, g, group)
                 mids.append(mid)
-                mid_moments.extend(moments)
-                act = _read(mid, g.norm2, *moments, g.eps2).act
+                mid_moments.extend(own)
+                act = _read(mid, g.norm2, *own, g.eps2).act
                 growth = dropped(conv(act, g.conv2), g.keep2, keep_scale)
             put(g.slot, growth)
         result = [buffer, means, variances]
@@ -165,11 +166,17 @@ def like(x: Tensor, channels: int) -> Tensor:
     return x.new_empty(1).expand(x.shape[0], channels, *x.shape[2:])
 
 
-def _mid_moments(mid: Tensor, g: Growth) -> tuple[Tensor, Tensor]:
+def moments(x: Tensor, group: str) -> tuple[Tensor, Tensor]:
+    """Of all of the batch, of which each process of a group has a part."""
+    mean, var = channel_moments.forward(x, True)
+    return collective.moments(mean, var, layout.count(x), group)
+
+
+def _mid_moments(mid: Tensor, g: Growth, group: str) -> tuple[Tensor, Tensor]:
     if g.norm2[2] is not None and g.norm2[3] is not None:
         dtype = moments_dtype(mid.dtype)
         return g.norm2[2].to(dtype, copy=True), g.norm2[3].to(dtype, copy=True)
-    return channel_moments.forward(mid, True)
+    return moments(mid, group)
 
 
 def backward(
@@ -189,9 +196,10 @@ def backward(
     eps: list[float],
     inputs: int,
     summed: list[int],
+    group: str,
 ) -> list[Tensor]:
     dtype = mean.dtype
-    count = max(layout.count(buffer), 1)
+    count = collective.count(layout.count(buffer), mean, group).clamp(min=1).to(dtype)
     with torch.autocast(buffer.device.type, enabled=False):
         # What the readers of each slot add up to, and the sums that their BatchNorms leave to its end.
         total = layout.empty(buffer, True, dtype).zero_()
@@ -204,7 +212,8 @@ def backward(
 
         def finished(slot: slice) -> Tensor:
             x = buffer[:, slot].to(dtype) - per_channel(mean[slot], buffer)
-            d = total[:, slot] - per_channel(s1[slot] / count, buffer) - x * per_channel(s2[slot] / count, buffer)
+            left, slope = collective.total(torch.stack([s1[slot], s2[slot]]), group) / count
+            d = total[:, slot] - per_channel(left, buffer) - x * per_channel(slope, buffer)
             return d.to(buffer.dtype)
 
         def through(read: _Read, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -228,7 +237,8 @@ def backward(
                 g2, dbias2, dweight2 = through(read2, mid, d)
                 if read2.batch:
                     x_hat = (mid.to(dtype) - per_channel(read2.mean, mid)) * per_channel(read2.rstd, mid)
-                    g2 = g2 - per_channel(dbias2 / count, mid) - x_hat * per_channel(dweight2 / count, mid)
+                    left, slope = collective.total(torch.stack([dbias2, dweight2]), group) / count
+                    g2 = g2 - per_channel(left, mid) - x_hat * per_channel(slope, mid)
                 d = (per_channel(read2.scale, mid) * g2).to(buffer.dtype)
                 second = [dconv2, dweight2, dbias2]
             d = dropped(d, g.keep1, keep_scale)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rkfast.ops import kernels, layout
+from rkfast.ops import collective, kernels, layout
 from rkfast.ops.bn_rk_sum import triton as bn_rk_sum
 from rkfast.ops.channel_moments.reference import moments_dtype
 from rkfast.ops.dense_block.reference import Growth, conv, conv_backward, dropped, growths, like
@@ -307,10 +307,9 @@ def _deferred_kernel(
     var,
     weight,  # [read] or None
     eps,
-    count,
     dweight,  # [read]
     dbias,  # [read]
-    slope,  # [channels] or None: what is left to add to the gradient of a slot is slope * (x - mean) + offset
+    slope,  # [channels] or None: what is left to add to the gradient of a slot is (slope * (x - mean) + offset) / count
     offset,
     begin0,
     size0,
@@ -331,7 +330,7 @@ def _deferred_kernel(
     tl.store(dbias + column, s0, mask=exists)
     tl.store(dweight + column, s1, mask=exists)
     if slope is not None:
-        p = tl.sum(scale, 0) / count
+        p = tl.sum(scale, 0)
         left = tl.load(slope + channel, mask=exists, other=0.0)
         tl.store(slope + channel, left - p * rstd * s1, mask=exists)
         left = tl.load(offset + channel, mask=exists, other=0.0)
@@ -390,9 +389,10 @@ def _weight_gradient_kernel(
 class _Block:
     """The slots of one call, and the kernels on them."""
 
-    def __init__(self, buffer: Tensor, mean: Tensor, var: Tensor, keep_scale: float) -> None:
+    def __init__(self, buffer: Tensor, mean: Tensor, var: Tensor, keep_scale: float, group: str) -> None:
         self.buffer, self.mean, self.var = buffer, mean, var
         self.keep_scale = keep_scale
+        self.group = group
         self.precision = _precision(buffer)
 
     def put(self, slot: slice, x: Tensor, moments: bool = True) -> None:
@@ -400,7 +400,8 @@ class _Block:
         x = layout.conform(x, True)
         found = rk_sum.forward([x], [1.0], [None], None, True, False, moments, False, self.buffer[:, slot])
         if moments:
-            torch._foreach_copy_([self.mean[slot], self.var[slot]], found[1:])
+            own = collective.moments(found[1], found[2], layout.count(x), self.group)
+            torch._foreach_copy_([self.mean[slot], self.var[slot]], own)
 
     def norm1(self, g: Growth) -> _Norm:
         return _norm(g.norm1, self.mean, self.var, g.eps1)
@@ -455,7 +456,7 @@ class _Block:
         cols = 32
         with torch.cuda.device_of(self.buffer):
             _deferred_kernel[(plan.column_blocks(cols),)](
-                partials, norm.mean, norm.var, norm.weight, norm.eps, float(plan.rows), dweight, dbias,
+                partials, norm.mean, norm.var, norm.weight, norm.eps, dweight, dbias,
                 *((None, None) if norm.own else left), *plan.ranges, programs,
                 OWN=norm.own, ROWS=min(64, triton.next_power_of_2(programs)), COLS=cols, UNIT=plan.unit, num_warps=4,
             )  # fmt: skip
@@ -474,11 +475,12 @@ class _Block:
         )  # fmt: skip
         return torch.empty_like(g.conv1).copy_(products.sum(0).view(g.conv1.shape))
 
-    def finished(self, slot: slice, total: Tensor, left: tuple[Tensor, Tensor]) -> Tensor:
-        """The gradient of a slot, all of whose readers are done: total + slope * (x - mean) + offset."""
-        slope, offset = left
+    def finished(self, slot: slice, total: Tensor, left: tuple[Tensor, Tensor], count: Tensor) -> Tensor:
+        """The gradient of a slot, all of whose readers are done: total + (slope * (x - mean) + offset) / count."""
+        sums = torch.stack([v[slot] for v in left])
+        slope, offset = (collective.total(sums, self.group) / count).to(self.mean.dtype)
         return bn_rk_sum.forward(
-            self.buffer[:, slot], slope[slot], offset[slot], self.mean[slot], torch.zeros_like(slope[slot]),
+            self.buffer[:, slot], slope, offset, self.mean[slot], torch.zeros_like(slope),
             [total[:, slot]], [1.0], None, True, False, 1.0, False, False,
         )[0]  # fmt: skip
 
@@ -520,12 +522,15 @@ def forward(
     var: Tensor | None,
     keep: bool,
     total_moments: bool,
+    group: str,
 ) -> list[Tensor]:
     dtype = moments_dtype(x.dtype)
     inputs = x.shape[1]
     with _without_autocast(x):
         buffer = layout.empty(like(x, channels), True)
-        block = _Block(buffer, x.new_empty(channels, dtype=dtype), x.new_empty(channels, dtype=dtype), keep_scale)
+        block = _Block(
+            buffer, x.new_empty(channels, dtype=dtype), x.new_empty(channels, dtype=dtype), keep_scale, group
+        )
         block.put(slice(0, inputs), x, mean is None)
         if mean is not None and var is not None:
             torch._foreach_copy_([block.mean[:inputs], block.var[:inputs]], [mean, var])
@@ -542,7 +547,9 @@ def forward(
                 mid, partials = block.bottleneck(g, norm, norm2 if in_tile else None, not own)
                 act = mid
                 if not in_tile:
-                    moments = norm2[:2] if partials is None else kernels.merge_moments(partials)
+                    moments = norm2[:2]
+                    if partials is not None:
+                        moments = collective.moments(*kernels.merge_moments(partials), layout.count(x), group)
                     mids.append(mid)
                     mid_moments.extend(moments)
                     act = _normalised(mid, norm2, moments)
@@ -591,9 +598,11 @@ def backward(
     eps: list[float],
     inputs: int,
     summed: list[int],
+    group: str,
 ) -> list[Tensor]:
     with _without_autocast(buffer):
-        block = _Block(buffer, mean, var, keep_scale)
+        block = _Block(buffer, mean, var, keep_scale, group)
+        count = collective.count(layout.count(buffer), mean, group)
         total = layout.empty(buffer, True)
         if summed:
             total.zero_()
@@ -606,7 +615,7 @@ def backward(
         order = list(growths(conv1, conv2, norms, keeps, reads, writes, eps))
         for i, g in reversed(list(enumerate(order))):
             norm = block.norm1(g)
-            d = block.finished(g.slot, total, left)
+            d = block.finished(g.slot, total, left, count)
             second: list[Tensor] = []
             if g.conv2 is None:
                 d = dropped(d, g.keep1, keep_scale)
@@ -619,13 +628,18 @@ def backward(
                 norm2 = _norm(g.norm2, mean2, var2, g.eps2)
                 d, dconv2 = conv_backward(d, _normalised(mid, norm2, (mean2, var2)), g.conv2)
                 d, dweight2, dbias2 = bn_rk_sum.backward(
-                    d, mid, norm2.weight, norm2.bias, mean2, var2, None, None, [], True, True, not norm2.own, norm2.eps,
-                    True, True, False,
+                    d, mid, norm2.weight, norm2.bias, mean2, var2, None, None, [], True, True,
+                    not norm2.own and not group, norm2.eps, True, True, False,
                 )  # fmt: skip
+                if group and not norm2.own:
+                    terms = collective.mean_terms(norm2.weight, var2, norm2.eps, dweight2, dbias2, count, group)
+                    d = bn_rk_sum.forward(
+                        mid, *terms, mean2, torch.zeros_like(mean2), [d], [1.0], None, True, False, 1.0, False, False
+                    )[0]  # fmt: skip
                 second = [dconv2, dweight2, dbias2]
                 d = _dense(dropped(d, g.keep1, keep_scale))
                 dconv1 = block.weight_gradient(g, norm, d)
                 dweight, dbias = block.read_backward(g, norm, d, total, left)
             found.append([dconv1, dweight, dbias, *second])
-        dx = block.finished(slice(0, inputs), total, left)
+        dx = block.finished(slice(0, inputs), total, left, count)
         return [dx, *(t for gradients in reversed(found) for t in gradients)]
