@@ -230,7 +230,7 @@ class Networks:
         else:
             contender = self._stock(channels_last=name != "eager")
             if name in COMPILE:
-                contender.call = torch.compile(contender.model, mode=COMPILE[name], dynamic=False)
+                contender.call = torch.compile(_alone(contender.model), mode=COMPILE[name], dynamic=False)
                 contender.compiled = True
         if not self.case.training:
             with _freezing() if name == "compile_freezing" else contextlib.nullcontext():
@@ -252,6 +252,16 @@ class Networks:
 
 def _channels_last(model: nn.Module) -> nn.Module:
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+
+
+def _alone(model: nn.Module) -> Callable[..., Any]:
+    """model with code of its own: Dynamo would take what it compiled for the same code before, frozen or not."""
+
+    def call(*args: Any) -> Any:
+        return model(*args)
+
+    call.__code__ = call.__code__.replace()
+    return call
 
 
 def _freezing() -> contextlib.AbstractContextManager[Any]:

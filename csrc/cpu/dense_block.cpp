@@ -160,6 +160,12 @@ class Block {
     buffer_ = empty_nhwc(channels_);
     x_ = buffer_.data_ptr<float>();
     moments_ = Moment(channels_, buffer_);
+    wanted_ = keep || total_moments;
+    for (const Unit& u : units_) wanted_ = wanted_ || !u.norm1[2];
+    if (!wanted_) {
+      moments_.mean.zero_();
+      moments_.var.zero_();
+    }
     buffer_.narrow(1, 0, inputs_).copy_(x);
     if (mean) {
       TORCH_CHECK_VALUE(mean->numel() == inputs_ && var && var->numel() == inputs_, "mean, var: expected ", inputs_, " values");
@@ -177,36 +183,23 @@ class Block {
         grow(u, u.conv1, channels, load, u.keep1);
         continue;
       }
-      // With statistics that are known before, and nothing to keep, the second BatchNorm finds its tile in the cache.
-      const bool in_tile = !keep && u.norm2[2].has_value();
-      Moment moments(u.width, buffer_);
-      Read read2(u.width);
-      if (in_tile) read2 = fold(u.norm2, u.width, u.eps2, [](auto&&) {});
-      const float* act = nullptr;  // the bottleneck normalised, where that is done already
-      const float* b = nullptr;
-      if (in_tile) {
-        float* out = materialised(normalised_, u.width);
-        bottleneck(u, read, out, nullptr, &read2);
-        act = out;
-      } else {
-        Tensor mid = keep ? empty_nhwc(u.width) : Tensor();
-        float* out = keep ? mid.data_ptr<float>() : materialised(mid_, u.width);
-        bottleneck(u, read, out, &moments, nullptr);
-        b = out;
-        if (u.norm2[2].has_value()) {
-          moments.mean.copy_(*u.norm2[2]);
-          moments.var.copy_(*u.norm2[3]);
-        }
-        read2 = fold(u.norm2, u.width, u.eps2, [&](auto&& each) { each(moments, 0, u.width); });
-        mid_moments.insert(mid_moments.end(), {moments.mean, moments.var});
-        if (keep) mids.push_back(mid);
+      if (!keep && u.norm2[2] && by_tiles(u.conv2)) {
+        grow_in_bands(u, read, fold(u.norm2, u.width, u.eps2, [](auto&&) {}));
+        continue;
       }
+      Moment moments(u.width, buffer_);
+      const Tensor mid = keep ? empty_nhwc(u.width) : Tensor();
+      float* b = keep ? mid.data_ptr<float>() : materialised(mid_, u.width);
+      bottleneck(u, read, b, &moments);
+      if (u.norm2[2].has_value()) {
+        moments.mean.copy_(*u.norm2[2]);
+        moments.var.copy_(*u.norm2[3]);
+      }
+      const Read read2 = fold(u.norm2, u.width, u.eps2, [&](auto&& each) { each(moments, 0, u.width); });
+      mid_moments.insert(mid_moments.end(), {moments.mean, moments.var});
+      if (keep) mids.push_back(mid);
       auto load = [&](int64_t row, int64_t n, Slot<float> out) {
-        if (act) {
-          std::copy_n(act + row * u.width, n * u.width, out.data);
-        } else {
-          normalise_rows({{b + row * u.width, u.width}, n, u.width, read2.scale.data(), read2.shift.data(), out});
-        }
+        normalise_rows({{b + row * u.width, u.width}, n, u.width, read2.scale.data(), read2.shift.data(), out});
       };
       grow(u, u.conv2, u.width, load, u.keep2);
     }
@@ -334,8 +327,8 @@ class Block {
       first += r.size();
     }
   }
-  // b = conv1(normalised), or, with `then`, what the second BatchNorm and ReLU make of it.
-  void bottleneck(const Unit& u, const Read& read, float* b, Moment* moments, const Read* then) {
+  // b = conv1(normalised), and its moments where they are asked for.
+  void bottleneck(const Unit& u, const Read& read, float* b, Moment* moments) {
     const int64_t width = u.width, channels = u.read(), pad = padded(width);
     const Tensor w = u.conv1.reshape({width, channels}).contiguous();
     const float* weights = transposed(w.const_data_ptr<float>(), width, channels);
@@ -347,7 +340,6 @@ class Block {
         float* out = b + i * width;
         at::native::cpublas::brgemm(n, width, channels, channels, width, width, false, act, weights, out);
         drop(u.keep1, width, i, n, {out, width});
-        if (then) normalise_rows({{out, width}, n, width, then->scale.data(), then->shift.data(), {out, width}});
       });
       if (moments && to > from)
         moments_of_rows({{b + from * width, width}, to - from, width, mean.data() + part * pad, m2.data() + part * pad});
@@ -404,6 +396,37 @@ class Block {
     }
     return tiles;
   }
+  // load(row, n, out), which brings pixels, as load_band calls it.
+  template <typename Load>
+  auto by_rows(const Load& load, int64_t channels) const {
+    return [&load, channels, this](int64_t pixel, int64_t rows, float* out, int64_t pitch) {
+      for (int64_t i = 0; i < rows; ++i) load(pixel + i * w_, w_, Slot<float>{out + i * pitch, channels});
+    };
+  }
+  // Both convolutions at once: of the bottleneck there is never more than a band.
+  void grow_in_bands(const Unit& u, const Read& read, const Read& read2) {
+    const int64_t width = u.width, channels = u.read();
+    const Tensor w = u.conv1.reshape({width, channels}).contiguous();
+    const float *tiles = tile_weight(u.conv2, false), *weights = transposed(w.const_data_ptr<float>(), width, channels);
+    auto load = [&](int64_t pixel, int64_t rows, float* out, int64_t pitch) {
+      const int64_t pixels = rows * w_, count = (pixels + kTile - 1) / kTile, tile = (pixels + count - 1) / count;
+      float *act = scratch(4, kTile * channels), *b = scratch(5, kTile * width);
+      for (int64_t i = 0; i < pixels; i += tile) {
+        const int64_t n = std::min(tile, pixels - i);
+        normalise(u, read, {0, channels}, pixel + i, n, {act, channels});
+        at::native::cpublas::brgemm(n, width, channels, channels, width, width, false, act, weights, b);
+        drop(u.keep1, width, pixel + i, n, {b, width});
+        for (int64_t k = 0; k < n;) {
+          const int64_t row = (i + k) / w_, column = (i + k) % w_, some = std::min(n - k, w_ - column);
+          normalise_rows({{b + k * width, width}, some, width, read2.scale.data(), read2.shift.data(),
+                          {out + row * pitch + column * width, width}});
+          k += some;
+        }
+      }
+    };
+    winograd(Bands(n_, h_, w_, width + u.growth, at::get_num_threads()), width, u.growth, load, tiles, slot(u.write));
+    finish_growth(u, {x_ + u.write, channels_}, u.keep2);
+  }
   template <typename Load>
   float* materialise(int64_t channels, const Load& load) {
     float* out = materialised(normalised_, channels);
@@ -414,24 +437,28 @@ class Block {
   // The convolution of what `load` brings into the unit's slot, with dropout, and the slot's moments.
   template <typename Load>
   void grow(const Unit& u, const Tensor& w, int64_t channels, const Load& load, const Optional& keep) {
-    const bool* kept = keep ? keep->const_data_ptr<bool>() : nullptr;
-    Tensor growth;
-    Slot<const float> from_slot{x_ + u.write, channels_};
     if (by_tiles(w)) {
-      winograd(Bands(n_, h_, w_, channels + u.growth), channels, u.growth, load, tile_weight(w, false), slot(u.write));
-      if (!keep) return take_moments(u.write, u.growth);
-    } else {
-      growth = at::conv2d(nhwc(materialise(channels, load), channels), w, {}, 1, w.size(2) / 2).contiguous(at::MemoryFormat::ChannelsLast);
-      from_slot = {growth.const_data_ptr<float>(), u.growth};
+      const Bands bands(n_, h_, w_, channels + u.growth, at::get_num_threads());
+      winograd(bands, channels, u.growth, by_rows(load, channels), tile_weight(w, false), slot(u.write));
+      return finish_growth(u, {x_ + u.write, channels_}, keep);
     }
-    parts_.run([&](int64_t, int64_t from, int64_t to) {
-      finish_rows({from_slot.row(from), {}, to - from, u.growth, nullptr, nullptr, nullptr,
-                   {kept ? kept + from * u.growth : nullptr, u.growth}, keep_scale_, slot(u.write).row(from)});
-    });
+    const Tensor growth = at::conv2d(nhwc(materialise(channels, load), channels), w, {}, 1, w.size(2) / 2).contiguous(at::MemoryFormat::ChannelsLast);
+    finish_growth(u, {growth.const_data_ptr<float>(), u.growth}, keep);
+  }
+
+  // A growth into its slot, where it may be already, with dropout; and its moments.
+  void finish_growth(const Unit& u, Slot<const float> growth, const Optional& keep) {
+    const bool* kept = keep ? keep->const_data_ptr<bool>() : nullptr;
+    if (kept || growth.data != x_ + u.write)
+      parts_.run([&](int64_t, int64_t from, int64_t to) {
+        finish_rows({growth.row(from), {}, to - from, u.growth, nullptr, nullptr, nullptr,
+                     {kept ? kept + from * u.growth : nullptr, u.growth}, keep_scale_, slot(u.write).row(from)});
+      });
     take_moments(u.write, u.growth);
   }
 
   void take_moments(int64_t first, int64_t channels) {
+    if (!wanted_) return;
     const int64_t pad = padded(channels);
     std::vector<double> mean(parts_.count * pad), m2(mean.size());
     parts_.run([&](int64_t part, int64_t from, int64_t to) {
@@ -561,10 +588,11 @@ class Block {
     if (by_tiles(w)) {
       auto rows = [&](int64_t row, int64_t n, Slot<float> out) { std::copy_n(grad + row * growth, n * growth, out.data); };
       Tensor dact = reused(dact_, channels);
-      const Bands bands(n_, h_, w_, channels + growth);
+      const Bands bands(n_, h_, w_, channels + growth, at::get_num_threads());
       const Tensor taps = at::empty({3, 3, growth, channels}, w.options().memory_format(std::nullopt));
-      winograd(bands, growth, channels, rows, tile_weight(w, true), {dact.data_ptr<float>(), channels});
-      winograd_weight(bands, channels, growth, load, {grad, growth}, taps.data_ptr<float>());
+      winograd(bands, growth, channels, by_rows(rows, growth), tile_weight(w, true), {dact.data_ptr<float>(), channels});
+      // Bands of its own: its sums do not depend on the threads.
+      winograd_weight(Bands(n_, h_, w_, channels + growth), channels, growth, by_rows(load, channels), {grad, growth}, taps.data_ptr<float>());
       return {dact, like(taps.permute({2, 3, 0, 1}), w)};
     }
     const int64_t pad = w.size(2) / 2;
@@ -583,7 +611,7 @@ class Block {
     if (!mid.defined()) {
       materialised(mid_, width);
       mid = mid_;
-      bottleneck(u, read, mid.data_ptr<float>(), nullptr, nullptr);
+      bottleneck(u, read, mid.data_ptr<float>(), nullptr);
     }
     float* b = mid.data_ptr<float>();
     Moment moments;
@@ -655,6 +683,7 @@ class Block {
   std::vector<Unit> units_;
   Tensor buffer_, total_, normalised_, mid_, grad_, dact_, products_, transposed_, tiles_;
   float* x_ = nullptr;
+  bool wanted_ = true;  // the moments of the slots
   Moment moments_;
   std::vector<double> s1_, s2_;
 };

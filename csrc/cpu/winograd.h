@@ -17,13 +17,15 @@ namespace rkfast {
 struct Bands {
   int64_t height, width, columns, rows, each, per_image, count;
 
-  Bands(int64_t images, int64_t height, int64_t width, int64_t channels)
+  // At least as many bands as `least`, where there are tile rows enough.
+  Bands(int64_t images, int64_t height, int64_t width, int64_t channels, int64_t least = 1)
       : height(height), width(width), columns((width + 1) / 2), rows((height + 1) / 2) {
     constexpr int64_t kBytes = 600 << 10;
     const int64_t tiles = kBytes / (16 * 4 * channels);
     each = std::clamp<int64_t>(tiles / columns, 1, rows);
-    per_image = (rows + each - 1) / each;
+    per_image = std::max((rows + each - 1) / each, std::min(rows, (least + images - 1) / images));
     each = (rows + per_image - 1) / per_image;
+    per_image = (rows + each - 1) / each;
     count = images * per_image;
   }
   int64_t tiles() const { return each * columns; }
@@ -38,23 +40,23 @@ inline float* scratch(int which, int64_t size) {
   return kept[which].data();
 }
 
-// The pixels under band `b`, with a border, transformed. load(row, n, out) brings n pixels from `row` on.
+// The pixels under band `b`, with a border, transformed. load(pixel, rows, out, pitch) brings rows of the image from
+// `pixel` on. Two of them are there already where this thread has just done the band before.
 template <typename Load>
-void load_band(const Bands& s, int64_t b, int64_t channels, const Load& load, float* out) {
+void load_band(const Bands& s, int64_t b, bool continues, int64_t channels, const Load& load, float* out) {
   const int64_t image = b / s.per_image, first = b % s.per_image * s.each;
-  const int64_t rows = std::min(s.each, s.rows - first), wide = (2 * s.columns + 2) * channels;
+  const int64_t rows = std::min(s.each, s.rows - first), wide = (2 * s.columns + 2) * channels, top = 2 * first - 1;
   float* strip = scratch(0, (2 * s.each + 2) * wide);
-  for (int64_t i = 0; i < 2 * rows + 2; ++i) {
-    const int64_t y = 2 * first - 1 + i;
+  continues = continues && first > 0;
+  if (continues) std::copy_n(strip + 2 * s.each * wide, 2 * wide, strip);
+  const int64_t begin = std::max<int64_t>(top + (continues ? 2 : 0), 0), end = std::min(top + 2 * rows + 2, s.height);
+  for (int64_t i = continues ? 2 : 0; i < 2 * rows + 2; ++i) {
     float* row = strip + i * wide;
-    if (y < 0 || y >= s.height) {
-      std::fill_n(row, wide, 0.f);
-      continue;
-    }
-    std::fill_n(row, channels, 0.f);
-    load((image * s.height + y) * s.width, s.width, Slot<float>{row + channels, channels});
-    std::fill_n(row + (s.width + 1) * channels, wide - (s.width + 1) * channels, 0.f);
+    const bool inside = top + i >= begin && top + i < end;
+    std::fill_n(row, inside ? channels : wide, 0.f);
+    if (inside) std::fill_n(row + (s.width + 1) * channels, wide - (s.width + 1) * channels, 0.f);
   }
+  if (begin < end) load((image * s.height + begin) * s.width, end - begin, strip + (begin - top) * wide + channels, wide);
   transform_input({strip, wide, channels, rows, s.columns, channels, out, s.plane(channels)});
 }
 
@@ -64,7 +66,7 @@ void winograd(const Bands& s, int64_t channels, int64_t outputs, const Load& loa
   at::parallel_for(0, s.count, 1, [&](int64_t from, int64_t to) {
     float *x = scratch(1, 16 * s.plane(channels)), *m = scratch(2, 16 * s.plane(outputs));
     for (int64_t b = from; b < to; ++b) {
-      load_band(s, b, channels, load, x);
+      load_band(s, b, b > from, channels, load, x);
       const int64_t first = b % s.per_image * s.each, rows = std::min(s.each, s.rows - first), tiles = rows * s.columns;
       for (int q = 0; q < 16; ++q)
         at::native::cpublas::brgemm(tiles, outputs, channels, channels, outputs, outputs, false, x + q * s.plane(channels),
@@ -87,8 +89,9 @@ void winograd_weight(const Bands& s, int64_t channels, int64_t outputs, const Lo
     float *x = scratch(1, 16 * s.plane(channels)), *g = scratch(2, 16 * plane), *turned = scratch(3, plane);
     for (int64_t part = from; part < to; ++part) {
       float* sum = sums.data() + part * 16 * size;
-      for (int64_t b = part * s.count / parts; b < (part + 1) * s.count / parts; ++b) {
-        load_band(s, b, channels, load, x);
+      const int64_t begin = part * s.count / parts;
+      for (int64_t b = begin; b < (part + 1) * s.count / parts; ++b) {
+        load_band(s, b, b > begin, channels, load, x);
         const int64_t first = b % s.per_image * s.each, rows = std::min(s.each, s.rows - first), tiles = rows * s.columns;
         const int64_t pixel = (b / s.per_image * s.height + 2 * first) * s.width;
         transform_gradient({grad.row(pixel).data, s.width * grad.pitch, grad.pitch, s.height - 2 * first, s.width, rows,

@@ -80,17 +80,20 @@ class DenseLayer(nn.Module):
 
     def fusible(self) -> bool:
         """Whether dense_block does what calling this layer would do."""
-        units = [(self.norm1, self.relu1, self.conv1)]
-        if self.has_bottleneck:
-            units.append((self.norm2, self.relu2, self.conv2))
+        parts = self.parts()
         return (
             type(self) is DenseLayer
+            and len(parts) == (6 if self.has_bottleneck else 3)
             and not hooked(self)
             and all(
                 fusible(norm) and type(relu) is nn.ReLU and not hooked(relu) and plain_conv(conv)
-                for norm, relu, conv in units
+                for norm, relu, conv in (parts[i : i + 3] for i in range(0, len(parts), 3))
             )
         )
+
+    def parts(self) -> tuple[Any, ...]:
+        """norm1, relu1, conv1 and, with a bottleneck, norm2, relu2, conv2; attributes would take ten times as long."""
+        return tuple(self._modules.values())
 
 
 class DenseBlock(nn.ModuleDict):
@@ -149,10 +152,16 @@ class DenseBlock(nn.ModuleDict):
     def _fusible(self, y: Tensor) -> bool:
         if not self.fused or self.time_channel or y.dim() != 4 or kernel_reason(y, self._group()) is not None:
             return False
-        layers = [cast(DenseLayer, layer) for layer in self.values()]
-        norms = [norm for layer in layers for norm in (layer.norm1, *([layer.norm2] if layer.has_bottleneck else []))]
+        layers = self._layers()
         one_mode = self.drop_rate == 0 or len({layer.training for layer in layers}) == 1
-        return one_mode and one_group(norms) and all(layer.fusible() for layer in layers)
+        return (
+            one_mode
+            and all(layer.fusible() for layer in layers)
+            and one_group([norm for layer in layers for norm in layer.parts()[::3]])
+        )
+
+    def _layers(self) -> list[Any]:
+        return list(self._modules.values())
 
     def _group(self) -> str:
         """Of processes that share the batch; moments of one of them are of no use then."""
@@ -161,14 +170,15 @@ class DenseBlock(nn.ModuleDict):
     def _block(
         self, y: Tensor, sum_of: int | None = None, moments: Moments | None = None, return_moments: bool = False
     ) -> Any:
-        layers = [cast(DenseLayer, layer) for layer in self.values()]
-        necks = layers if layers[0].has_bottleneck else []
+        layers = self._layers()
+        parts = [layer.parts() for layer in layers]
+        necks = parts if layers[0].has_bottleneck else []
         return dense_block(
             y,
-            [layer.conv1.weight for layer in layers],
-            [as_norm(cast(nn.BatchNorm2d, layer.norm1)) for layer in layers],
-            [layer.conv2.weight for layer in necks],
-            [as_norm(cast(nn.BatchNorm2d, layer.norm2)) for layer in necks],
+            [part[2].weight for part in parts],
+            [as_norm(part[0]) for part in parts],
+            [part[5].weight for part in necks],
+            [as_norm(part[3]) for part in necks],
             sum_of=sum_of,
             drop_rate=self.drop_rate,
             training=layers[0].training,

@@ -41,7 +41,7 @@ def group_of(norm: nn.Module) -> str:
     if type(norm) is not nn.SyncBatchNorm or not norm.training or not dist.is_available() or not dist.is_initialized():
         return ""
     group = norm.process_group or dist.group.WORLD
-    return group.group_name if dist.get_world_size(group) > 1 else ""
+    return "" if group is None or dist.get_world_size(group) == 1 else group.group_name
 
 
 def one_group(norms: Sequence[nn.Module]) -> bool:

@@ -21,7 +21,8 @@ def moments(mean: Tensor, var: Tensor, count: int, group: str) -> tuple[Tensor, 
     if not group:
         return mean, var
     own = torch.cat([mean.double(), var.double(), mean.new_full((1,), count, dtype=torch.float64)])
-    size = torch.distributed.distributed_c10d._resolve_process_group(group).size()
+    # There is no public way from a name to its group.
+    size = torch.distributed.distributed_c10d._resolve_process_group(group).size()  # type: ignore[attr-defined, arg-type]
     every = _wait(torch.ops._c10d_functional.all_gather_into_tensor(own, size, group)).view(size, -1)
     means, variances, counts = every.split([len(mean), len(mean), 1], 1)
     share = counts / counts.sum().clamp(min=1)

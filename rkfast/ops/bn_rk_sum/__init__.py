@@ -136,15 +136,15 @@ class _BnRkSum(torch.autograd.Function):
         needed = ctx.needs_input_grad[3:]
         if grad is None:
             return (None,) * (3 + len(needed))
-        if not torch.is_grad_enabled():
-            return (None, None, None, *_gradients(grad, *ctx.saved_tensors, *ctx.saved, needed))
-        # A gradient of the gradient is asked for: the same in plain, differentiable PyTorch.
         *saved, group = ctx.saved
-        if group:
-            raise RuntimeError(
-                "bn_rk_sum: the gradient of its gradient (create_graph=True) is not supported with group"
-            )
-        return (None, None, None, *reference.gradients(grad, *ctx.saved_tensors, *saved, needed))
+        gradients: Any = _gradients
+        if torch.is_grad_enabled():
+            if group:
+                raise RuntimeError("bn_rk_sum: with group the gradient of its gradient (create_graph) is not supported")
+            gradients = reference.gradients  # plain, differentiable PyTorch
+        else:
+            saved.append(group)
+        return (None, None, None, *gradients(grad, *ctx.saved_tensors, *saved, needed))
 
 
 def _gradients(

@@ -185,9 +185,10 @@ def _products(x: Shape, weights: Sequence[Shape]) -> int:
 
 
 _op = dispatch.Op("dense_block", _implementations("forward", 0))
-# Returns the buffer [N, channels, H, W] and its mean and var [channels]; with keep also, of each bottleneck, mean and
-# var, and then the bottlenecks themselves; at last, where there is something to sum, the input and that, and with
-# total_moments its mean and var.
+# Returns the buffer [N, channels, H, W] and its mean and var [channels], which mean nothing where no norm takes the
+# batch's and neither keep nor total_moments asks for them; with keep also, of each bottleneck, mean and var, and then
+# the bottlenecks themselves; at last, where there is something to sum, the input and that, and with total_moments its
+# mean and var.
 _forward = dispatch.register(f"dense_block({_ARGS}) -> Tensor[]", _op, _fake, _count)
 # Returns the gradients of the input, and of each growth those of its first convolution, weight and bias, and of its
 # second ones. mids may be empty: they are made again.
@@ -475,7 +476,7 @@ def run(
         # Moments of the bottlenecks come with the bottlenecks only.
         result = _forward(
             x, *_sorted(neck, params, statistics), keeps, call.keep_scale, slots.reads, slots.writes, call.eps,
-            slots.channels, slots.summed, mean, var, tracked and neck, call.moments, call.group,
+            slots.channels, slots.summed, mean, var, tracked and neck, return_moments, call.group,
         )  # fmt: skip
         out = _result(result, slots, call.moments)
         found = result[1:]
