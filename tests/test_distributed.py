@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import rkfast
 from rkfast import dispatch
+from tests.ops import test_dense_block
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo")
 MODELS = {
@@ -123,3 +124,46 @@ def test_synchronised_statistics_are_those_of_the_whole_batch(name: str, tmp_pat
     assert blocks[0] == blocks[1] and (blocks[0] > 0) == (name != "ho_resnet-10")
     for part in parts:
         torch.testing.assert_close(part, expected, rtol=1e-9, atol=1e-9)
+
+
+def block_worker(rank: int, folder: str, backend: str, dtype: torch.dtype) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    try:
+        block, x, grad = block_of_the_whole_batch()
+        block, group = block.to(dtype), dist.group.WORLD.group_name
+        for name in ("norm1", "norm2"):
+            setattr(block, name, [norm._replace(group=group) for norm in getattr(block, name)])
+        part = slice(0, SIZES[0]) if rank == 0 else slice(SIZES[0], None)
+        with dispatch.use(backend):
+            found = dict(test_dense_block.outcome(block, block.ours, x[part].to(dtype), grad[part]))
+        for key in [key for key in found if key.startswith("gradient") and key != "gradient 0"]:
+            dist.all_reduce(found[key])
+        torch.save(found, Path(folder) / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def block_of_the_whole_batch() -> tuple[test_dense_block.Block, Tensor, Tensor]:
+    torch.manual_seed(0)
+    block = test_dense_block.Block("neck", "cumulative")
+    x = torch.randn(sum(SIZES), block.inputs, 5, 6, dtype=torch.float64)
+    x[: SIZES[0]] = 2 * x[: SIZES[0]] + 1
+    return block, x, torch.randn(sum(SIZES), block.channels, 5, 6, dtype=torch.float64)
+
+
+def check_blocks(folder: Path, backend: str, dtype: torch.dtype, tolerance: float) -> None:
+    torch.multiprocessing.spawn(block_worker, (str(folder), backend, dtype), nprocs=2)
+    parts = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    block, x, grad = block_of_the_whole_batch()
+    expected = dict(test_dense_block.outcome(block, block.plain, x, grad))
+    for key in ("out", "gradient 0"):
+        together = torch.cat([part.pop(key) for part in parts])
+        torch.testing.assert_close(together.double(), expected.pop(key), rtol=tolerance, atol=tolerance)
+    for part in parts:
+        for key, value in expected.items():
+            torch.testing.assert_close(part[key].to(value.dtype), value, rtol=tolerance, atol=tolerance)
+
+
+def test_blocks_of_two_processes(tmp_path: Path) -> None:
+    check_blocks(tmp_path, "reference", torch.float64, 1e-9)

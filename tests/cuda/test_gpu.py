@@ -17,6 +17,7 @@ import rkfast
 from rkfast import dispatch
 from rkfast.ops import bn_rk_sum, channel_moments, rk_sum
 from tests.cuda.test_emulated import close, lay
+from tests.models.tester import check_fused
 
 pytestmark = [
     pytest.mark.gpu,
@@ -184,6 +185,37 @@ def test_graph_capture(backend: str, momentum: float | None) -> None:
         for a, b in zip(replayed, [*run(static), *running], strict=True):
             assert torch.equal(a, b)
     assert running[2] == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    (
+        ("densenet-22-bc", {"growth_rate": 12}),
+        ("erknet-3x1_3x1", {"growth_rate": 16}),
+        ("irknet-3x1_3x1-ab", {"growth_rate": 16}),
+        ("rkcnn-i-3_3", {"growth_rate": 16}),
+    ),
+)
+def test_models(name: str, options: dict[str, Any]) -> None:
+    if reason := dispatch.backend_reason("triton", "cuda"):
+        pytest.skip(f"triton: {reason}")
+    before = dispatch.served()
+    check_fused(name, size=16, batch=8, device=DEVICE, **options)
+    served = dispatch.served() - before
+    assert served["dense_block", "triton"] and served["dense_block_backward", "triton"], served
+
+
+def test_no_host_wait_in_a_block() -> None:
+    if reason := dispatch.backend_reason("triton", "cuda"):
+        pytest.skip(f"triton: {reason}")
+    model = rkfast.create_model("irknet-3x1_3x1-ab", growth_rate=16).to(DEVICE)
+    x = torch.randn(4, 3, 16, 16, device=DEVICE)
+    model(x).sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(x).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_no_host_wait(backend: str) -> None:

@@ -66,14 +66,14 @@ def seen(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     x = x.to(next(model.parameters()).dtype).requires_grad_()
     model.zero_grad()
     out = model(x)
-    F.cross_entropy(out, torch.arange(len(x)) % out.shape[1]).backward()
+    F.cross_entropy(out, torch.arange(len(x), device=x.device) % out.shape[1]).backward()
     assert x.grad is not None
     found = {"out": out.detach(), "x.grad": x.grad}
     found |= {f"{name}.grad": p.grad for name, p in model.named_parameters() if p.grad is not None}
     return found | {name: b.clone() for name, b in model.named_buffers()}
 
 
-def check_fused(name: str, size: int = 9, batch: int = 4, **options: Any) -> None:
+def check_fused(name: str, size: int = 9, batch: int = 4, device: str = "cpu", **options: Any) -> None:
     """Outputs, gradients and statistics of the fused model, in training and eval, in both memory formats.
 
     A ReLU whose input is near zero is now and then on in one model and off in the other, and its gradients are then of
@@ -83,9 +83,9 @@ def check_fused(name: str, size: int = 9, batch: int = 4, **options: Any) -> Non
     for seed, training, layout in itertools.product(
         range(5), (True, False), (torch.contiguous_format, torch.channels_last)
     ):
-        models = [model.train(training) for model in twins(name, seed, **options)]
+        models = [model.train(training).to(device) for model in twins(name, seed, **options)]
         fused, stock, truth = models[0].to(memory_format=layout), models[1].to(memory_format=layout), models[2]  # type: ignore[call-overload]
-        x = torch.randn(batch, 3, size, size).contiguous(memory_format=layout)
+        x = torch.randn(batch, 3, size, size).to(device).contiguous(memory_format=layout)
         ours, eager, expected = (seen(model, x.clone()) for model in (fused, stock, truth))
         assert ours.keys() == eager.keys() == expected.keys()
         assert {key.removesuffix(".grad") for key in ours} >= {key for key, _ in fused.named_parameters()}

@@ -87,7 +87,7 @@ def _plan(buffer: Tensor, g: Growth, width: int) -> _Plan:
     return _Plan(rows, n, others[0], tuple(others[1:]), unit, blocks)
 
 
-def _precision(x: Tensor) -> str:
+def _precision() -> str:
     """Of float32 products: that of the convolution they stand for."""
     return "ieee" if torch.backends.cudnn.conv.fp32_precision == "ieee" else "tf32"  # type: ignore[attr-defined]
 
@@ -307,9 +307,10 @@ def _deferred_kernel(
     var,
     weight,  # [read] or None
     eps,
+    count,
     dweight,  # [read]
     dbias,  # [read]
-    slope,  # [channels] or None: what is left to add to the gradient of a slot is (slope * (x - mean) + offset) / count
+    slope,  # [channels] or None: what is left to add to the gradient of a slot is slope * (x - mean) + offset
     offset,
     begin0,
     size0,
@@ -330,7 +331,7 @@ def _deferred_kernel(
     tl.store(dbias + column, s0, mask=exists)
     tl.store(dweight + column, s1, mask=exists)
     if slope is not None:
-        p = tl.sum(scale, 0)
+        p = tl.sum(scale, 0) / count
         left = tl.load(slope + channel, mask=exists, other=0.0)
         tl.store(slope + channel, left - p * rstd * s1, mask=exists)
         left = tl.load(offset + channel, mask=exists, other=0.0)
@@ -393,7 +394,8 @@ class _Block:
         self.buffer, self.mean, self.var = buffer, mean, var
         self.keep_scale = keep_scale
         self.group = group
-        self.precision = _precision(buffer)
+        self.precision = _precision()
+        self.zeros = torch.zeros_like(mean)
 
     def put(self, slot: slice, x: Tensor, moments: bool = True) -> None:
         """x into its slot, and its moments into theirs."""
@@ -456,7 +458,8 @@ class _Block:
         cols = 32
         with torch.cuda.device_of(self.buffer):
             _deferred_kernel[(plan.column_blocks(cols),)](
-                partials, norm.mean, norm.var, norm.weight, norm.eps, dweight, dbias,
+                partials, norm.mean, norm.var, norm.weight, norm.eps,
+                1.0 if self.group else float(plan.rows), dweight, dbias,
                 *((None, None) if norm.own else left), *plan.ranges, programs,
                 OWN=norm.own, ROWS=min(64, triton.next_power_of_2(programs)), COLS=cols, UNIT=plan.unit, num_warps=4,
             )  # fmt: skip
@@ -476,11 +479,13 @@ class _Block:
         return torch.empty_like(g.conv1).copy_(products.sum(0).view(g.conv1.shape))
 
     def finished(self, slot: slice, total: Tensor, left: tuple[Tensor, Tensor], count: Tensor) -> Tensor:
-        """The gradient of a slot, all of whose readers are done: total + (slope * (x - mean) + offset) / count."""
-        sums = torch.stack([v[slot] for v in left])
-        slope, offset = (collective.total(sums, self.group) / count).to(self.mean.dtype)
+        """The gradient of a slot, all of whose readers are done: total + slope * (x - mean) + offset. In a group these
+        are sums, to be divided by the count of all."""
+        slope, offset = (v[slot] for v in left)
+        if self.group:
+            slope, offset = (collective.total(torch.stack([slope, offset]), self.group) / count).to(slope.dtype)
         return bn_rk_sum.forward(
-            self.buffer[:, slot], slope, offset, self.mean[slot], torch.zeros_like(slope),
+            self.buffer[:, slot], slope, offset, self.mean[slot], self.zeros[slot],
             [total[:, slot]], [1.0], None, True, False, 1.0, False, False,
         )[0]  # fmt: skip
 
@@ -528,9 +533,8 @@ def forward(
     inputs = x.shape[1]
     with _without_autocast(x):
         buffer = layout.empty(like(x, channels), True)
-        block = _Block(
-            buffer, x.new_empty(channels, dtype=dtype), x.new_empty(channels, dtype=dtype), keep_scale, group
-        )
+        moments = (x.new_empty(channels, dtype=dtype), x.new_empty(channels, dtype=dtype))
+        block = _Block(buffer, *moments, keep_scale, group)
         block.put(slice(0, inputs), x, mean is None)
         if mean is not None and var is not None:
             torch._foreach_copy_([block.mean[:inputs], block.var[:inputs]], [mean, var])

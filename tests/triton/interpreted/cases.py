@@ -6,6 +6,7 @@ Run by tests/triton/test_interpreter.py, in a process of its own.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from rkfast.ops.channel_moments import reference as moments_reference
 from rkfast.ops.channel_moments import triton as moments_triton
 from rkfast.ops.dense_block import triton as dense_block
 from rkfast.ops.rk_sum import reference, triton
+from tests import test_distributed
 from tests.ops import test_clique_block, test_dense_block
 from tests.ops.tester import DTYPES, assert_as_good_as, lay
 
@@ -423,6 +425,10 @@ def test_dense_block_with_moments() -> None:
 
 def test_dense_block_with_nan() -> None:
     test_dense_block.test_nan_spreads_as_in_eager(TRITON)
+
+
+def test_dense_blocks_of_two_processes(tmp_path: Path) -> None:
+    test_distributed.check_blocks(tmp_path, "triton", torch.float32, 1e-3)
 
 
 @pytest.mark.parametrize("shape", ("plain", "neck_sum"))
