@@ -197,10 +197,12 @@ def growths(dtype: torch.dtype, shape: tuple[int, ...], growth: int, width: int 
             conv2 = [] if width is None else [weight(growth, width, 3, 3) for _ in read]
             eps = [1e-5] * (len(norms) // 4)
             common = (conv1, conv2, norms, [], 1.0, reads, writes, eps)
-            buffer, mean, var, *kept = dense_block.forward(x, *common, c + 2 * growth, [], None, None, not own, False)
+            buffer, mean, var, *kept = dense_block.forward(
+                x, *common, c + 2 * growth, [], None, None, not own, False, ""
+            )
             if not own:
                 moments, mids = kept[: 2 * len(conv2)], kept[2 * len(conv2) :]
-                dense_block.backward(buffer, buffer, mean, var, moments, mids, *common, c, [])
+                dense_block.backward(buffer, buffer, mean, var, moments, mids, *common, c, [], "")
 
     return Launch(
         "growths" if width is None else "bottlenecks",
