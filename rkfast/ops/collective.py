@@ -9,6 +9,18 @@ import torch
 from torch import Tensor
 
 
+def check(group: object, moments: bool) -> None:
+    """group can be one; ``moments``: whether some are given or asked for."""
+    if not isinstance(group, str):
+        raise TypeError(f"group: expected the name of a process group, as group.group_name gives it, got {group!r}")
+    if not group:
+        return
+    if moments:
+        raise ValueError("moments: those of one process; with a group they are taken over all of it, give and ask none")
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        raise RuntimeError("group: there are no process groups; call torch.distributed.init_process_group first")
+
+
 def total(values: Tensor, group: str) -> Tensor:
     """The sum of ``values`` over the processes of a group."""
     if not group:

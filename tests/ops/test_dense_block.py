@@ -463,6 +463,7 @@ def with_norm(**changes: Any) -> Callable[[Block, Tensor], Tensor]:
         ),
         (with_norm(running_mean=torch.zeros(1).expand(10)), ValueError, r"norm1\[1\].running_mean: expanded"),
         (with_norm(running_mean=torch.zeros(10).to_sparse()), TypeError, r"norm1\[1\].running_mean: .* layout"),
+        (with_norm(group="workers"), ValueError, "norms: expected one group"),
         (with_norm(momentum=None, num_batches_tracked=None), ValueError, r"norm1\[1\].momentum: None"),
         (with_norm(running_var=torch.ones(10, requires_grad=True)), RuntimeError, r"norm1\[1\].running_var: .*grad"),
         (with_norm(weight=torch._neg_view(torch.ones(10))), ValueError, r"norm1\[1\].weight: a lazily"),

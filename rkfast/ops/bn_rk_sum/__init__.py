@@ -272,8 +272,8 @@ def bn_rk_sum(
     if not training:
         moments = None
         group = ""
-    if group:
-        _check_group(group, moments)
+    if group or type(group) is not str:
+        collective.check(group, moments is not None)
     vectors: tuple[Tensor | None, ...] = (weight, bias, running_mean, running_var)
     if moments is not None:
         checks.triple(moments)
@@ -400,13 +400,6 @@ def _check_numbers(eps: float, momentum: float | None, training: bool) -> None:
         checks.real(momentum, "momentum")
     if not (eps > 0 if training else eps >= 0):
         raise ValueError(f"eps: expected a {'positive' if training else 'non-negative'} number, got {eps}")
-
-
-def _check_group(group: object, moments: Moments | None) -> None:
-    if not isinstance(group, str):
-        raise TypeError(f"group: expected the name of a process group, as group.group_name gives it, got {group!r}")
-    if moments is not None:
-        raise ValueError("moments: those of one process; with group they are taken over all of them, give None")
 
 
 def _count(x: Tensor, moments: Moments | None, shared: bool) -> int:

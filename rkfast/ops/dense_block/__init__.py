@@ -501,10 +501,9 @@ def _keep(x: Tensor, channels: int, drop_rate: float) -> Tensor:
 def _group(norms: list[Norm], moments: bool) -> str:
     groups = {norm.group for norm in norms if isinstance(norm, Norm) and norm.batch}
     if len(groups) > 1:
-        raise ValueError(f"norms: expected one group for all that take the batch's statistics, got {sorted(groups)}")
+        raise ValueError(f"norms: expected one group for all that take the batch's statistics, got {groups}")
     group = groups.pop() if groups else ""
-    if group and moments:
-        raise ValueError("moments, return_moments: those of one process; with a group they are taken over all of them")
+    collective.check(group, moments)
     return group
 
 
