@@ -1,20 +1,6 @@
-#include "cpu/slots.h"
-
-#include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/native/CPUBlas.h>
-#include <ATen/ops/conv2d.h>
-#include <ATen/ops/convolution_backward.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/from_blob.h>
 
-#include <cmath>
-#include <memory>
-
-#include "common/arithmetic.h"
-#include "cpu/host.h"
-#include "cpu/winograd.h"
+#include "cpu/convolution.h"
 
 namespace rkfast {
 
@@ -30,75 +16,12 @@ Dispatch<TransformWeight> transform_weight;
 
 namespace {
 
-constexpr int64_t kTile = 64;      // rows that are normalised into the cache and multiplied from there
 constexpr int64_t kColumns = 256;  // channels that a tile of the backward takes at once
-
-int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
-
-using Floats = std::vector<float>;
-
-// The rows in a number of parts that depends on their number alone, so that no sum depends on the threads.
-struct Parts {
-  int64_t rows, count, each, tile;
-
-  explicit Parts(int64_t rows) : rows(rows), count(1) {
-    while (count < 32 && rows / count >= 256) count *= 2;
-    if (count == 1 && rows >= 2 * kTile) count = 2;
-    each = std::max<int64_t>(1, (rows + count - 1) / count);
-    const int64_t tiles = (each + kTile - 1) / kTile;
-    tile = (each + tiles - 1) / tiles;
-  }
-  int64_t begin(int64_t part) const { return std::min(rows, part * each); }
-  int64_t size(int64_t part) const { return begin(part + 1) - begin(part); }
-
-  // body(part, begin, end)
-  template <typename Body>
-  void run(Body&& body) const {
-    at::parallel_for(0, count, 1, [&](int64_t from, int64_t to) {
-      for (int64_t part = from; part < to; ++part) body(part, begin(part), begin(part + 1));
-      at::native::cpublas::brgemm_release(false);
-    });
-  }
-  // body(first, n) over the tiles of a part
-  template <typename Body>
-  void tiles(int64_t from, int64_t to, Body&& body) const {
-    for (int64_t i = from; i < to; i += tile) body(i, std::min(tile, to - i));
-  }
-};
 
 struct Range {
   int64_t begin, end;
   int64_t size() const { return end - begin; }
 };
-
-// BN as relu reads it: scale * x + shift, with what its gradient needs.
-struct Read {
-  Floats scale, shift, center;
-  std::vector<double> scales, rstd;  // of channels, not rounded
-  bool batch = false;                // statistics of the batch
-
-  Read(int64_t channels) : scale(padded(channels)), shift(scale.size()), center(scale.size()), scales(channels), rstd(channels) {}
-};
-
-class Moment {  // of some channels, in float as they are kept
- public:
-  Moment() = default;
-  explicit Moment(int64_t channels, const Tensor& like)
-      : mean(at::empty({channels}, like.options().dtype(at::kFloat))), var(at::empty({channels}, mean.options())) {}
-  Tensor mean, var;
-};
-
-// Sums of parts, merged in order.
-void merge(const Parts& parts, const std::vector<double>& mean, const std::vector<double>& m2, int64_t channels,
-           float* mean_out, float* var_out) {
-  for (int64_t c = 0; c < channels; ++c) {
-    Welford<double> all;
-    for (int64_t p = 0; p < parts.count; ++p)
-      all.merge(static_cast<double>(parts.size(p)), mean[p * padded(channels) + c], m2[p * padded(channels) + c]);
-    mean_out[c] = static_cast<float>(all.mean);
-    var_out[c] = static_cast<float>(all.variance());
-  }
-}
 
 struct Unit {  // one growth
   Range reads[2];
@@ -111,14 +34,13 @@ struct Unit {  // one growth
   int64_t read() const { return reads[0].size() + reads[1].size(); }
 };
 
-class Block {
+class Block : Convolutions {
  public:
   Block(const Tensor& x, const std::vector<Tensor>& conv1, const std::vector<Tensor>& conv2,
         const std::vector<Optional>& norms, const std::vector<Optional>& keeps, double keep_scale,
         const std::vector<int64_t>& reads, const std::vector<int64_t>& writes, const std::vector<double>& eps,
         int64_t inputs, int64_t channels, const std::vector<int64_t>& summed)
-      : n_(x.size(0)), h_(x.size(2)), w_(x.size(3)), rows_(n_ * h_ * w_), inputs_(inputs), channels_(channels),
-        keep_scale_(static_cast<float>(keep_scale)), summed_(summed), parts_(rows_), options_(x.options()) {
+      : Convolutions(x), inputs_(inputs), channels_(channels), keep_scale_(static_cast<float>(keep_scale)), summed_(summed) {
     const size_t units = conv1.size();
     const bool neck = !conv2.empty();
     const size_t norms_each = neck ? 8 : 4, convs = neck ? 2 : 1;
@@ -266,54 +188,12 @@ class Block {
     return m->contiguous(at::MemoryFormat::ChannelsLast);
   }
 
-  Tensor empty_nhwc(int64_t channels) const {
-    return at::empty({n_, channels, h_, w_}, options_.memory_format(at::MemoryFormat::ChannelsLast));
-  }
-  Tensor nhwc(float* data, int64_t channels) const {
-    return at::from_blob(data, {n_, h_, w_, channels}, options_).permute({0, 3, 1, 2});
-  }
-  // Memory that the growths of a call share.
-  float* room(Tensor& kept, int64_t size) const {
-    if (!kept.defined() || kept.numel() < size) kept = at::empty({size}, options_);
-    return kept.data_ptr<float>();
-  }
-  float* materialised(Tensor& kept, int64_t channels) const { return room(kept, rows_ * channels); }
   Slot<float> slot(int64_t channel) const { return {x_ + channel, channels_}; }
   Slot<const float> slot_of(const float* data, int64_t channel) const { return {data + channel, channels_}; }
-  static const float* data(const Optional& v) { return v ? v->const_data_ptr<float>() : nullptr; }
-
   template <typename Each>
   void slot_moments(const Unit& u, Each&& each) const {
     for (const Range& r : u.reads)
       if (r.size() > 0) each(moments_, r.begin, r.size());
-  }
-
-  // `batch` calls back with (moments, first, n) for each range of channels, where the norm has no statistics of its own.
-  template <typename Batch>
-  Read fold(const Optional* norm, int64_t channels, double eps, Batch&& batch) const {
-    Read r(channels);
-    r.batch = !norm[2];
-    const float *weight = data(norm[0]), *bias = data(norm[1]);
-    int64_t c = 0;
-    auto add = [&](const Moment& m, int64_t first, int64_t n) {
-      const float *mean = m.mean.const_data_ptr<float>() + first, *var = m.var.const_data_ptr<float>() + first;
-      for (int64_t k = 0; k < n; ++k, ++c) {
-        r.rstd[c] = inverse_std(static_cast<double>(var[k]), eps);
-        r.scales[c] = (weight ? weight[c] : 1.0) * r.rstd[c];
-        r.scale[c] = static_cast<float>(r.scales[c]);
-        r.shift[c] = static_cast<float>((bias ? bias[c] : 0.0) - mean[k] * r.scales[c]);
-        r.center[c] = mean[k];
-      }
-    };
-    if (r.batch) {
-      batch(add);
-    } else {
-      Moment own;
-      own.mean = *norm[2];
-      own.var = *norm[3];
-      add(own, 0, channels);
-    }
-    return r;
   }
 
   // The channels `columns` of what the unit reads, normalised.
@@ -353,56 +233,6 @@ class Block {
                    {keep->const_data_ptr<bool>() + row * channels, channels}, keep_scale_, x});
   }
 
-  // Whether a convolution is done by winograd.h: enough tiles and channels to pay for the transforms.
-  bool by_tiles(const Tensor& w) const {
-    return w.size(2) == 3 && w.size(0) >= 16 && w.size(1) >= 16 && h_ >= 4 && w_ >= 4;
-  }
-  // [columns][rows] of a matrix [rows][columns].
-  const float* transposed(const float* matrix, int64_t rows, int64_t columns) {
-    float* out = room(transposed_, rows * columns);
-    constexpr int64_t kEach = 64;
-    at::parallel_for(0, (columns + kEach - 1) / kEach, 4, [&](int64_t from, int64_t to) {
-      const int64_t first = from * kEach, n = std::min(columns, to * kEach) - first;
-      transpose_rows({{matrix + first, columns}, rows, n, {out + first * rows, rows}});
-    });
-    return out;
-  }
-  // [9][channels][outputs] of w [outputs, channels, 3, 3] in tiles' form, or [9][outputs][channels] of the convolution that
-  // its gradient is.
-  const float* tile_weight(const Tensor& w, bool gradient) {
-    const int64_t outputs = w.size(0), channels = w.size(1), size = outputs * channels;
-    const bool taps_first = w.is_contiguous(at::MemoryFormat::ChannelsLast);  // [outputs][9][channels]
-    float* tiles = room(tiles_, 16 * size);
-    if (gradient && taps_first) {
-      const float* last = w.const_data_ptr<float>() + 8 * channels;
-      at::parallel_for(0, outputs, 8, [&](int64_t from, int64_t to) {
-        for (int64_t k = from; k < to; ++k)
-          transform_weight({last + 9 * k * channels, -channels, channels, tiles + k * channels, size, false});
-      });
-    } else if (gradient) {
-      const Tensor taps = w.flip({2, 3}).permute({2, 3, 0, 1}).contiguous();
-      transform_weight({taps.const_data_ptr<float>(), size, size, tiles, size, false});
-    } else {
-      const Tensor dense = taps_first ? w : w.contiguous();
-      const float* taps = transposed(dense.const_data_ptr<float>(), outputs, 9 * channels);
-      at::parallel_for(0, channels, 16, [&](int64_t from, int64_t to) {
-        if (taps_first) {
-          transform_weight({taps + from * outputs, size, (to - from) * outputs, tiles + from * outputs, size, false});
-        } else {
-          for (int64_t c = from; c < to; ++c)
-            transform_weight({taps + 9 * c * outputs, outputs, outputs, tiles + c * outputs, size, false});
-        }
-      });
-    }
-    return tiles;
-  }
-  // load(row, n, out), which brings pixels, as load_band calls it.
-  template <typename Load>
-  auto by_rows(const Load& load, int64_t channels) const {
-    return [&load, channels, this](int64_t pixel, int64_t rows, float* out, int64_t pitch) {
-      for (int64_t i = 0; i < rows; ++i) load(pixel + i * w_, w_, Slot<float>{out + i * pitch, channels});
-    };
-  }
   // Both convolutions at once: of the bottleneck there is never more than a band.
   void grow_in_bands(const Unit& u, const Read& read, const Read& read2) {
     const int64_t width = u.width, channels = u.read();
@@ -427,22 +257,14 @@ class Block {
     winograd(Bands(n_, h_, w_, width + u.growth, at::get_num_threads()), width, u.growth, load, tiles, slot(u.write));
     finish_growth(u, {x_ + u.write, channels_}, u.keep2);
   }
-  template <typename Load>
-  float* materialise(int64_t channels, const Load& load) {
-    float* out = materialised(normalised_, channels);
-    parts_.run([&](int64_t, int64_t from, int64_t to) { load(from, to - from, Slot<float>{out + from * channels, channels}); });
-    return out;
-  }
-
   // The convolution of what `load` brings into the unit's slot, with dropout, and the slot's moments.
   template <typename Load>
   void grow(const Unit& u, const Tensor& w, int64_t channels, const Load& load, const Optional& keep) {
     if (by_tiles(w)) {
-      const Bands bands(n_, h_, w_, channels + u.growth, at::get_num_threads());
-      winograd(bands, channels, u.growth, by_rows(load, channels), tile_weight(w, false), slot(u.write));
+      convolve_by_tiles(w, channels, load, slot(u.write));
       return finish_growth(u, {x_ + u.write, channels_}, keep);
     }
-    const Tensor growth = at::conv2d(nhwc(materialise(channels, load), channels), w, {}, 1, w.size(2) / 2).contiguous(at::MemoryFormat::ChannelsLast);
+    const Tensor growth = convolve(w, channels, load);
     finish_growth(u, {growth.const_data_ptr<float>(), u.growth}, keep);
   }
 
@@ -458,14 +280,7 @@ class Block {
   }
 
   void take_moments(int64_t first, int64_t channels) {
-    if (!wanted_) return;
-    const int64_t pad = padded(channels);
-    std::vector<double> mean(parts_.count * pad), m2(mean.size());
-    parts_.run([&](int64_t part, int64_t from, int64_t to) {
-      if (to > from)
-        moments_of_rows({slot_of(x_, first).row(from), to - from, channels, mean.data() + part * pad, m2.data() + part * pad});
-    });
-    merge(parts_, mean, m2, channels, moments_.mean.data_ptr<float>() + first, moments_.var.data_ptr<float>() + first);
+    if (wanted_) take_moments_of(slot_of(x_, first), channels, moments_.mean.data_ptr<float>() + first, moments_.var.data_ptr<float>() + first);
   }
 
   // The sum, and its mean and variance where asked for.
@@ -508,29 +323,6 @@ class Block {
                    center.data(), slope.data(), offset.data(),
                    {keep ? keep->const_data_ptr<bool>() + from * n : nullptr, n}, keep_scale_, {out + from * n, n}});
     });
-  }
-
-  // Sums of parts [count][2][padded] in order: sum g, and sum g * x_hat.
-  struct Sums {
-    std::vector<double> grad, product;
-  };
-  Sums total(const std::vector<double>& sums, const Read& read, int64_t channels) const {
-    Sums s{std::vector<double>(channels), std::vector<double>(channels)};
-    const int64_t pad = padded(channels);
-    for (int64_t p = 0; p < parts_.count; ++p)
-      for (int64_t c = 0; c < channels; ++c) {
-        s.grad[c] += sums[2 * p * pad + c];
-        s.product[c] += sums[(2 * p + 1) * pad + c];
-      }
-    for (int64_t c = 0; c < channels; ++c) s.product[c] *= read.rstd[c];
-    return s;
-  }
-  // The gradient of a weight, laid out as the weight is.
-  static Tensor like(const Tensor& gradient, const Tensor& w) { return at::empty_like(w).copy_(gradient); }
-  static Tensor as_tensor(const std::vector<double>& v, const Tensor& like) {
-    Tensor t = at::empty({static_cast<int64_t>(v.size())}, like.options().memory_format(std::nullopt));
-    std::copy(v.begin(), v.end(), t.data_ptr<float>());
-    return t;
   }
 
   // What the BatchNorm of a reader leaves to be done when the slots are finished.
@@ -580,29 +372,6 @@ class Block {
     const Sums s = total(sums, read, channels);
     defer(u, read, s);
     return {dconv, as_tensor(s.product, buffer_), as_tensor(s.grad, buffer_)};
-  }
-
-  // The gradients of what a convolution read, which `load` brings, and of its weight.
-  template <typename Load>
-  std::pair<Tensor, Tensor> conv_backward(const float* grad, int64_t growth, const Load& load, int64_t channels, const Tensor& w) {
-    if (by_tiles(w)) {
-      auto rows = [&](int64_t row, int64_t n, Slot<float> out) { std::copy_n(grad + row * growth, n * growth, out.data); };
-      Tensor dact = reused(dact_, channels);
-      const Bands bands(n_, h_, w_, channels + growth, at::get_num_threads());
-      const Tensor taps = at::empty({3, 3, growth, channels}, w.options().memory_format(std::nullopt));
-      winograd(bands, growth, channels, by_rows(rows, growth), tile_weight(w, true), {dact.data_ptr<float>(), channels});
-      // Bands of its own: its sums do not depend on the threads.
-      winograd_weight(Bands(n_, h_, w_, channels + growth), channels, growth, by_rows(load, channels), {grad, growth}, taps.data_ptr<float>());
-      return {dact, like(taps.permute({2, 3, 0, 1}), w)};
-    }
-    const int64_t pad = w.size(2) / 2;
-    auto [dact, dw, dbias] = at::convolution_backward(nhwc(const_cast<float*>(grad), growth), nhwc(materialise(channels, load), channels), w,
-                                                      std::nullopt, {1, 1}, {pad, pad}, {1, 1}, false, {0, 0}, 1, {true, true, false});
-    return {dact.contiguous(at::MemoryFormat::ChannelsLast), like(dw, w)};
-  }
-  Tensor reused(Tensor& kept, int64_t channels) const {
-    materialised(kept, channels);
-    return kept;
   }
 
   std::vector<Tensor> bottleneck_backward(const Unit& u, const Tensor& mean2, const Tensor& var2, Tensor mid) {
@@ -675,13 +444,11 @@ class Block {
     return {dconv1, as_tensor(s.product, buffer_), as_tensor(s.grad, buffer_), dconv2, as_tensor(s2.product, buffer_), as_tensor(s2.grad, buffer_)};
   }
 
-  const int64_t n_, h_, w_, rows_, inputs_, channels_;
+  const int64_t inputs_, channels_;
   const float keep_scale_;
   const std::vector<int64_t> summed_;
-  const Parts parts_;
-  const at::TensorOptions options_;
   std::vector<Unit> units_;
-  Tensor buffer_, total_, normalised_, mid_, grad_, dact_, products_, transposed_, tiles_;
+  Tensor buffer_, total_, mid_, grad_, products_;
   float* x_ = nullptr;
   bool wanted_ = true;  // the moments of the slots
   Moment moments_;
