@@ -9,33 +9,13 @@
 
 namespace rkfast {
 
-Dispatch<Combine> combine;
-Dispatch<Backward> backward;
-Dispatch<MomentsOf> moments_of;
-
-template <typename Args>
-void Dispatch<Args>::operator()(const Args& args) const {
+int cpu_capability() {
   static const int best = [] {
     const std::string capability = at::get_cpu_capability();
     return capability.rfind("AVX512", 0) == 0 ? 2 : capability.rfind("AVX2", 0) == 0 ? 1 : 0;
   }();
-  int use = best;
-  while (use > 0 && by_capability[use] == nullptr) --use;
-  by_capability[use](args);
+  return best;
 }
-
-template struct Dispatch<Combine>;
-template struct Dispatch<Backward>;
-template struct Dispatch<MomentsOf>;
-template struct Dispatch<NormaliseRows>;
-template struct Dispatch<MomentsOfRows>;
-template struct Dispatch<FinishRows>;
-template struct Dispatch<ReadBackwardRows>;
-template struct Dispatch<TransposeRows>;
-template struct Dispatch<TransformInput>;
-template struct Dispatch<TransformOutput>;
-template struct Dispatch<TransformGradient>;
-template struct Dispatch<TransformWeight>;
 
 std::pair<Tensor, Tensor> Partials::merge_moments(const Tensor& x) {
   const int64_t channels = s_.channels(), padded = s_.padded();

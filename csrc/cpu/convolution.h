@@ -4,6 +4,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
@@ -45,7 +46,7 @@ struct Parts {
   void run(Body&& body) const {
     at::parallel_for(0, count, 1, [&](int64_t from, int64_t to) {
       for (int64_t part = from; part < to; ++part) body(part, begin(part), begin(part + 1));
-      at::native::cpublas::brgemm_release(false);
+      at::native::cpublas::brgemm_release();
     });
   }
   // body(first, n) over the tiles of a part
@@ -67,7 +68,7 @@ struct Read {
 class Moment {  // of some channels, in float as they are kept
  public:
   Moment() = default;
-  explicit Moment(int64_t channels, const Tensor& like)
+  Moment(int64_t channels, const Tensor& like)
       : mean(at::empty({channels}, like.options().dtype(at::kFloat))), var(at::empty({channels}, mean.options())) {}
   Tensor mean, var;
 };
@@ -114,32 +115,54 @@ Read fold(const Optional* norm, int64_t channels, double eps, Batch&& batch) {
   return r;
 }
 
-// Over images of one size, with memory that its convolutions share.
+inline int64_t even(int64_t n) { return n + n % 2; }
+
+// c [m, n] = or += a [m, k] b, the right side as Convolutions<T>::turned or pair_rows leave it. k is even in bfloat16.
+inline void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_pitch, const float* b, float* c, int64_t c_pitch, bool add = false) {
+  at::native::cpublas::brgemm(m, n, k, a_pitch, n, c_pitch, add, a, b, c);
+}
+inline void product(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t a_pitch, const at::BFloat16* b, float* c, int64_t c_pitch, bool add = false) {
+  at::native::cpublas::brgemm(m, n, k, a_pitch, n, c_pitch, add, a, b, c);
+}
+
+// body(T{}) for what Convolutions<T> are written for.
+template <typename Body>
+auto with_type(const Tensor& x, const char* name, Body&& body) {
+  if (x.scalar_type() == at::kBFloat16) return body(at::BFloat16());
+  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat, name, ": expected float32 or bfloat16, got ", x.scalar_type());
+  return body(float());
+}
+
+// Over images of one size, float or bfloat16 (T), with memory that its convolutions share.
+template <typename T>
 class Convolutions {
  protected:
+  static constexpr bool kFloat = std::is_same_v<T, float>;
+
   explicit Convolutions(const Tensor& x)
       : n_(x.size(0)), h_(x.size(2)), w_(x.size(3)), rows_(n_ * h_ * w_), parts_(rows_), options_(x.options()) {}
 
   Tensor empty_nhwc(int64_t channels) const {
     return at::empty({n_, channels, h_, w_}, options_.memory_format(at::MemoryFormat::ChannelsLast));
   }
-  Tensor nhwc(float* data, int64_t channels) const {
+  Tensor nhwc(T* data, int64_t channels) const {
     return at::from_blob(data, {n_, h_, w_, channels}, options_).permute({0, 3, 1, 2});
   }
   // Memory that the convolutions of a call share.
-  float* room(Tensor& kept, int64_t size) const {
-    if (!kept.defined() || kept.numel() < size) kept = at::empty({size}, options_);
-    return kept.data_ptr<float>();
+  template <typename Of = T>
+  Of* room(Tensor& kept, int64_t size) const {
+    if (!kept.defined() || kept.numel() < size) kept = at::empty({size}, options_.dtype(c10::CppTypeToScalarType<Of>::value));
+    return kept.data_ptr<Of>();
   }
-  float* materialised(Tensor& kept, int64_t channels) const { return room(kept, rows_ * channels); }
+  T* materialised(Tensor& kept, int64_t channels) const { return room(kept, rows_ * channels); }
 
   // Whether a convolution is done by winograd.h: enough tiles and channels to pay for the transforms.
   bool by_tiles(const Tensor& w) const {
-    return w.size(2) == 3 && w.size(0) >= 16 && w.size(1) >= 16 && h_ >= 4 && w_ >= 4;
+    return kFloat && w.size(2) == 3 && w.size(0) >= 16 && w.size(1) >= 16 && h_ >= 4 && w_ >= 4;
   }
   // [columns][rows] of a matrix [rows][columns].
   const float* transposed(const float* matrix, int64_t rows, int64_t columns) {
-    float* out = room(transposed_, rows * columns);
+    float* out = room<float>(transposed_, rows * columns);
     constexpr int64_t kEach = 64;
     at::parallel_for(0, (columns + kEach - 1) / kEach, 4, [&](int64_t from, int64_t to) {
       const int64_t first = from * kEach, n = std::min(columns, to * kEach) - first;
@@ -147,12 +170,23 @@ class Convolutions {
     });
     return out;
   }
+  // A weight [outputs, channels, 1, 1] as the right side of a product: [channels][outputs], in bfloat16 in pairs of channels.
+  const T* turned(const Tensor& w) {
+    const int64_t outputs = w.size(0), channels = w.size(1);
+    if constexpr (kFloat) {
+      return transposed(w.contiguous().template const_data_ptr<T>(), outputs, channels);
+    } else {
+      const Tensor pairs = at::constant_pad_nd(w.reshape({outputs, channels}), {0, channels % 2}).contiguous();
+      return reinterpret_cast<const T*>(
+          transposed(reinterpret_cast<const float*>(pairs.template const_data_ptr<T>()), outputs, even(channels) / 2));
+    }
+  }
   // [9][channels][outputs] of w [outputs, channels, 3, 3] in tiles' form, or [9][outputs][channels] of the convolution that
   // its gradient is.
   const float* tile_weight(const Tensor& w, bool gradient) {
     const int64_t outputs = w.size(0), channels = w.size(1), size = outputs * channels;
     const bool taps_first = w.is_contiguous(at::MemoryFormat::ChannelsLast);  // [outputs][9][channels]
-    float* tiles = room(tiles_, 16 * size);
+    float* tiles = room<float>(tiles_, 16 * size);
     if (gradient && taps_first) {
       const float* last = w.const_data_ptr<float>() + 8 * channels;
       at::parallel_for(0, outputs, 8, [&](int64_t from, int64_t to) {
@@ -179,8 +213,8 @@ class Convolutions {
   // load(row, n, out), which brings pixels, as load_band calls it.
   template <typename Load>
   auto by_rows(const Load& load, int64_t channels) const {
-    return [&load, channels, this](int64_t pixel, int64_t rows, float* out, int64_t pitch) {
-      for (int64_t i = 0; i < rows; ++i) load(pixel + i * w_, w_, Slot<float>{out + i * pitch, channels});
+    return [&load, channels, this](int64_t pixel, int64_t rows, T* out, int64_t pitch) {
+      for (int64_t i = 0; i < rows; ++i) load(pixel + i * w_, w_, Slot<T>{out + i * pitch, channels});
     };
   }
 
@@ -191,32 +225,33 @@ class Convolutions {
     winograd(bands, channels, w.size(0), by_rows(load, channels), tile_weight(w, false), out);
   }
   // The same by ATen.
-  template <typename Load>
-  Tensor convolve(const Tensor& w, int64_t channels, const Load& load) {
-    return at::conv2d(nhwc(materialise(channels, load), channels), w, {}, 1, w.size(2) / 2).contiguous(at::MemoryFormat::ChannelsLast);
+  Tensor convolve(const Tensor& w, int64_t channels, T* normalised) const {
+    return at::conv2d(nhwc(normalised, channels), w, {}, 1, w.size(2) / 2).contiguous(at::MemoryFormat::ChannelsLast);
   }
   template <typename Load>
-  float* materialise(int64_t channels, const Load& load) {
-    float* out = materialised(normalised_, channels);
-    parts_.run([&](int64_t, int64_t from, int64_t to) { load(from, to - from, Slot<float>{out + from * channels, channels}); });
+  T* materialise(int64_t channels, const Load& load) {
+    T* out = materialised(normalised_, channels);
+    parts_.run([&](int64_t, int64_t from, int64_t to) { load(from, to - from, Slot<T>{out + from * channels, channels}); });
     return out;
   }
 
   // The gradients of what a convolution read, which `load` brings, and of its weight.
   template <typename Load>
-  std::pair<Tensor, Tensor> conv_backward(const float* grad, int64_t growth, const Load& load, int64_t channels, const Tensor& w) {
-    if (by_tiles(w)) {
-      auto rows = [&](int64_t row, int64_t n, Slot<float> out) { std::copy_n(grad + row * growth, n * growth, out.data); };
-      Tensor dact = reused(dact_, channels);
-      const Bands bands(n_, h_, w_, channels + growth, at::get_num_threads());
-      const Tensor taps = at::empty({3, 3, growth, channels}, w.options().memory_format(std::nullopt));
-      winograd(bands, growth, channels, by_rows(rows, growth), tile_weight(w, true), {dact.data_ptr<float>(), channels});
-      // Bands of its own: its sums do not depend on the threads.
-      winograd_weight(Bands(n_, h_, w_, channels + growth), channels, growth, by_rows(load, channels), {grad, growth}, taps.data_ptr<float>());
-      return {dact, like(taps.permute({2, 3, 0, 1}), w)};
+  std::pair<Tensor, Tensor> conv_backward(const T* grad, int64_t growth, const Load& load, int64_t channels, const Tensor& w) {
+    if constexpr (kFloat) {
+      if (by_tiles(w)) {
+        auto rows = [&](int64_t row, int64_t n, Slot<float> out) { std::copy_n(grad + row * growth, n * growth, out.data); };
+        Tensor dact = reused(dact_, channels);
+        const Bands bands(n_, h_, w_, channels + growth, at::get_num_threads());
+        const Tensor taps = at::empty({3, 3, growth, channels}, w.options().memory_format(std::nullopt));
+        winograd(bands, growth, channels, by_rows(rows, growth), tile_weight(w, true), {dact.data_ptr<float>(), channels});
+        // Bands of its own: its sums do not depend on the threads.
+        winograd_weight(Bands(n_, h_, w_, channels + growth), channels, growth, by_rows(load, channels), {grad, growth}, taps.data_ptr<float>());
+        return {dact, like(taps.permute({2, 3, 0, 1}), w)};
+      }
     }
     const int64_t pad = w.size(2) / 2;
-    auto [dact, dw, dbias] = at::convolution_backward(nhwc(const_cast<float*>(grad), growth), nhwc(materialise(channels, load), channels), w,
+    auto [dact, dw, dbias] = at::convolution_backward(nhwc(const_cast<T*>(grad), growth), nhwc(materialise(channels, load), channels), w,
                                                       std::nullopt, {1, 1}, {pad, pad}, {1, 1}, false, {0, 0}, 1, {true, true, false});
     return {dact.contiguous(at::MemoryFormat::ChannelsLast), like(dw, w)};
   }
@@ -226,12 +261,12 @@ class Convolutions {
   }
 
   // Mean and variance of each channel of x.
-  void take_moments_of(Slot<const float> x, int64_t channels, float* mean_out, float* var_out) const {
+  void take_moments_of(Slot<const T> x, int64_t channels, float* mean_out, float* var_out) const {
     const int64_t pad = padded(channels);
     std::vector<double> mean(parts_.count * pad), m2(mean.size());
     parts_.run([&](int64_t part, int64_t from, int64_t to) {
       if (to > from)
-        moments_of_rows({x.row(from), to - from, channels, mean.data() + part * pad, m2.data() + part * pad});
+        moments_of_rows<T>({x.row(from), to - from, channels, mean.data() + part * pad, m2.data() + part * pad});
     });
     merge(parts_, mean, m2, channels, mean_out, var_out);
   }
@@ -254,7 +289,7 @@ class Convolutions {
   // The gradient of a weight, laid out as the weight is.
   static Tensor like(const Tensor& gradient, const Tensor& w) { return at::empty_like(w).copy_(gradient); }
   static Tensor as_tensor(const std::vector<double>& v, const Tensor& like) {
-    Tensor t = at::empty({static_cast<int64_t>(v.size())}, like.options().memory_format(std::nullopt));
+    Tensor t = at::empty({static_cast<int64_t>(v.size())}, like.options().dtype(at::kFloat).memory_format(std::nullopt));
     std::copy(v.begin(), v.end(), t.data_ptr<float>());
     return t;
   }

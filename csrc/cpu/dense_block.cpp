@@ -4,16 +4,6 @@
 
 namespace rkfast {
 
-Dispatch<NormaliseRows> normalise_rows;
-Dispatch<MomentsOfRows> moments_of_rows;
-Dispatch<FinishRows> finish_rows;
-Dispatch<ReadBackwardRows> read_backward_rows;
-Dispatch<TransposeRows> transpose_rows;
-Dispatch<TransformInput> transform_input;
-Dispatch<TransformOutput> transform_output;
-Dispatch<TransformGradient> transform_gradient;
-Dispatch<TransformWeight> transform_weight;
-
 namespace {
 
 constexpr int64_t kColumns = 256;  // channels that a tile of the backward takes at once
@@ -22,6 +12,16 @@ struct Range {
   int64_t begin, end;
   int64_t size() const { return end - begin; }
 };
+
+// Rows as the right side of a product in bfloat16: in pairs.
+void pair(Slot<const at::BFloat16> x, int64_t rows, int64_t channels, at::BFloat16* out) {
+  pair_rows({{reinterpret_cast<const uint16_t*>(x.data), x.pitch}, rows, channels, {reinterpret_cast<uint32_t*>(out), channels}});
+}
+// Rows turned, as the left side of one: out [channels][out.pitch].
+void turn(Slot<const at::BFloat16> x, int64_t rows, int64_t channels, Slot<at::BFloat16> out, at::BFloat16* pairs) {
+  pair(x, rows, channels, pairs);
+  transpose_rows({{reinterpret_cast<const float*>(pairs), channels}, even(rows) / 2, channels, {reinterpret_cast<float*>(out.data), out.pitch / 2}});
+}
 
 struct Unit {  // one growth
   Range reads[2];
@@ -34,17 +34,25 @@ struct Unit {  // one growth
   int64_t read() const { return reads[0].size() + reads[1].size(); }
 };
 
-class Block : Convolutions {
+template <typename T>
+class Block : Convolutions<T> {
+  using Base = Convolutions<T>;
+  using Base::kFloat, Base::n_, Base::h_, Base::w_, Base::rows_, Base::parts_, Base::options_, Base::normalised_;
+  using Base::empty_nhwc, Base::room, Base::materialised, Base::materialise, Base::by_tiles, Base::turned, Base::tile_weight, Base::convolve,
+      Base::convolve_by_tiles, Base::conv_backward, Base::take_moments_of, Base::total, Base::as_tensor;
+  using typename Base::Sums;
+  static constexpr at::ScalarType kDType = c10::CppTypeToScalarType<T>::value;
+
  public:
   Block(const Tensor& x, const std::vector<Tensor>& conv1, const std::vector<Tensor>& conv2,
         const std::vector<Optional>& norms, const std::vector<Optional>& keeps, double keep_scale,
         const std::vector<int64_t>& reads, const std::vector<int64_t>& writes, const std::vector<double>& eps,
         int64_t inputs, int64_t channels, const std::vector<int64_t>& summed)
-      : Convolutions(x), inputs_(inputs), channels_(channels), keep_scale_(static_cast<float>(keep_scale)), summed_(summed) {
+      : Base(x), inputs_(inputs), channels_(channels), keep_scale_(static_cast<float>(keep_scale)), summed_(summed) {
     const size_t units = conv1.size();
     const bool neck = !conv2.empty();
     const size_t norms_each = neck ? 8 : 4, convs = neck ? 2 : 1;
-    TORCH_CHECK_VALUE(x.is_cpu() && x.scalar_type() == at::kFloat && x.dim() == 4, "x: expected a float32 CPU tensor [N, C, H, W]");
+    TORCH_CHECK_VALUE(x.is_cpu() && x.scalar_type() == kDType && x.dim() == 4, "x: expected a ", kDType, " CPU tensor [N, C, H, W]");
     TORCH_CHECK_VALUE((!neck || conv2.size() == units) && norms.size() == units * norms_each && writes.size() == units &&
                           reads.size() == 4 * units && eps.size() == units * convs &&
                           (keeps.empty() || keeps.size() == units * convs),
@@ -80,7 +88,7 @@ class Block : Convolutions {
                               bool total_moments) {
     TORCH_CHECK_VALUE(x.size(1) == inputs_, "x: expected ", inputs_, " channels");
     buffer_ = empty_nhwc(channels_);
-    x_ = buffer_.data_ptr<float>();
+    x_ = buffer_.template data_ptr<T>();
     moments_ = Moment(channels_, buffer_);
     wanted_ = keep || total_moments;
     for (const Unit& u : units_) wanted_ = wanted_ || !u.norm1[2];
@@ -101,17 +109,17 @@ class Block : Convolutions {
       const Read read = fold(u.norm1, u.read(), u.eps1, [&](auto&& each) { slot_moments(u, each); });
       if (u.width == 0) {
         const int64_t channels = u.read();
-        auto load = [&](int64_t row, int64_t n, Slot<float> out) { normalise(u, read, {0, channels}, row, n, out); };
+        auto load = [&](int64_t row, int64_t n, Slot<T> out) { normalise(u, read, {0, channels}, row, n, out); };
         grow(u, u.conv1, channels, load, u.keep1);
         continue;
       }
-      if (!keep && u.norm2[2] && by_tiles(u.conv2)) {
-        grow_in_bands(u, read, fold(u.norm2, u.width, u.eps2, [](auto&&) {}));
+      if (!keep && u.norm2[2]) {
+        grow_at_once(u, read, fold(u.norm2, u.width, u.eps2, [](auto&&) {}));
         continue;
       }
       Moment moments(u.width, buffer_);
       const Tensor mid = keep ? empty_nhwc(u.width) : Tensor();
-      float* b = keep ? mid.data_ptr<float>() : materialised(mid_, u.width);
+      T* b = keep ? mid.template data_ptr<T>() : materialised(mid_, u.width);
       bottleneck(u, read, b, &moments);
       if (u.norm2[2].has_value()) {
         moments.mean.copy_(*u.norm2[2]);
@@ -120,8 +128,8 @@ class Block : Convolutions {
       const Read read2 = fold(u.norm2, u.width, u.eps2, [&](auto&& each) { each(moments, 0, u.width); });
       mid_moments.insert(mid_moments.end(), {moments.mean, moments.var});
       if (keep) mids.push_back(mid);
-      auto load = [&](int64_t row, int64_t n, Slot<float> out) {
-        normalise_rows({{b + row * u.width, u.width}, n, u.width, read2.scale.data(), read2.shift.data(), out});
+      auto load = [&](int64_t row, int64_t n, Slot<T> out) {
+        normalise_rows<T, T>({{b + row * u.width, u.width}, n, u.width, read2.scale.data(), read2.shift.data(), out});
       };
       grow(u, u.conv2, u.width, load, u.keep2);
     }
@@ -143,10 +151,10 @@ class Block : Convolutions {
                                const std::vector<Tensor>& mid_moments, const std::vector<Tensor>& mids) {
     buffer_ = buffer;
     TORCH_CHECK_VALUE(buffer.is_contiguous(at::MemoryFormat::ChannelsLast) && buffer.size(1) == channels_, "buffer: not this block's");
-    x_ = buffer_.data_ptr<float>();
+    x_ = buffer_.template data_ptr<T>();
     moments_.mean = mean.contiguous();
     moments_.var = var.contiguous();
-    total_ = empty_nhwc(channels_);
+    total_ = at::empty(buffer.sizes(), options_.dtype(at::kFloat).memory_format(at::MemoryFormat::ChannelsLast));
     if (summed_.empty()) {
       total_.copy_(grad);
     } else {
@@ -164,7 +172,7 @@ class Block : Convolutions {
                               : bottleneck_backward(u, mid_moments.at(m), mid_moments.at(m + 1), mids.empty() ? Tensor() : mids.at(i));
     }
     Tensor dx = empty_nhwc(inputs_);
-    finish_slot({0, inputs_}, std::nullopt, dx.data_ptr<float>());
+    finish_slot({0, inputs_}, std::nullopt, dx.template data_ptr<T>());
     std::vector<Tensor> result{dx};
     for (auto& f : found) result.insert(result.end(), f.begin(), f.end());
     return result;
@@ -172,8 +180,8 @@ class Block : Convolutions {
 
  private:
   static Tensor weight(const Tensor& w) {
-    TORCH_CHECK_VALUE(w.is_cpu() && w.scalar_type() == at::kFloat && w.dim() == 4 && w.size(2) == w.size(3) && w.size(2) % 2 == 1,
-                      "conv1, conv2: expected float32 CPU weights [K, C, n, n], n odd");
+    TORCH_CHECK_VALUE(w.is_cpu() && w.scalar_type() == kDType && w.dim() == 4 && w.size(2) == w.size(3) && w.size(2) % 2 == 1,
+                      "conv1, conv2: expected ", kDType, " CPU weights [K, C, n, n], n odd");
     return w;
   }
   static Optional vector(const Optional& v, int64_t channels) {
@@ -188,8 +196,11 @@ class Block : Convolutions {
     return m->contiguous(at::MemoryFormat::ChannelsLast);
   }
 
-  Slot<float> slot(int64_t channel) const { return {x_ + channel, channels_}; }
-  Slot<const float> slot_of(const float* data, int64_t channel) const { return {data + channel, channels_}; }
+  Slot<T> slot(int64_t channel) const { return {x_ + channel, channels_}; }
+  template <typename G>
+  Slot<const G> slot_of(const G* data, int64_t channel) const {
+    return {data + channel, channels_};
+  }
   template <typename Each>
   void slot_moments(const Unit& u, Each&& each) const {
     for (const Range& r : u.reads)
@@ -197,90 +208,120 @@ class Block : Convolutions {
   }
 
   // The channels `columns` of what the unit reads, normalised.
-  void normalise(const Unit& u, const Read& read, Range columns, int64_t row, int64_t rows, Slot<float> out) const {
+  void normalise(const Unit& u, const Read& read, Range columns, int64_t row, int64_t rows, Slot<T> out) const {
     int64_t first = 0;  // of the range among what is read
     for (const Range& r : u.reads) {
       const int64_t from = std::max(columns.begin, first), to = std::min(columns.end, first + r.size());
       if (from < to)
-        normalise_rows({slot_of(x_, r.begin + from - first).row(row), rows, to - from, read.scale.data() + from,
+        normalise_rows<T, T>({slot_of<T>(x_, r.begin + from - first).row(row), rows, to - from, read.scale.data() + from,
                         read.shift.data() + from, out.column(from - columns.begin)});
       first += r.size();
     }
   }
+  // conv1(normalised) of n rows, n <= kTile, in float.
+  void multiply(const Unit& u, const Read& read, const T* weights, int64_t row, int64_t n, float* out) const {
+    const int64_t channels = u.read(), pitch = kFloat ? channels : even(channels);
+    T* act = scratch<T>(4, kTile * pitch);
+    if (pitch != channels)
+      for (int64_t i = 0; i < n; ++i) act[i * pitch + channels] = T(0);
+    normalise(u, read, {0, channels}, row, n, {act, pitch});
+    product(n, u.width, pitch, act, pitch, weights, out, u.width);
+  }
   // b = conv1(normalised), and its moments where they are asked for.
-  void bottleneck(const Unit& u, const Read& read, float* b, Moment* moments) {
-    const int64_t width = u.width, channels = u.read(), pad = padded(width);
-    const Tensor w = u.conv1.reshape({width, channels}).contiguous();
-    const float* weights = transposed(w.const_data_ptr<float>(), width, channels);
+  void bottleneck(const Unit& u, const Read& read, T* b, Moment* moments) {
+    const int64_t width = u.width, pad = padded(width);
+    const T* weights = turned(u.conv1);
     std::vector<double> mean(moments ? parts_.count * pad : 0), m2(mean.size());
     parts_.run([&](int64_t part, int64_t from, int64_t to) {
-      float* act = scratch(0, parts_.tile * channels);
       parts_.tiles(from, to, [&](int64_t i, int64_t n) {
-        normalise(u, read, {0, channels}, i, n, {act, channels});
-        float* out = b + i * width;
-        at::native::cpublas::brgemm(n, width, channels, channels, width, width, false, act, weights, out);
-        drop(u.keep1, width, i, n, {out, width});
+        T* out = b + i * width;
+        if constexpr (kFloat) {
+          multiply(u, read, weights, i, n, out);
+          drop(u.keep1, width, i, n, {out, width});
+        } else {
+          float* c = scratch<float>(5, kTile * width);
+          multiply(u, read, weights, i, n, c);
+          const bool* kept = u.keep1 ? u.keep1->const_data_ptr<bool>() + i * width : nullptr;
+          finish_rows<float, T>({{c, width}, {}, n, width, nullptr, nullptr, nullptr, {kept, width}, keep_scale_, {out, width}});
+        }
       });
       if (moments && to > from)
-        moments_of_rows({{b + from * width, width}, to - from, width, mean.data() + part * pad, m2.data() + part * pad});
+        moments_of_rows<T>({{b + from * width, width}, to - from, width, mean.data() + part * pad, m2.data() + part * pad});
     });
     if (moments) merge(parts_, mean, m2, width, moments->mean.data_ptr<float>(), moments->var.data_ptr<float>());
   }
 
   void drop(const Optional& keep, int64_t channels, int64_t row, int64_t rows, Slot<float> x) const {
     if (keep)
-      finish_rows({{x.data, x.pitch}, {}, rows, channels, nullptr, nullptr, nullptr,
+      finish_rows<float, float>({{x.data, x.pitch}, {}, rows, channels, nullptr, nullptr, nullptr,
                    {keep->const_data_ptr<bool>() + row * channels, channels}, keep_scale_, x});
   }
 
-  // Both convolutions at once: of the bottleneck there is never more than a band.
-  void grow_in_bands(const Unit& u, const Read& read, const Read& read2) {
-    const int64_t width = u.width, channels = u.read();
-    const Tensor w = u.conv1.reshape({width, channels}).contiguous();
-    const float *tiles = tile_weight(u.conv2, false), *weights = transposed(w.const_data_ptr<float>(), width, channels);
-    auto load = [&](int64_t pixel, int64_t rows, float* out, int64_t pitch) {
-      const int64_t pixels = rows * w_, count = (pixels + kTile - 1) / kTile, tile = (pixels + count - 1) / count;
-      float *act = scratch(4, kTile * channels), *b = scratch(5, kTile * width);
-      for (int64_t i = 0; i < pixels; i += tile) {
-        const int64_t n = std::min(tile, pixels - i);
-        normalise(u, read, {0, channels}, pixel + i, n, {act, channels});
-        at::native::cpublas::brgemm(n, width, channels, channels, width, width, false, act, weights, b);
-        drop(u.keep1, width, pixel + i, n, {b, width});
-        for (int64_t k = 0; k < n;) {
-          const int64_t row = (i + k) / w_, column = (i + k) % w_, some = std::min(n - k, w_ - column);
-          normalise_rows({{b + k * width, width}, some, width, read2.scale.data(), read2.shift.data(),
-                          {out + row * pitch + column * width, width}});
-          k += some;
-        }
-      }
+  // Both convolutions, where nothing is kept and both norms are known: the bottleneck is normalised while it is in the cache.
+  void grow_at_once(const Unit& u, const Read& read, const Read& read2) {
+    const int64_t width = u.width;
+    const T* weights = turned(u.conv1);
+    auto tile = [&](int64_t row, int64_t n) {
+      float* b = scratch<float>(5, kTile * width);
+      multiply(u, read, weights, row, n, b);
+      drop(u.keep1, width, row, n, {b, width});
+      return b;
     };
-    winograd(Bands(n_, h_, w_, width + u.growth, at::get_num_threads()), width, u.growth, load, tiles, slot(u.write));
-    finish_growth(u, {x_ + u.write, channels_}, u.keep2);
+    if constexpr (kFloat) {
+      if (by_tiles(u.conv2)) {
+        auto load = [&](int64_t pixel, int64_t rows, float* out, int64_t pitch) {
+          const int64_t pixels = rows * w_, count = (pixels + kTile - 1) / kTile, each = (pixels + count - 1) / count;
+          for (int64_t i = 0; i < pixels; i += each) {
+            const int64_t n = std::min(each, pixels - i);
+            const float* b = tile(pixel + i, n);
+            for (int64_t k = 0; k < n;) {
+              const int64_t row = (i + k) / w_, column = (i + k) % w_, some = std::min(n - k, w_ - column);
+              normalise_rows<float, float>({{b + k * width, width}, some, width, read2.scale.data(), read2.shift.data(),
+                                            {out + row * pitch + column * width, width}});
+              k += some;
+            }
+          }
+        };
+        winograd(Bands(n_, h_, w_, width + u.growth, at::get_num_threads()), width, u.growth, load, tile_weight(u.conv2, false), slot(u.write));
+        return finish_growth(u, {x_ + u.write, channels_}, u.keep2);
+      }
+    }
+    T* act = materialised(normalised_, width);
+    parts_.run([&](int64_t, int64_t from, int64_t to) {
+      parts_.tiles(from, to, [&](int64_t i, int64_t n) {
+        normalise_rows<float, T>({{tile(i, n), width}, n, width, read2.scale.data(), read2.shift.data(), {act + i * width, width}});
+      });
+    });
+    const Tensor growth = convolve(u.conv2, width, act);
+    finish_growth(u, {growth.template const_data_ptr<T>(), u.growth}, u.keep2);
   }
+
   // The convolution of what `load` brings into the unit's slot, with dropout, and the slot's moments.
   template <typename Load>
   void grow(const Unit& u, const Tensor& w, int64_t channels, const Load& load, const Optional& keep) {
-    if (by_tiles(w)) {
-      convolve_by_tiles(w, channels, load, slot(u.write));
-      return finish_growth(u, {x_ + u.write, channels_}, keep);
+    if constexpr (kFloat) {
+      if (by_tiles(w)) {
+        convolve_by_tiles(w, channels, load, slot(u.write));
+        return finish_growth(u, {x_ + u.write, channels_}, keep);
+      }
     }
-    const Tensor growth = convolve(w, channels, load);
-    finish_growth(u, {growth.const_data_ptr<float>(), u.growth}, keep);
+    const Tensor growth = convolve(w, channels, materialise(channels, load));
+    finish_growth(u, {growth.template const_data_ptr<T>(), u.growth}, keep);
   }
 
   // A growth into its slot, where it may be already, with dropout; and its moments.
-  void finish_growth(const Unit& u, Slot<const float> growth, const Optional& keep) {
+  void finish_growth(const Unit& u, Slot<const T> growth, const Optional& keep) {
     const bool* kept = keep ? keep->const_data_ptr<bool>() : nullptr;
     if (kept || growth.data != x_ + u.write)
       parts_.run([&](int64_t, int64_t from, int64_t to) {
-        finish_rows({growth.row(from), {}, to - from, u.growth, nullptr, nullptr, nullptr,
+        finish_rows<T, T>({growth.row(from), {}, to - from, u.growth, nullptr, nullptr, nullptr,
                      {kept ? kept + from * u.growth : nullptr, u.growth}, keep_scale_, slot(u.write).row(from)});
       });
     take_moments(u.write, u.growth);
   }
 
   void take_moments(int64_t first, int64_t channels) {
-    if (wanted_) take_moments_of(slot_of(x_, first), channels, moments_.mean.data_ptr<float>() + first, moments_.var.data_ptr<float>() + first);
+    if (wanted_) take_moments_of(slot_of<T>(x_, first), channels, moments_.mean.data_ptr<float>() + first, moments_.var.data_ptr<float>() + first);
   }
 
   // The sum, and its mean and variance where asked for.
@@ -309,7 +350,7 @@ class Block : Convolutions {
   }
 
   // The gradient of some slots once all that read them are done: the mean terms of all BatchNorms at once.
-  void finish_slot(Range r, const Optional& keep, float* out) const {
+  void finish_slot(Range r, const Optional& keep, T* out) const {
     const int64_t n = r.size();
     Floats slope(padded(n)), offset(padded(n)), center(padded(n));
     const double count = static_cast<double>(rows_);
@@ -319,7 +360,7 @@ class Block : Convolutions {
       center[c] = moments_.mean.const_data_ptr<float>()[r.begin + c];
     }
     parts_.run([&](int64_t, int64_t from, int64_t to) {
-      finish_rows({slot_of(total_.const_data_ptr<float>(), r.begin).row(from), slot_of(x_, r.begin).row(from), to - from, n,
+      finish_rows<float, T>({slot_of<float>(total_.const_data_ptr<float>(), r.begin).row(from), slot_of<T>(x_, r.begin).row(from), to - from, n,
                    center.data(), slope.data(), offset.data(),
                    {keep ? keep->const_data_ptr<bool>() + from * n : nullptr, n}, keep_scale_, {out + from * n, n}});
     });
@@ -337,15 +378,16 @@ class Block : Convolutions {
   }
 
   // Through ReLU and BatchNorm into the slots: rows of the columns of what the unit reads.
-  void read_backward(const Unit& u, const Read& read, Range columns, int64_t row, int64_t rows, Slot<const float> act,
-                     Slot<const float> grad, double* sums, int64_t pad) const {
+  template <typename G>
+  void read_backward(const Unit& u, const Read& read, Range columns, int64_t row, int64_t rows, Slot<const T> act,
+                     Slot<const G> grad, double* sums, int64_t pad) const {
     int64_t first = 0;
     for (const Range& r : u.reads) {
       const int64_t from = std::max(columns.begin, first), to = std::min(columns.end, first + r.size());
       if (from < to) {
         const int64_t channel = r.begin + from - first;
         float* total = total_.data_ptr<float>();
-        read_backward_rows({act.column(from - columns.begin), grad.column(from - columns.begin), slot_of(x_, channel).row(row),
+        read_backward_rows<G, T>({act.column(from - columns.begin), grad.column(from - columns.begin), slot_of<T>(x_, channel).row(row),
                             rows, to - from, read.scale.data() + from, nullptr, read.center.data() + from,
                             {sums + from, sums + pad + from}, Slot<float>{total + channel, channels_}.row(row), {}});
       }
@@ -356,17 +398,17 @@ class Block : Convolutions {
   std::vector<Tensor> plain_backward(const Unit& u) {
     const int64_t channels = u.read(), pad = padded(channels);
     const Read read = fold(u.norm1, channels, u.eps1, [&](auto&& each) { slot_moments(u, each); });
-    float* grad = materialised(grad_, u.growth);
+    T* grad = materialised(grad_, u.growth);
     finish_slot({u.write, u.write + u.growth}, u.keep1, grad);
-    auto load = [&](int64_t row, int64_t n, Slot<float> out) { normalise(u, read, {0, channels}, row, n, out); };
+    auto load = [&](int64_t row, int64_t n, Slot<T> out) { normalise(u, read, {0, channels}, row, n, out); };
     auto [dact, dconv] = conv_backward(grad, u.growth, load, channels, u.conv1);
-    const float* d = dact.template const_data_ptr<float>();
+    const T* d = dact.template const_data_ptr<T>();
     std::vector<double> sums(parts_.count * 2 * pad);
     parts_.run([&](int64_t part, int64_t from, int64_t to) {
-      float* act = scratch(0, parts_.tile * channels);
+      T* act = scratch<T>(0, parts_.tile * channels);
       parts_.tiles(from, to, [&](int64_t i, int64_t n) {
         load(i, n, {act, channels});
-        read_backward(u, read, {0, channels}, i, n, {act, channels}, {d + i * channels, channels}, sums.data() + 2 * part * pad, pad);
+        read_backward<T>(u, read, {0, channels}, i, n, {act, channels}, {d + i * channels, channels}, sums.data() + 2 * part * pad, pad);
       });
     });
     const Sums s = total(sums, read, channels);
@@ -380,27 +422,27 @@ class Block : Convolutions {
     if (!mid.defined()) {
       materialised(mid_, width);
       mid = mid_;
-      bottleneck(u, read, mid.data_ptr<float>(), nullptr);
+      bottleneck(u, read, mid.template data_ptr<T>(), nullptr);
     }
-    float* b = mid.data_ptr<float>();
+    T* b = mid.template data_ptr<T>();
     Moment moments;
     moments.mean = mean2.contiguous();
     moments.var = var2.contiguous();
     const Read read2 = fold(u.norm2, width, u.eps2, [&](auto&& each) { each(moments, 0, width); });
 
-    float* grad = materialised(grad_, u.growth);
+    T* grad = materialised(grad_, u.growth);
     finish_slot({u.write, u.write + u.growth}, u.keep2, grad);
-    auto load = [&](int64_t row, int64_t n, Slot<float> out) {
-      normalise_rows({{b + row * width, width}, n, width, read2.scale.data(), read2.shift.data(), out});
+    auto load = [&](int64_t row, int64_t n, Slot<T> out) {
+      normalise_rows<T, T>({{b + row * width, width}, n, width, read2.scale.data(), read2.shift.data(), out});
     };
     auto [dact, dconv2] = conv_backward(grad, u.growth, load, width, u.conv2);
-    float* d = dact.template data_ptr<float>();
+    T* d = dact.template data_ptr<T>();
 
     // Through the second ReLU and BatchNorm; d becomes the gradient of the bottleneck.
     std::vector<double> sums2(parts_.count * 2 * pad2);
     parts_.run([&](int64_t part, int64_t from, int64_t to) {
       double* s = sums2.data() + 2 * part * pad2;
-      read_backward_rows({{}, {d + from * width, width}, {b + from * width, width}, to - from, width, read2.scale.data(),
+      read_backward_rows<T, T>({{}, {d + from * width, width}, {b + from * width, width}, to - from, width, read2.scale.data(),
                           read2.shift.data(), read2.center.data(), {s, s + pad2}, {}, {d + from * width, width}});
     });
     const Sums s2 = total(sums2, read2, width);
@@ -412,35 +454,54 @@ class Block : Convolutions {
       offset[c] = static_cast<float>(-s2.grad[c] / count);
     }
     const Tensor scale2 = as_tensor(read2.scales, buffer_);
-    const Tensor w = u.conv1.reshape({width, channels}).mul(scale2.unsqueeze(1)).contiguous();
-    const float* weights = w.const_data_ptr<float>();
+    const Tensor w = u.conv1.reshape({width, channels}).mul(scale2.unsqueeze(1)).to(kDType).contiguous();
 
     const int64_t blocks = (channels + kColumns - 1) / kColumns, each = std::min(channels, (channels / std::max<int64_t>(blocks, 1) + 31) / 32 * 32);
-    const int64_t tile = parts_.tile;
-    float* products = room(products_, parts_.count * width * channels);
+    // In bfloat16 what a product sums over is even: zeros fill it up.
+    const int64_t tile = kFloat ? parts_.tile : even(parts_.tile), inner = kFloat ? width : even(width);
+    float* products = this->template room<float>(products_, parts_.count * width * channels);
     std::vector<double> sums(parts_.count * 2 * pad);
+    std::vector<T> right(kFloat ? 0 : inner * channels);
+    if constexpr (!kFloat)
+      for (int64_t c = 0; c < channels; c += each)
+        pair({w.template const_data_ptr<T>() + c, channels}, width, std::min(each, channels - c), right.data() + inner * c);
     parts_.run([&](int64_t part, int64_t from, int64_t to) {
-      float *turned = scratch(0, tile * width), *x = scratch(1, tile * each), *dx = scratch(2, tile * each);
-      finish_rows({{d + from * width, width}, {b + from * width, width}, to - from, width, read2.center.data(), slope.data(), offset.data(),
-                   {u.keep1 ? u.keep1->const_data_ptr<bool>() + from * width : nullptr, width}, keep_scale_, {d + from * width, width}});
-      float* product = products + part * width * channels;
-      if (from == to) std::fill_n(product, width * channels, 0.f);
+      T *turned = scratch<T>(0, tile * width), *x = scratch<T>(1, tile * each), *pairs = scratch<T>(2, tile * std::max(each, inner));
+      float* dx = scratch<float>(3, tile * each);
+      finish_rows<T, T>({{d + from * width, width}, {b + from * width, width}, to - from, width, read2.center.data(), slope.data(), offset.data(),
+                         {u.keep1 ? u.keep1->const_data_ptr<bool>() + from * width : nullptr, width}, keep_scale_, {d + from * width, width}});
+      float* product_of = products + part * width * channels;
+      if (from == to) std::fill_n(product_of, width * channels, 0.f);
       for (int64_t c = 0; c < channels; c += each) {
         const int64_t n = std::min(each, channels - c);
         parts_.tiles(from, to, [&](int64_t i, int64_t rows) {
-          const float* db = d + i * width;
-          transpose_rows({{db, width}, rows, width, {turned, tile}});
+          const T* db = d + i * width;
           normalise(u, read, {c, c + n}, i, rows, {x, n});
-          at::native::cpublas::brgemm(width, n, rows, tile, n, channels, i != from, turned, x, product + c);
-          at::native::cpublas::brgemm(rows, n, width, width, channels, n, false, db, weights + c, dx);
-          read_backward(u, read, {c, c + n}, i, rows, {x, n}, {dx, n}, sums.data() + 2 * part * pad, pad);
+          if constexpr (kFloat) {
+            transpose_rows({{db, width}, rows, width, {turned, tile}});
+            at::native::cpublas::brgemm(width, n, rows, tile, n, channels, i != from, turned, x, product_of + c);
+            at::native::cpublas::brgemm(rows, n, width, width, channels, n, false, db, w.template const_data_ptr<T>() + c, dx);
+          } else {
+            turn({db, width}, rows, width, {turned, tile}, pairs);
+            pair({x, n}, rows, n, pairs);
+            product(width, n, even(rows), turned, tile, pairs, product_of + c, channels, i != from);
+            if (inner != width) {
+              for (int64_t k = 0; k < rows; ++k) {
+                std::copy_n(db + k * width, width, pairs + k * inner);
+                pairs[k * inner + width] = T(0);
+              }
+              db = pairs;
+            }
+            product(rows, n, inner, db, inner, right.data() + inner * c, dx, n);
+          }
+          read_backward<float>(u, read, {c, c + n}, i, rows, {x, n}, {dx, n}, sums.data() + 2 * part * pad, pad);
         });
       }
     });
     const Sums s = total(sums, read, channels);
     defer(u, read, s);
-    const Tensor partial = at::from_blob(products, {parts_.count, width, channels}, options_);
-    const Tensor dconv1 = partial.sum(0).mul_(scale2.unsqueeze(1)).reshape(u.conv1.sizes());
+    const Tensor partial = at::from_blob(products, {parts_.count, width, channels}, options_.dtype(at::kFloat));
+    const Tensor dconv1 = partial.sum(0).mul_(scale2.unsqueeze(1)).reshape(u.conv1.sizes()).to(kDType);
     return {dconv1, as_tensor(s.product, buffer_), as_tensor(s.grad, buffer_), dconv2, as_tensor(s2.product, buffer_), as_tensor(s2.grad, buffer_)};
   }
 
@@ -449,7 +510,7 @@ class Block : Convolutions {
   const std::vector<int64_t> summed_;
   std::vector<Unit> units_;
   Tensor buffer_, total_, mid_, grad_, products_;
-  float* x_ = nullptr;
+  T* x_ = nullptr;
   bool wanted_ = true;  // the moments of the slots
   Moment moments_;
   std::vector<double> s1_, s2_;
@@ -462,11 +523,13 @@ std::vector<Tensor> dense_block(const Tensor& x, const std::vector<Tensor>& conv
                                 const std::vector<int64_t>& reads, const std::vector<int64_t>& writes,
                                 const std::vector<double>& eps, int64_t channels, const std::vector<int64_t>& summed,
                                 const Optional& mean, const Optional& var, bool keep,
-                              bool total_moments) {
+                                bool total_moments) {
   WithoutAutocast guard;
   at::NoGradGuard no_grad;
-  return Block(x, conv1, conv2, norms, keeps, keep_scale, reads, writes, eps, x.size(1), channels, summed)
-      .forward(x, mean, var, keep, total_moments);
+  return with_type(x, "x", [&](auto zero) {
+    return Block<decltype(zero)>(x, conv1, conv2, norms, keeps, keep_scale, reads, writes, eps, x.size(1), channels, summed)
+        .forward(x, mean, var, keep, total_moments);
+  });
 }
 
 std::vector<Tensor> dense_block_backward(const Tensor& grad, const Tensor& buffer, const Tensor& mean, const Tensor& var,
@@ -478,8 +541,10 @@ std::vector<Tensor> dense_block_backward(const Tensor& grad, const Tensor& buffe
                                          int64_t inputs, const std::vector<int64_t>& summed) {
   WithoutAutocast guard;
   at::NoGradGuard no_grad;
-  return Block(buffer, conv1, conv2, norms, keeps, keep_scale, reads, writes, eps, inputs, buffer.size(1), summed)
-      .backward(grad, buffer, mean, var, mid_moments, mids);
+  return with_type(buffer, "buffer", [&](auto zero) {
+    return Block<decltype(zero)>(buffer, conv1, conv2, norms, keeps, keep_scale, reads, writes, eps, inputs, buffer.size(1), summed)
+        .backward(grad, buffer, mean, var, mid_moments, mids);
+  });
 }
 
 }  // namespace rkfast

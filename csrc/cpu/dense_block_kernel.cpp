@@ -7,97 +7,150 @@ namespace rkfast {
 inline namespace CPU_CAPABILITY {
 namespace {
 
-using P = Pack<float>;
-using Vec = P::Vec;
-constexpr int64_t kWidth = P::kWidth;
+using Vec = Vectorized<float>;
+using BFloat16 = c10::BFloat16;
+constexpr int kWidth = Vec::size();
 
-// body(c, W, n): W registers of channels from c on, all full, or the last one with n.
-template <typename Body>
-void over_channels(int64_t channels, Body&& body) {
-  along<P, 4>(channels, std::forward<Body>(body));
+// Float or bfloat16 elements in V registers of float.
+template <int V>
+struct Lanes {
+  static constexpr int kLanes = V * kWidth;
+  Vec v[V];
+};
+
+// As many registers as the widest step over a row of T has.
+template <typename T>
+constexpr int kVecs = Pack<T>::kVecs;
+
+template <int V, typename T, typename N>
+inline Lanes<V> load_lanes(const T* p, N n) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const Pack<T> x = load<Pack<T>>(p, n);
+    return {x.v[0], x.v[1]};
+  } else if constexpr (kIsFull<N>) {
+    Lanes<V> x;
+    for (int k = 0; k < V; ++k) x.v[k] = Vec::loadu(p + k * kWidth);
+    return x;
+  } else {
+    Lanes<V> x;
+    for (int k = 0; k < V; ++k) x.v[k] = Vec::loadu(p + k * kWidth, std::clamp(n - k * kWidth, 0, kWidth));
+    return x;
+  }
 }
 
-void normalise(const NormaliseRows& a) {
-  over_channels(a.channels, [&](int64_t c, auto unroll, auto n) {
+template <int V, typename T, typename N>
+inline void store_lanes(const Lanes<V>& x, T* p, N n) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    store(Pack<T>{x.v[0], x.v[1]}, p, n);
+  } else {
+    for (int k = 0; k < V; ++k) {
+      if constexpr (kIsFull<N>) {
+        x.v[k].store(p + k * kWidth);
+      } else if (n > k * kWidth) {
+        x.v[k].store(p + k * kWidth, std::min(n - k * kWidth, kWidth));
+      }
+    }
+  }
+}
+
+// body(c, U, n): U steps of V registers of channels from c on, all full, or the last one with n.
+template <int V, typename Body>
+void over_channels(int64_t channels, Body&& body) {
+  along<Lanes<V>, 4 / V>(channels, std::forward<Body>(body));
+}
+
+template <typename G, typename T>
+void normalise(const NormaliseRows<G, T>& a) {
+  constexpr int V = kVecs<T>;
+  over_channels<V>(a.channels, [&](int64_t c, auto unroll, auto n) {
     constexpr int U = decltype(unroll)::value;
-    Vec scale[U], shift[U];
-    for (int u = 0; u < U; ++u) {
+    Vec scale[U * V], shift[U * V];
+    for (int u = 0; u < U * V; ++u) {
       scale[u] = Vec::loadu(a.scale + c + u * kWidth);
       shift[u] = Vec::loadu(a.shift + c + u * kWidth);
     }
-    const float* x = a.x.data + c;
-    float* out = a.out.data + c;
+    const Vec zero(0.f);
+    const G* x = a.x.data + c;
+    T* out = a.out.data + c;
     const int64_t x_pitch = a.x.pitch, out_pitch = a.out.pitch, rows = a.rows;
     for (int64_t i = 0; i < rows; ++i, x += x_pitch, out += out_pitch) {
       for (int u = 0; u < U; ++u) {
-        P v = load<P>(x + u * kWidth, n);
-        v.v[0] = at::vec::fmadd(v.v[0], scale[u], shift[u]);
-        store(v.relu(), out + u * kWidth, n);
+        Lanes<V> v = load_lanes<V>(x + u * V * kWidth, n);
+        for (int k = 0; k < V; ++k)
+          v.v[k] = at::vec::clamp_min(at::vec::fmadd(v.v[k], scale[u * V + k], shift[u * V + k]), zero);
+        store_lanes<V>(v, out + u * V * kWidth, n);
       }
     }
   });
 }
 
-void moments(const MomentsOfRows& a) {
+template <typename T>
+void moments(const MomentsOfRows<T>& a) {
   Shape s{};
   s.channels_last = true;
   s.length = s.last = a.channels;
   s.inner = a.rows;
   s.outer = s.replicas = 1;
-  ColumnMoments<float> columns(s, a.mean, a.m2);
+  ColumnMoments<T> columns(s, a.mean, a.m2);
   const int64_t tile = tile_rows(s);
   for (int64_t i = 0; i < a.rows; i += tile)
     columns.add(a.x.row(i).data, a.x.pitch, std::min(tile, a.rows - i));
   columns.finish();
 }
 
-template <bool kX, bool kKeep>
-void finish(const FinishRows& a) {
-  over_channels(a.channels, [&](int64_t c, auto unroll, auto n) {
+template <bool kX, bool kKeep, typename G, typename T>
+void finish(const FinishRows<G, T>& a) {
+  constexpr int V = kVecs<T>;
+  over_channels<V>(a.channels, [&](int64_t c, auto unroll, auto n) {
     constexpr int U = decltype(unroll)::value;
-    Vec center[U], slope[U], offset[U];
+    Vec center[U * V], slope[U * V], offset[U * V];
     if constexpr (kX) {
-      for (int u = 0; u < U; ++u) {
+      for (int u = 0; u < U * V; ++u) {
         center[u] = Vec::loadu(a.center + c + u * kWidth);
         slope[u] = Vec::loadu(a.slope + c + u * kWidth);
         offset[u] = Vec::loadu(a.offset + c + u * kWidth);
       }
     }
     const Vec scale(a.keep_scale);
-    const float *grad = a.grad.data + c, *x = kX ? a.x.data + c : nullptr;
+    const G* grad = a.grad.data + c;
+    const T* x = kX ? a.x.data + c : nullptr;
     const bool* keep = kKeep ? a.keep.data + c : nullptr;
-    float* out = a.out.data + c;
+    T* out = a.out.data + c;
     for (int64_t i = 0; i < a.rows; ++i) {
       for (int u = 0; u < U; ++u) {
-        P g = load<P>(grad + i * a.grad.pitch + u * kWidth, n);
+        const int64_t at = u * V * kWidth;
+        Lanes<V> g = load_lanes<V>(grad + i * a.grad.pitch + at, n);
         if constexpr (kX) {
-          const P v = load<P>(x + i * a.x.pitch + u * kWidth, n);
-          g.v[0] = g.v[0] + at::vec::fmadd(v.v[0] - center[u], slope[u], offset[u]);
+          const Lanes<V> v = load_lanes<V>(x + i * a.x.pitch + at, n);
+          for (int k = 0; k < V; ++k)
+            g.v[k] = g.v[k] + at::vec::fmadd(v.v[k] - center[u * V + k], slope[u * V + k], offset[u * V + k]);
         }
         if constexpr (kKeep) {
-          alignas(64) float kept[kWidth];
-          const bool* from = keep + i * a.keep.pitch + u * kWidth;
-          for (int k = 0; k < kWidth; ++k) kept[k] = k < static_cast<int>(n) && from[k] ? 1.f : 0.f;
-          g.v[0] = g.v[0] * scale * Vec::loadu(kept);
+          alignas(64) float kept[V * kWidth];
+          const bool* from = keep + i * a.keep.pitch + at;
+          for (int k = 0; k < V * kWidth; ++k) kept[k] = k < static_cast<int>(n) && from[k] ? 1.f : 0.f;
+          for (int k = 0; k < V; ++k) g.v[k] = g.v[k] * scale * Vec::loadu(kept + k * kWidth);
         }
-        store(g, out + i * a.out.pitch + u * kWidth, n);
+        store_lanes<V>(g, out + i * a.out.pitch + at, n);
       }
     }
   });
 }
 
-void finish_any(const FinishRows& a) {
+template <typename G, typename T>
+void finish_any(const FinishRows<G, T>& a) {
   const bool x = a.x.data != nullptr, keep = a.keep.data != nullptr;
   x ? (keep ? finish<true, true>(a) : finish<true, false>(a)) : (keep ? finish<false, true>(a) : finish<false, false>(a));
 }
 
-template <bool kTotal>  // with act and total, or with masked
-void read_backward(const ReadBackwardRows& a) {
+template <bool kTotal, typename G, typename T>  // with act and total, or with masked
+void read_backward(const ReadBackwardRows<G, T>& a) {
+  constexpr int V = kVecs<T>;
   constexpr int64_t kBlockRows = 64;  // rows whose sums are taken in float
-  over_channels(a.channels, [&](int64_t c, auto unroll, auto n) {
+  over_channels<V>(a.channels, [&](int64_t c, auto unroll, auto n) {
     constexpr int U = decltype(unroll)::value;
-    Vec scale[U], shift[U], center[U];
-    for (int u = 0; u < U; ++u) {
+    Vec scale[U * V], shift[U * V], center[U * V];
+    for (int u = 0; u < U * V; ++u) {
       scale[u] = Vec::loadu(a.scale + c + u * kWidth);
       if constexpr (!kTotal) shift[u] = Vec::loadu(a.shift + c + u * kWidth);
       center[u] = Vec::loadu(a.center + c + u * kWidth);
@@ -107,31 +160,35 @@ void read_backward(const ReadBackwardRows& a) {
     const int64_t total_pitch = a.total.pitch, masked_pitch = a.masked.pitch;
     for (int64_t begin = 0; begin < a.rows; begin += kBlockRows) {
       const int64_t end = std::min(begin + kBlockRows, a.rows);
-      const float* act = kTotal ? a.act.data + begin * act_pitch + c : nullptr;
-      const float* grad = a.grad.data + begin * grad_pitch + c;
-      const float* x = a.x.data + begin * x_pitch + c;
+      const T* act = kTotal ? a.act.data + begin * act_pitch + c : nullptr;
+      const G* grad = a.grad.data + begin * grad_pitch + c;
+      const T* x = a.x.data + begin * x_pitch + c;
       float* total = kTotal ? a.total.data + begin * total_pitch + c : nullptr;
-      float* masked = !kTotal ? a.masked.data + begin * masked_pitch + c : nullptr;
-      Vec s0[U], s1[U];
-      for (int u = 0; u < U; ++u) s0[u] = s1[u] = zero;
+      G* masked = !kTotal ? a.masked.data + begin * masked_pitch + c : nullptr;
+      Vec s0[U * V], s1[U * V];
+      for (int u = 0; u < U * V; ++u) s0[u] = s1[u] = zero;
       for (int64_t i = begin; i < end; ++i) {
         for (int u = 0; u < U; ++u) {
-          P g = load<P>(grad + u * kWidth, n);
-          const P v = load<P>(x + u * kWidth, n);
-          Vec r;
+          const int64_t at = u * V * kWidth;
+          Lanes<V> g = load_lanes<V>(grad + at, n);
+          const Lanes<V> v = load_lanes<V>(x + at, n);
+          Lanes<V> r;
           if constexpr (kTotal) {
-            r = load<P>(act + u * kWidth, n).v[0];
+            r = load_lanes<V>(act + at, n);
           } else {
-            r = at::vec::fmadd(v.v[0], scale[u], shift[u]);
+            for (int k = 0; k < V; ++k) r.v[k] = at::vec::fmadd(v.v[k], scale[u * V + k], shift[u * V + k]);
           }
-          g.v[0] = Vec::blendv(g.v[0], zero, r <= zero);
-          s0[u] = s0[u] + g.v[0];
-          s1[u] = at::vec::fmadd(g.v[0], v.v[0] - center[u], s1[u]);
-          if constexpr (!kTotal) store(g, masked + u * kWidth, n);
+          for (int k = 0; k < V; ++k) {
+            g.v[k] = Vec::blendv(g.v[k], zero, r.v[k] <= zero);
+            s0[u * V + k] = s0[u * V + k] + g.v[k];
+            s1[u * V + k] = at::vec::fmadd(g.v[k], v.v[k] - center[u * V + k], s1[u * V + k]);
+          }
           if constexpr (kTotal) {
-            P sum = load<P>(total + u * kWidth, n);
-            sum.v[0] = at::vec::fmadd(scale[u], g.v[0], sum.v[0]);
-            store(sum, total + u * kWidth, n);
+            Lanes<V> sum = load_lanes<V>(total + at, n);
+            for (int k = 0; k < V; ++k) sum.v[k] = at::vec::fmadd(scale[u * V + k], g.v[k], sum.v[k]);
+            store_lanes<V>(sum, total + at, n);
+          } else {
+            store_lanes<V>(g, masked + at, n);
           }
         }
         grad += grad_pitch, x += x_pitch;
@@ -141,7 +198,7 @@ void read_backward(const ReadBackwardRows& a) {
           masked += masked_pitch;
         }
       }
-      for (int u = 0; u < U; ++u) {
+      for (int u = 0; u < U * V; ++u) {
         alignas(64) float first[kWidth], second[kWidth];
         s0[u].store(first);
         s1[u].store(second);
@@ -155,12 +212,13 @@ void read_backward(const ReadBackwardRows& a) {
   });
 }
 
-void read_backward_any(const ReadBackwardRows& a) {
+template <typename G, typename T>
+void read_backward_any(const ReadBackwardRows<G, T>& a) {
   a.act.data ? read_backward<true>(a) : read_backward<false>(a);
 }
 
 void transpose(const TransposeRows& a) {
-  constexpr int kSide = static_cast<int>(kWidth);
+  constexpr int kSide = kWidth;
   const int64_t rows = a.rows / kSide * kSide, channels = a.channels / kSide * kSide;
   for (int64_t i = 0; i < rows; i += kSide)
     for (int64_t c = 0; c < channels; c += kSide)
@@ -169,11 +227,31 @@ void transpose(const TransposeRows& a) {
     for (int64_t i = c < channels ? rows : 0; i < a.rows; ++i) a.out.row(c).data[i] = a.x.row(i).data[c];
 }
 
-const Enter<NormaliseRows> entered_normalise(normalise_rows, kCapability, normalise);
-const Enter<MomentsOfRows> entered_moments(moments_of_rows, kCapability, moments);
-const Enter<FinishRows> entered_finish(finish_rows, kCapability, finish_any);
-const Enter<ReadBackwardRows> entered_read_backward(read_backward_rows, kCapability, read_backward_any);
+void pair(const PairRows& a) {
+  for (int64_t i = 0; i < a.rows; i += 2) {
+    const uint16_t *low = a.x.row(i).data, *high = low + a.x.pitch;
+    uint32_t* out = a.out.row(i / 2).data;
+    if (i + 1 < a.rows) {
+      for (int64_t c = 0; c < a.channels; ++c) out[c] = low[c] | static_cast<uint32_t>(high[c]) << 16;
+    } else {
+      std::copy_n(low, a.channels, out);
+    }
+  }
+}
+
+template <typename G, typename T>
+struct Entered {
+  Enter<NormaliseRows<G, T>> normalise_{normalise_rows<G, T>, kCapability, normalise<G, T>};
+  Enter<FinishRows<G, T>> finish_{finish_rows<G, T>, kCapability, finish_any<G, T>};
+  Enter<ReadBackwardRows<G, T>> read_backward_{read_backward_rows<G, T>, kCapability, read_backward_any<G, T>};
+};
+const Entered<float, float> entered;
+const Entered<float, BFloat16> entered_mixed;
+const Entered<BFloat16, BFloat16> entered_reduced;
+const Enter<MomentsOfRows<float>> entered_moments(moments_of_rows<float>, kCapability, moments<float>);
+const Enter<MomentsOfRows<BFloat16>> entered_reduced_moments(moments_of_rows<BFloat16>, kCapability, moments<BFloat16>);
 const Enter<TransposeRows> entered_transpose(transpose_rows, kCapability, transpose);
+const Enter<PairRows> entered_pair(pair_rows, kCapability, pair);
 
 }  // namespace
 }  // namespace CPU_CAPABILITY

@@ -87,11 +87,18 @@ struct Backward {
   const void* offset = nullptr;
 };
 
+int cpu_capability();  // 0 DEFAULT, 1 AVX2, 2 AVX512: of the processor, or as ATen was told
+
 template <typename Args>
 struct Dispatch {
   using Kernel = void (*)(const Args&);
-  Kernel by_capability[3] = {};  // DEFAULT, AVX2, AVX512
-  void operator()(const Args& args) const;
+  Kernel by_capability[3] = {};
+
+  void operator()(const Args& args) const {
+    int use = cpu_capability();
+    while (use > 0 && by_capability[use] == nullptr) --use;
+    by_capability[use](args);
+  }
 };
 
 struct MomentsOf {
@@ -101,9 +108,9 @@ struct MomentsOf {
   Moments moments;
 };
 
-extern Dispatch<Combine> combine;
-extern Dispatch<Backward> backward;
-extern Dispatch<MomentsOf> moments_of;
+inline Dispatch<Combine> combine;
+inline Dispatch<Backward> backward;
+inline Dispatch<MomentsOf> moments_of;
 
 template <typename Args>
 struct Enter {

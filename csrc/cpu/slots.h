@@ -1,5 +1,5 @@
-// What dense_block asks of the vectorised kernels, a few rows of channels_last slots at a time. Everything is float; vectors
-// per channel are padded to kPad.
+// What dense_block asks of the vectorised kernels, a few rows of channels_last slots at a time. T is what slots hold, float or
+// bfloat16, and G that or, of what a product leaves, float. Vectors per channel are float, padded to kPad.
 #pragma once
 
 #include <cstdint>
@@ -19,53 +19,72 @@ struct Slot {
 };
 
 // out = relu(scale * x + shift)
+template <typename G, typename T>
 struct NormaliseRows {
-  Slot<const float> x;
+  Slot<const G> x;
   int64_t rows, channels;
   const float *scale, *shift;
-  Slot<float> out;
+  Slot<T> out;
 };
 
 // Mean and sum of squared deviations of each channel, in double.
+template <typename T>
 struct MomentsOfRows {
-  Slot<const float> x;
+  Slot<const T> x;
   int64_t rows, channels;
   double *mean, *m2;
 };
 
-// out = keep_scale * keep * (grad + slope * (x - center) + offset), without what is null. `transposed` [channels][pitch]
-// gets the same.
+// out = keep_scale * keep * (grad + slope * (x - center) + offset), without what is null.
+template <typename G, typename T>
 struct FinishRows {
-  Slot<const float> grad, x;
+  Slot<const G> grad;
+  Slot<const T> x;
   int64_t rows, channels;
   const float *center, *slope, *offset;
   Slot<const bool> keep;
   float keep_scale;
-  Slot<float> out;
+  Slot<T> out;
 };
 
 // With g = grad where act is not <= 0: sums[0] += sum g and sums[1] += sum g * (x - center). With an act also total +=
 // scale * g; without one, where it is scale * x + shift, masked = g.
+template <typename G, typename T>
 struct ReadBackwardRows {
-  Slot<const float> act, grad, x;
+  Slot<const T> act;
+  Slot<const G> grad;
+  Slot<const T> x;
   int64_t rows, channels;
   const float *scale, *shift, *center;
   double* sums[2];
-  Slot<float> total, masked;
+  Slot<float> total;
+  Slot<G> masked;
 };
 
-// out[c][i] = x[i][c]
+// out[c][i] = x[i][c], of any four bytes.
 struct TransposeRows {
   Slot<const float> x;
   int64_t rows, channels;
   Slot<float> out;
 };
 
-extern Dispatch<NormaliseRows> normalise_rows;
-extern Dispatch<MomentsOfRows> moments_of_rows;
-extern Dispatch<FinishRows> finish_rows;
-extern Dispatch<ReadBackwardRows> read_backward_rows;
-extern Dispatch<TransposeRows> transpose_rows;
+// out[i / 2][c] = x[i][c] and x[i + 1][c] in its upper half, 0 beyond the last row.
+struct PairRows {
+  Slot<const uint16_t> x;
+  int64_t rows, channels;
+  Slot<uint32_t> out;
+};
+
+template <typename G, typename T>
+inline Dispatch<NormaliseRows<G, T>> normalise_rows;
+template <typename T>
+inline Dispatch<MomentsOfRows<T>> moments_of_rows;
+template <typename G, typename T>
+inline Dispatch<FinishRows<G, T>> finish_rows;
+template <typename G, typename T>
+inline Dispatch<ReadBackwardRows<G, T>> read_backward_rows;
+inline Dispatch<TransposeRows> transpose_rows;
+inline Dispatch<PairRows> pair_rows;
 
 // Of winograd.h.
 
@@ -102,9 +121,9 @@ struct TransformWeight {
   bool backwards;
 };
 
-extern Dispatch<TransformInput> transform_input;
-extern Dispatch<TransformOutput> transform_output;
-extern Dispatch<TransformGradient> transform_gradient;
-extern Dispatch<TransformWeight> transform_weight;
+inline Dispatch<TransformInput> transform_input;
+inline Dispatch<TransformOutput> transform_output;
+inline Dispatch<TransformGradient> transform_gradient;
+inline Dispatch<TransformWeight> transform_weight;
 
 }  // namespace rkfast

@@ -34,8 +34,9 @@ struct Bands {
 };
 
 // Memory of a thread that outlives the call: fresh pages cost more than the arithmetic on them.
-inline float* scratch(int which, int64_t size) {
-  static thread_local std::vector<float> kept[6];
+template <typename T = float>
+T* scratch(int which, int64_t size) {
+  static thread_local std::vector<T> kept[6];
   if (static_cast<int64_t>(kept[which].size()) < size) kept[which].resize(size);
   return kept[which].data();
 }

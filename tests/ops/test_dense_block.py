@@ -25,6 +25,7 @@ SHAPES = {
     "neck_sum": (4, 4, 2, 8, 2),
     "wide_neck": (2, 270, 20, 24, None),  # more channels than a tile of the backward takes at once, and odd ones
     "tiles": (2, 18, 17, None, None),  # channels enough for the convolution by tiles
+    "odd_neck": (3, 5, 3, 7, None),
 }
 NORMS = ("batch", "frozen", "bare", "cumulative")
 MEMORY = {"plain": ("speed",), "sum": ("speed",), "tiles": ("speed",)}
@@ -70,6 +71,13 @@ class Block:
         other.conv1, other.conv2 = [cast(w) for w in self.conv1], [cast(w) for w in self.conv2]
         for name in ("norm1", "norm2"):
             setattr(other, name, [Norm(*(cast(t) for t in n[:5]), *n[5:]) for n in getattr(self, name)])
+        return other
+
+    def evaluated(self) -> Block:
+        other = object.__new__(Block)
+        other.__dict__.update(self.__dict__)
+        for name in ("norm1", "norm2"):
+            setattr(other, name, [n._replace(training=False) for n in getattr(self, name)])
         return other
 
     def parameters(self) -> list[Tensor]:
@@ -196,26 +204,41 @@ def test_gradcheck(shape: str) -> None:
         assert torch.autograd.gradcheck(run, (x, *parameters), fast_mode=True)
 
 
+def refused(dtype: torch.dtype, target: Target) -> bool:
+    """Whether the C++ kernel says that it does not serve dtype here."""
+    served = dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
+    if target[0] != "cpu" or served:
+        return False
+    expected = "AVX512-BF16" if dtype == torch.bfloat16 else "serves float32 and bfloat16"
+    with dispatch.use("cpu"), pytest.raises(RuntimeError, match=expected):
+        Block("neck").to(dtype).ours(torch.randn(2, 6, 4, 4, dtype=dtype))
+    return True
+
+
+@pytest.mark.parametrize("shape", ("plain", "neck_sum", "wide_neck", "odd_neck"))
+@pytest.mark.parametrize("norms", ("batch", "frozen"))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
-def test_reduced_precision(dtype: torch.dtype, target: Target) -> None:
-    """Where ReLUs flip, the mean error still tells."""
+def test_reduced_precision(dtype: torch.dtype, norms: str, shape: str, target: Target) -> None:
+    """Where ReLUs flip, the mean error over many elements still tells."""
     backend, device = target
-    if backend == "cpu":
-        with dispatch.use(backend), pytest.raises(RuntimeError, match="serves float32"):
-            Block("neck").to(dtype).ours(torch.randn(2, 6, 4, 4, dtype=dtype))
+    if refused(dtype, target):
         return
     torch.manual_seed(5)
     gaps: dict[str, list[float]] = {"ours": [], "plain": []}
     for _ in range(5):
-        block = Block("neck")
-        x = torch.randn(4, 6, 8, 8).to(device, dtype)
-        grad = torch.randn(4, block.channels, 8, 8).to(device, dtype)
+        block = Block(shape, norms)
+        x = torch.randn(16, block.inputs, 9, 7).to(device, dtype)
+        grad = torch.randn(16, block.channels, 9, 7).to(device, dtype)
         exact = block.to(torch.float64, device)
         truth = dict(outcome(exact, exact.plain, x.double(), grad))
+        with torch.no_grad():
+            truth["evaluated"] = exact.evaluated().plain(x.double())
         for run, gap in gaps.items():
             own = block.to(dtype, device)
             with dispatch.use(backend):
                 found = list(outcome(own, getattr(own, run), x, grad))
+                with torch.no_grad():
+                    found.append(("evaluated", getattr(own.evaluated(), run)(x)))
             for name, value in found:
                 if value.is_floating_point():
                     error = (value.double() - truth[name]).square().mean().sqrt()
@@ -373,7 +396,7 @@ def test_why_not() -> None:
     assert "dense_block" in dispatch.explain()
     if native.cpu_reason() is None:
         rejected = dict(dispatch.OPS["dense_block"].last.rejected)
-        assert rejected["cpu"] == "dtype torch.float64: the C++ kernel serves float32"
+        assert rejected["cpu"] == "dtype torch.float64: the C++ kernel serves float32 and bfloat16"
     with pytest.raises(RuntimeError, match=r"torch\.func, .* are not supported"):
         torch.func.vmap(block.ours)(torch.randn(3, 2, 6, 4, 4, dtype=torch.float64))
     x = torch.randn(2, 6, 4, 4, dtype=torch.float64)

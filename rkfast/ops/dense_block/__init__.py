@@ -65,9 +65,15 @@ _ARGS = (
 def _cpu_reason(x: Tensor, dtype: torch.dtype, group: str = "") -> str | None:
     if group:
         return "a group of processes: their sums are shared by the Triton kernels and the reference"
-    if dtype != torch.float32:
-        return f"dtype {dtype}: the C++ kernel serves float32"
+    if dtype == torch.bfloat16 and not _multiplies_bfloat16():
+        return "dtype torch.bfloat16: this processor has no instructions for its products (AVX512-BF16)"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"dtype {dtype}: the C++ kernel serves float32 and bfloat16"
     return _empty_reason(x)
+
+
+def _multiplies_bfloat16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 def _triton_reason(x: Tensor, dtype: torch.dtype) -> str | None:
@@ -338,6 +344,7 @@ def _missing(device: str) -> str | None:
 
 # What torch.compiler.assume_constant_result does; to call it would import the compiler.
 _missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_multiplies_bfloat16._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def dense_block(
