@@ -23,6 +23,7 @@ HEAD = """\
 Written by `python -m tests.ops.served` and checked by `tests/ops/test_served.py`: every cell is a call that was made,
 with the backend forced and its served calls counted. {} dtypes ({}) times {} layouts
 ({}); a dtype alone stands for all of its layouts.
+Convolutions in bfloat16 on a CPU need one with AVX512-BF16, as the one that wrote this has.
 
 """
 HOW = {
