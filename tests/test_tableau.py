@@ -98,6 +98,13 @@ def test_verner() -> None:
     assert fixed.floats()[0][11][6] == pytest.approx((154922 - 40458 * 6**0.5) / 135, rel=1e-14)
 
 
+def test_unmet_conditions() -> None:
+    rk4 = tableau.get("rk4")
+    assert rk4.unmet(4) == ()
+    assert {tableau.vertices(tree) for tree in rk4.unmet(5)} == {5}
+    assert tableau.get("euler").unmet(2) == (((),),)
+
+
 def test_the_check_is_cheap() -> None:
     coefficients = {f.name: getattr(tableau.get("verner89"), f.name) for f in dataclasses.fields(Tableau)}
     start = time.process_time()
