@@ -77,6 +77,14 @@ class Tableau:
         h = Fraction(step)
         return tuple(tuple(float(h * v) for v in row) for row in self.a), tuple(float(h * v) for v in self.b)
 
+    def stability_polynomial(self) -> tuple[Exact, ...]:
+        """Coefficients from the constant on of R(z), by which a step multiplies y where y' = (z / h) y."""
+        found, powers = [Fraction(1)], [Fraction(1)] * self.stages
+        for _ in range(self.stages):
+            found.append(_sum([b * v for b, v in zip(self.b, powers, strict=True)]))
+            powers = [_sum([a * v for a, v in zip(row, powers, strict=True)]) for row in self.a]
+        return tuple(found)
+
     def unmet(self, order: int) -> tuple[Tree, ...]:
         """The rooted trees of at most ``order`` vertices whose conditions b does not satisfy."""
         return tuple(tree for tree, _ in _Conditions(self).unmet(self.b, order))
