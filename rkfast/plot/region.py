@@ -37,7 +37,7 @@ def growth(method: Tableau) -> Tensor:
 
 
 def draw(found: dict[str, Tensor]) -> Any:
-    figure = look.figure(6, 6.5)
+    figure = look.figure(7, 6.5)
     axes = figure.subplots()
     x, y = (torch.linspace(*ends, POINTS).tolist() for ends in (REAL, IMAGINARY))
     seen = [(0.0, 0.0)]

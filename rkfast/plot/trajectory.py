@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=float, nargs="+", default=[0.05, 0.55], metavar="H", help="fixed (0.05 0.55)")
     parser.add_argument("--pair", default="fehlberg45", help="method of the adaptive steps (%(default)s)")
     parser.add_argument("--tol", type=float, default=1e-3, help="error of an adaptive step (%(default)s)")
-    parser.add_argument("--end", type=float, default=3.0, help="time (%(default)s)")
+    parser.add_argument("--end", type=float, default=3.3, help="time (%(default)s)")
 
 
 def data(args: argparse.Namespace) -> tuple[dict[str, Solution]]:
