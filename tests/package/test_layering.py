@@ -23,6 +23,7 @@ LAYERS = {
     "ops": 2,
     "nn": 3,
     "models": 4,
+    "ode": 4,
     "__init__": 5,
     "papers": 5,
     "info": 6,
