@@ -269,7 +269,7 @@ def _form_of(block: nn.Module) -> _Form | None:
     layers = {name for name, child in block._modules.items() if child is not None}
     for form in _FORMS:
         needed = {name for name in form.layers if name.startswith(("conv", "bn"))} | {form.activation}
-        if needed <= layers <= {*form.layers, form.activation} and not block._parameters and not block._buffers:
+        if needed <= layers <= {*form.layers, form.activation}:
             return form if _agrees(form, block) else None
     return None
 

@@ -254,7 +254,7 @@ def _autocast(device: str) -> Callable[[], Any]:
     if not torch.amp.is_autocast_available(device):
         return contextlib.nullcontext
     dtype, on = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-    # Without its cache: a weight cast without grad must not be found there by whoever reads it with grad.
+    # Without its cache: nobody reads a cast a second time, and all would stay until the outermost autocast ends.
     return functools.partial(torch.autocast, device, dtype=dtype, enabled=on, cache_enabled=False)
 
 

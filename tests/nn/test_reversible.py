@@ -139,7 +139,7 @@ def test_statistics_move_once() -> None:
 
 
 def test_autocast_is_as_it_was() -> None:
-    """Whatever it is during the backward; and the weights that the forward has cast are of no use to others."""
+    """Whatever it is during the backward; and a weight that the forward has cast still gets its gradient elsewhere."""
     expected = trained(period(False), images(torch.float32), autocast=True)
     for during in (False, True):
         module = period()
