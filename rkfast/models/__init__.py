@@ -19,8 +19,8 @@ from rkfast.models.ho_resnet import HOResNet as HOResNet
 from rkfast.models.one_period import OnePeriodNet as OnePeriodNet
 from rkfast.models.rkcnn import RKCNN as RKCNN
 from rkfast.models.rknet import RKNet as RKNet
-from rkfast.models.stacking import restack as restack
-from rkfast.models.stacking import unstack as unstack
+from rkfast.models.restack import restack as restack
+from rkfast.models.restack import unstack as unstack
 
 __all__ = [
     "RKCNN",

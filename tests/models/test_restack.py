@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import rkfast
 from rkfast import tableau
-from rkfast.models.stacking import Restacked
+from rkfast.models.restack import Restacked
 from rkfast.nn import Period, PreActBranch
 from tests.models.tester import seen
 from tests.nn.test_step import calls
