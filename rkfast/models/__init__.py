@@ -17,10 +17,10 @@ from rkfast.models.convert import irknet_from_cliquenet as irknet_from_cliquenet
 from rkfast.models.densenet import DenseNet as DenseNet
 from rkfast.models.ho_resnet import HOResNet as HOResNet
 from rkfast.models.one_period import OnePeriodNet as OnePeriodNet
-from rkfast.models.rkcnn import RKCNN as RKCNN
-from rkfast.models.rknet import RKNet as RKNet
 from rkfast.models.restack import restack as restack
 from rkfast.models.restack import unstack as unstack
+from rkfast.models.rkcnn import RKCNN as RKCNN
+from rkfast.models.rknet import RKNet as RKNet
 
 __all__ = [
     "RKCNN",
