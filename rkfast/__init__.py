@@ -9,6 +9,8 @@ from rkfast.dispatch import explain as explain
 from rkfast.dispatch import use as use
 from rkfast.models import create_model as create_model
 from rkfast.models import list_models as list_models
+from rkfast.models import restack as restack
+from rkfast.models import unstack as unstack
 
 if TYPE_CHECKING:
     from rkfast import ode as ode

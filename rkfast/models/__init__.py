@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from rkfast.models import cliquenet, densenet, ho_resnet, rkcnn, rknet
+from rkfast.models import cliquenet, comparators, densenet, ho_resnet, rkcnn, rknet
 from rkfast.models.base import Family
 from rkfast.models.base import ImageModel as ImageModel
 from rkfast.models.cliquenet import CliqueNet as CliqueNet
@@ -16,6 +16,9 @@ from rkfast.models.convert import erknet_from_densenet as erknet_from_densenet
 from rkfast.models.convert import irknet_from_cliquenet as irknet_from_cliquenet
 from rkfast.models.densenet import DenseNet as DenseNet
 from rkfast.models.ho_resnet import HOResNet as HOResNet
+from rkfast.models.one_period import OnePeriodNet as OnePeriodNet
+from rkfast.models.restack import restack as restack
+from rkfast.models.restack import unstack as unstack
 from rkfast.models.rkcnn import RKCNN as RKCNN
 from rkfast.models.rknet import RKNet as RKNet
 
@@ -25,15 +28,19 @@ __all__ = [
     "DenseNet",
     "HOResNet",
     "ImageModel",
+    "OnePeriodNet",
     "RKNet",
     "create_model",
     "erknet_from_densenet",
     "irknet_from_cliquenet",
     "list_models",
+    "restack",
+    "unstack",
 ]
 
 _FAMILIES: dict[str, Family] = {
     **ho_resnet.FAMILIES,
+    **comparators.FAMILIES,
     **rknet.FAMILIES,
     **rkcnn.FAMILIES,
     **densenet.FAMILIES,
@@ -52,7 +59,8 @@ def create_model(name: str, *, fused: bool = True, memory: str = "speed", **opti
     """A model by the name that its paper gives it, in upper or lower case.
 
     Args:
-        name: one of ``list_models()``, or another of such a form: ``ho_resnet-<layers>``;
+        name: one of ``list_models()``, or another of such a form: ``ho_resnet-<layers>``,
+            and in its layout ``revnet-<layers>``, ``polynet-``, ``lm_resnet-`` and ``hyperbolic-`` (second-order CNN);
             ``erknet-<s>x<r>_<s>x<r>_...``, and ``irknet-``, ``rknet-`` alike, with s stages and r steps per period and
             at the end -a for attention in the transitions, -b for bottlenecks, -ab for both;
             ``rkcnn-e-<s>_<s>_...``, ``rkcnn-i-``, ``rkcnn-r-``; ``densenet121``, 161, 169 and 201;
@@ -65,6 +73,9 @@ def create_model(name: str, *, fused: bool = True, memory: str = "speed", **opti
 
             ho_resnet: ``method="rk4"|"midpoint"|"euler"`` ("midpoint" for 30 layers, else "rk4"), ``width=64``,
             ``step=1.0``, ``learn=()`` or some of "a", "b", "h";
+            revnet, polynet, lm_resnet, hyperbolic: ``width=64``;
+            revnet: ``reversible=True``, no activations kept for the backward, which makes them again (fused only);
+            hyperbolic: ``step=1.0``, ``symmetric=False`` or True for Ruthotto and Haber's F, -K^T relu(norm(K y));
             all others: ``drop_rate=0.0``, a dropout after each convolution of the blocks and transitions;
             erknet, rknet: ``growth_rate=36`` and ``m=1``, each an int or one per period,
             ``stem="cifar"|"imagenet"``, ``multiscale``, ``neck`` (4), ``time_channel=False``;

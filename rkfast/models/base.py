@@ -7,15 +7,15 @@ import functools
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from rkfast.nn import CliqueBlock, DenseBlock, RKCNNStep
+from rkfast.nn.norm import statistics_stay
 from rkfast.nn.step import with_moments
 from rkfast.ops import Moments
 from rkfast.ops.dense_block import MEMORY
@@ -142,22 +142,7 @@ def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _contexts(module: nn.Module) -> tuple[Any, Any]:
-    return contextlib.nullcontext(), _statistics_stay(module)
-
-
-@contextlib.contextmanager
-def _statistics_stay(module: nn.Module) -> Iterator[None]:
-    """What is run meanwhile moves copies of the running statistics. (Without any, batch_norm would keep another number
-    of tensors than the first time, which checkpoint refuses.)"""
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
-    kept = [dict(norm._buffers) for norm in norms]
-    for norm in norms:
-        norm._buffers.update({name: b.clone() for name, b in norm._buffers.items() if b is not None})
-    try:
-        yield
-    finally:
-        for norm, buffers in zip(norms, kept, strict=True):
-            norm._buffers.update(buffers)
+    return contextlib.nullcontext(), statistics_stay(module)
 
 
 def init_rk(model: nn.Module) -> None:

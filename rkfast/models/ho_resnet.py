@@ -5,16 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from torch import Tensor, nn
-
 from rkfast import tableau as tableaux
-from rkfast.models.base import MAX_CHANNELS, MAX_LAYERS, Family, ImageModel, common, real, whole
-from rkfast.nn import Period, PreActBranch, RKStep, batch_norm_relu
-from rkfast.nn.norm import reads_moments
+from rkfast.models.base import MAX_CHANNELS, MAX_LAYERS, Family, common, real, whole
+from rkfast.models.one_period import OnePeriodNet
+from rkfast.nn import Period, PreActBranch, RKStep
 from rkfast.tableau import Tableau
 
 
-class HOResNet(ImageModel):
+class HOResNet(OnePeriodNet):
     """A 3x3 stem, Runge-Kutta steps at full resolution, BatchNorm-ReLU, global average pool and a linear layer.
 
     Args:
@@ -42,9 +40,7 @@ class HOResNet(ImageModel):
         learn: Sequence[str] = (),
         fused: bool = True,
     ) -> None:
-        super().__init__(num_classes=num_classes, fused=fused)
-        self.stem = nn.Conv2d(in_chans, width, 3, padding=1, bias=False)
-        self.period = Period(
+        period = Period(
             *(
                 RKStep(
                     tableau,
@@ -56,26 +52,7 @@ class HOResNet(ImageModel):
                 for _ in range(steps)
             )
         )
-        self.norm = nn.BatchNorm2d(width)
-        self.fc = nn.Linear(width, num_classes)
-        self.num_features = width
-        self.feature_info = [{"num_chs": width, "reduction": 1, "module": "period"}]
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def init_classifier(self, linear: nn.Linear) -> None:
-        linear.reset_parameters()
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        wanted = self.fused and reads_moments(self.norm)
-        y, moments = self._period(self.period, self.stem(x), return_moments=wanted)
-        return batch_norm_relu(self.norm, y, moments, fused=self.fused)
-
-    def forward_head(self, features: Tensor | list[Tensor], pre_logits: bool = False) -> Tensor:
-        assert isinstance(features, Tensor)
-        pooled = features.mean((2, 3))
-        return pooled if pre_logits else self.fc(pooled)
+        super().__init__(period, width=width, num_classes=num_classes, in_chans=in_chans, fused=fused)
 
 
 def build(

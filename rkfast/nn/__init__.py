@@ -1,6 +1,7 @@
 """Modules: the parts of which the models are built, with the parameters and keys of their stock PyTorch twins."""
 
 from rkfast.nn.branch import PreActBranch as PreActBranch
+from rkfast.nn.branch import SymmetricBranch as SymmetricBranch
 from rkfast.nn.clique import CliqueBlock as CliqueBlock
 from rkfast.nn.clique import IRKStep as IRKStep
 from rkfast.nn.clique import RKCNNStep as RKCNNStep
@@ -8,7 +9,13 @@ from rkfast.nn.dense import DenseBlock as DenseBlock
 from rkfast.nn.dense import DenseLayer as DenseLayer
 from rkfast.nn.dense import ERKStep as ERKStep
 from rkfast.nn.dense import TimePeriod as TimePeriod
+from rkfast.nn.multistep import LeapfrogStep as LeapfrogStep
+from rkfast.nn.multistep import LMStep as LMStep
+from rkfast.nn.multistep import MultistepPeriod as MultistepPeriod
 from rkfast.nn.norm import batch_norm_relu as batch_norm_relu
+from rkfast.nn.poly import PolyStep as PolyStep
+from rkfast.nn.reversible import RevPeriod as RevPeriod
+from rkfast.nn.reversible import RevStep as RevStep
 from rkfast.nn.step import Period as Period
 from rkfast.nn.step import RKStep as RKStep
 from rkfast.nn.transition import Attention as Attention
@@ -23,12 +30,19 @@ __all__ = [
     "DenseLayer",
     "ERKStep",
     "IRKStep",
+    "LMStep",
+    "LeapfrogStep",
     "MultiscaleHead",
+    "MultistepPeriod",
     "NormPool",
     "Period",
+    "PolyStep",
     "PreActBranch",
     "RKCNNStep",
     "RKStep",
+    "RevPeriod",
+    "RevStep",
+    "SymmetricBranch",
     "TimePeriod",
     "Transition",
     "batch_norm_relu",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rkfast.nn.norm import batch_norm_relu, reads_moments
 from rkfast.ops import Moments
@@ -36,3 +37,43 @@ class PreActBranch(nn.Module):
 
     def extra_repr(self) -> str:
         return f"fused={self.fused}"
+
+
+class SymmetricBranch(nn.Module):
+    """``-K^T relu(norm(K x))``: a 3x3 convolution K without bias, and its transpose with the same weight (Ruthotto and
+    Haber, "Deep Neural Networks Motivated by Partial Differential Equations").
+
+    Without the norm the Jacobian is symmetric and has no positive eigenvalue. It has half the weights of PreActBranch
+    for as many convolutions.
+
+    Args:
+        channels: C of input and output.
+        fused: False takes stock PyTorch operations, with the same parameters and keys.
+
+    Shape: Tensor [N, C, H, W] -> [N, C, H, W].
+    """
+
+    def __init__(self, channels: int, *, fused: bool = True) -> None:
+        super().__init__()
+        self.fused = fused
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = batch_norm_relu(self.norm, self.conv(x), fused=self.fused)
+        # The sign goes into the weight, which is small.
+        return F.conv_transpose2d(z, -self.conv.weight, padding=1)
+
+    def extra_repr(self) -> str:
+        return f"fused={self.fused}"
+
+
+def takes_moments(branch: nn.Module) -> bool:
+    """Whether ``branch(x, moments)`` may be called, and makes use of the moments."""
+    asks = getattr(branch, "reads_moments", None)
+    return asks is not None and asks()
+
+
+def slope(branch: nn.Module, x: Tensor, moments: Moments | None) -> Tensor:
+    """F(x), with x's moments where they are known and the branch takes them."""
+    return branch(x, moments) if moments is not None and takes_moments(branch) else branch(x)

@@ -6,7 +6,8 @@ The module stays a plain nn.BatchNorm2d and the ReLU stays with its owner, so th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -83,6 +84,21 @@ def as_norm(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> Norm:
         norm.eps,
         group_of(norm),
     )
+
+
+@contextlib.contextmanager
+def statistics_stay(module: nn.Module) -> Iterator[None]:
+    """What is run meanwhile moves copies of the running statistics: it is computed again, and they have moved before.
+    (Without any, batch_norm would keep another number of tensors than the first time, which checkpoint refuses.)"""
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
+    kept = [dict(norm._buffers) for norm in norms]
+    for norm in norms:
+        norm._buffers.update({name: b.clone() for name, b in norm._buffers.items() if b is not None})
+    try:
+        yield
+    finally:
+        for norm, buffers in zip(norms, kept, strict=True):
+            norm._buffers.update(buffers)
 
 
 def batch_norm_relu(norm: nn.Module, x: Tensor, moments: Moments | None = None, *, fused: bool = True) -> Tensor:

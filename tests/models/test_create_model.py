@@ -16,7 +16,7 @@ from tests.models.tester import on_meta
 
 def test_every_listed_model_is_built() -> None:
     names = rkfast.list_models()
-    assert len(names) == len(set(names)) == 38
+    assert len(names) == len(set(names)) == 62
     for name in names:
         model = on_meta(name)
         assert isinstance(model, ImageModel)
@@ -60,7 +60,7 @@ def test_options_of_all() -> None:
     ("name", "error", "message"),
     (
         (None, TypeError, "name: expected a str, got NoneType"),
-        ("", ValueError, "name: '' is not a model; expected one of the families ho_resnet, erknet"),
+        ("", ValueError, "name: '' is not a model; expected one of the families ho_resnet, revnet"),
         ("resnet18", ValueError, "name: 'resnet18' is not a model"),
         ("__import__('os')", ValueError, "is not a model"),
         ("erknet-" + "9" * 10_000, ValueError, "is not a model"),
