@@ -14,7 +14,7 @@ from rkfast import tableau as tableaux
 from rkfast.nn import RKStep
 from rkfast.tableau import Tableau
 
-MAX_STEPS = 512
+MAX_STEPS = 256
 # Steps are halved down to an error that is this small by what float64 resolves, and one halving before.
 RESOLVED = 3e-13
 
@@ -84,12 +84,13 @@ class OrderCheck:
 
     @property
     def observed(self) -> float:
-        """The order that b shows with the smallest steps, on the problem where it is lower."""
-        return min(run.orders[-1] for run in self.runs if not run.embedded)
+        """The order that b shows with the smallest steps, on the problem where it is lower; NaN where errors are."""
+        return _least([run.orders[-1] for run in self.runs if not run.embedded])
 
     @property
     def observed_embedded(self) -> float | None:
-        return min((run.orders[-1] for run in self.runs if run.embedded), default=None)
+        found = [run.orders[-1] for run in self.runs if run.embedded]
+        return _least(found) if found else None
 
     @property
     def holds(self) -> bool:
@@ -150,7 +151,8 @@ def run(tableau: Tableau, problem: Problem, *, fused: bool = True) -> Run:
     """The errors of a method on a problem, over halved steps."""
     steps: list[int] = []
     errors: list[float] = []
-    while not steps or (errors[-1] > RESOLVED * 2**tableau.order and steps[-1] < MAX_STEPS):
+    # Coarse steps may end in NaN.
+    while len(steps) < 2 or not (errors[-1] <= RESOLVED * 2**tableau.order or steps[-1] >= MAX_STEPS):
         n = 2 * steps[-1] if steps else 4
         step, y = RKStep(tableau, problem.field, step=problem.time / n, fused=fused), problem.start
         with torch.no_grad():
@@ -158,7 +160,9 @@ def run(tableau: Tableau, problem: Problem, *, fused: bool = True) -> Run:
                 y = step(y)
         steps.append(n)
         errors.append((y - problem.end).abs().max().item())
-    orders = tuple(math.log2(a / b) if a and b else math.nan for a, b in itertools.pairwise(errors))
+    orders = tuple(
+        math.log2(a / b) if 0 < a < math.inf and 0 < b < math.inf else math.nan for a, b in itertools.pairwise(errors)
+    )
     return Run(problem.name, False, tuple(problem.time / n for n in steps), tuple(steps), tuple(errors), orders)
 
 
@@ -174,6 +178,10 @@ def _conditions(tableau: Tableau) -> tuple[tuple[int, int], ...]:
     sizes = range(1, tableau.order + 2)
     unmet = [tableaux.vertices(tree) for tree in tableau.unmet(tableau.order + 1)]
     return tuple((len(tableaux.trees(n)), len(tableaux.trees(n)) - unmet.count(n)) for n in sizes)
+
+
+def _least(orders: list[float]) -> float:
+    return math.nan if any(map(math.isnan, orders)) else min(orders)
 
 
 def _row(*values: float) -> Tensor:

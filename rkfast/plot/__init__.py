@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rkfast.extras import require
 from rkfast.plot import figure4, increments, order, region, trajectory
+from rkfast.plot.output import SUFFIXES, partial_beside
 
 FIGURES = {
     "figure4": figure4,
@@ -23,7 +24,6 @@ FIGURES = {
     "increments": increments,
     "trajectory": trajectory,
 }
-SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         if out.suffix.lower() not in SUFFIXES:
             raise ValueError(f"--out {out}: expected a name that ends in {', '.join(SUFFIXES)}")
         data = module.data(args)
-        partial = _partial(out)
+        partial = partial_beside(out)
     except (RuntimeError, ValueError) as error:
         print(f"rkfast plot: {error}", file=sys.stderr)
         return 2
@@ -55,16 +55,3 @@ def run(args: argparse.Namespace) -> int:
         partial.unlink(missing_ok=True)
     print(f"wrote {out}")
     return 0
-
-
-def _partial(out: Path) -> Path:
-    """An empty file beside out, which takes its place when it is whole."""
-    partial = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        if out.is_dir():
-            raise IsADirectoryError(f"{out} is a folder")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial.touch()
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written: {error}") from error
-    return partial
