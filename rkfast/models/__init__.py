@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from rkfast.models import cliquenet, comparators, densenet, ho_resnet, rkcnn, rknet
+from rkfast.models import cliquenet, comparators, densenet, ho_resnet, resnet, rkcnn, rknet
 from rkfast.models.base import Family
 from rkfast.models.base import ImageModel as ImageModel
 from rkfast.models.cliquenet import CliqueNet as CliqueNet
@@ -17,6 +17,7 @@ from rkfast.models.convert import irknet_from_cliquenet as irknet_from_cliquenet
 from rkfast.models.densenet import DenseNet as DenseNet
 from rkfast.models.ho_resnet import HOResNet as HOResNet
 from rkfast.models.one_period import OnePeriodNet as OnePeriodNet
+from rkfast.models.resnet import ResNet as ResNet
 from rkfast.models.restack import restack as restack
 from rkfast.models.restack import unstack as unstack
 from rkfast.models.rkcnn import RKCNN as RKCNN
@@ -30,6 +31,7 @@ __all__ = [
     "ImageModel",
     "OnePeriodNet",
     "RKNet",
+    "ResNet",
     "create_model",
     "erknet_from_densenet",
     "irknet_from_cliquenet",
@@ -45,6 +47,7 @@ _FAMILIES: dict[str, Family] = {
     **rkcnn.FAMILIES,
     **densenet.FAMILIES,
     **cliquenet.FAMILIES,
+    **resnet.FAMILIES,
 }
 _WORD = re.compile(r"[a-z]{1,16}(?:_[a-z]{1,16})?")
 _MAX_NAME = 256
@@ -65,7 +68,8 @@ def create_model(name: str, *, fused: bool = True, memory: str = "speed", **opti
             at the end -a for attention in the transitions, -b for bottlenecks, -ab for both;
             ``rkcnn-e-<s>_<s>_...``, ``rkcnn-i-``, ``rkcnn-r-``; ``densenet121``, 161, 169 and 201;
             ``densenet-<depth>`` and ``densenet-<depth>-bc`` for CIFAR; ``cliquenet-<T>`` with T convolutions in three
-            blocks and any of a, b and c (compression) at the end.
+            blocks and any of a, b and c (compression) at the end; ``resnet18``, 34, 50, 101 and 152,
+            ``wide_resnet50_2``, ``resnext50_32x4d``, ``seresnet50`` and the like; ``resnet-<6n + 2>`` for CIFAR.
         fused: False builds the same model, with the same parameters and keys, of stock PyTorch operations.
         memory: what fused dense and clique blocks keep for the backward: "speed" their bottlenecks, "min" only slots;
             a model's ``set_memory`` changes it.
@@ -76,6 +80,8 @@ def create_model(name: str, *, fused: bool = True, memory: str = "speed", **opti
             revnet, polynet, lm_resnet, hyperbolic: ``width=64``;
             revnet: ``reversible=True``, no activations kept for the backward, which makes them again (fused only);
             hyperbolic: ``step=1.0``, ``symmetric=False`` or True for Ruthotto and Haber's F, -K^T relu(norm(K y));
+            resnet: where the shape changes ``shortcut="b"``, a 1x1 convolution, or "a", zeros;
+            resnet, wide_resnet, resnext, seresnet: ``stride_in_1x1=False`` or True (the first ResNet's);
             all others: ``drop_rate=0.0``, a dropout after each convolution of the blocks and transitions;
             erknet, rknet: ``growth_rate=36`` and ``m=1``, each an int or one per period,
             ``stem="cifar"|"imagenet"``, ``multiscale``, ``neck`` (4), ``time_channel=False``;
@@ -99,7 +105,7 @@ def create_model(name: str, *, fused: bool = True, memory: str = "speed", **opti
     if word is None or family is None:
         raise ValueError(
             f"name: {name[:64]!r} is not a model; expected one of the families {', '.join(_FAMILIES)}, such as "
-            f"{', '.join(family.names[0] for family in _FAMILIES.values())}"
+            f"{next(iter(_FAMILIES.values())).names[0]}; rkfast.list_models() has more"
         )
     match = family.pattern.fullmatch(known, word.end())
     if match is None:

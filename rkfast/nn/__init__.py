@@ -14,6 +14,11 @@ from rkfast.nn.multistep import LMStep as LMStep
 from rkfast.nn.multistep import MultistepPeriod as MultistepPeriod
 from rkfast.nn.norm import batch_norm_relu as batch_norm_relu
 from rkfast.nn.poly import PolyStep as PolyStep
+from rkfast.nn.residual import BasicBlock as BasicBlock
+from rkfast.nn.residual import Bottleneck as Bottleneck
+from rkfast.nn.residual import PadShortcut as PadShortcut
+from rkfast.nn.residual import Projection as Projection
+from rkfast.nn.residual import SqueezeExcite as SqueezeExcite
 from rkfast.nn.reversible import RevPeriod as RevPeriod
 from rkfast.nn.reversible import RevStep as RevStep
 from rkfast.nn.step import Period as Period
@@ -25,6 +30,8 @@ from rkfast.nn.transition import Transition as Transition
 
 __all__ = [
     "Attention",
+    "BasicBlock",
+    "Bottleneck",
     "CliqueBlock",
     "DenseBlock",
     "DenseLayer",
@@ -35,13 +42,16 @@ __all__ = [
     "MultiscaleHead",
     "MultistepPeriod",
     "NormPool",
+    "PadShortcut",
     "Period",
     "PolyStep",
     "PreActBranch",
+    "Projection",
     "RKCNNStep",
     "RKStep",
     "RevPeriod",
     "RevStep",
+    "SqueezeExcite",
     "SymmetricBranch",
     "TimePeriod",
     "Transition",

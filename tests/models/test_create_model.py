@@ -16,7 +16,7 @@ from tests.models.tester import on_meta
 
 def test_every_listed_model_is_built() -> None:
     names = rkfast.list_models()
-    assert len(names) == len(set(names)) == 62
+    assert len(names) == len(set(names)) == 82
     for name in names:
         model = on_meta(name)
         assert isinstance(model, ImageModel)
@@ -50,6 +50,9 @@ def test_options_of_all() -> None:
         ("densenet-7", {"growth_rate": 4}),
         ("densenet121", {"growth_rate": 2, "init_channels": 4}),
         ("cliquenet-6", {"growth_rate": 4}),
+        ("resnet-8", {"shortcut": "a"}),
+        ("resnet18", {}),
+        ("seresnet50", {"stride_in_1x1": True}),
     ):
         with torch.device("meta"):
             out = rkfast.create_model(name, num_classes=3, in_chans=2, **options)(torch.empty(5, 2, 32, 32))
@@ -61,7 +64,7 @@ def test_options_of_all() -> None:
     (
         (None, TypeError, "name: expected a str, got NoneType"),
         ("", ValueError, "name: '' is not a model; expected one of the families ho_resnet, revnet"),
-        ("resnet18", ValueError, "name: 'resnet18' is not a model"),
+        ("resnet19", ValueError, r"name: 'resnet19' is not a model; expected resnet<18\|34"),
         ("__import__('os')", ValueError, "is not a model"),
         ("erknet-" + "9" * 10_000, ValueError, "is not a model"),
         ("ﬀ", ValueError, "is not a model"),

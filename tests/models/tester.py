@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import rkfast
 from rkfast import papers
-from rkfast.models import OnePeriodNet
+from rkfast.models import OnePeriodNet, ResNet
 from rkfast.nn import Transition
 from rkfast.papers import on_meta as on_meta
 from tests.ops.tester import assert_as_good_as
@@ -173,7 +173,7 @@ def check_interface(name: str, **options: Any) -> None:
 
     model.reset_classifier(7)
     assert model(x).shape == (2, 7) and model.num_classes == 7
-    assert model.get_classifier().bias.eq(0).all() or isinstance(model, OnePeriodNet)
+    assert model.get_classifier().bias.eq(0).all() or isinstance(model, (OnePeriodNet, ResNet))
     model.reset_classifier(0)
     assert torch.equal(model(x), model.forward_head(model.forward_features(x), pre_logits=True))
     with pytest.raises(ValueError, match="num_classes: expected 0 to 1000000, got -1"):

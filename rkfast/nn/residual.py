@@ -1,0 +1,326 @@
+"""Residual blocks (He et al., "Deep Residual Learning for Image Recognition"), with torchvision's names and keys; those
+with a gate have timm's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rkfast.nn.norm import as_norm, batch_norm_relu, batch_norm_sum, fusible, group_of, hooked
+from rkfast.ops import Moments, channel_moments
+from rkfast.ops.channel_moments import moments_dtype
+
+
+class SqueezeExcite(nn.Module):
+    """A gate per sample and channel, ``x * sigmoid(fc2(relu(fc1(mean(x)))))`` (Hu et al., "Squeeze-and-Excitation
+    Networks"), whose linear layers are 1x1 convolutions with bias, as in timm.
+
+    Args:
+        channels: C.
+        reduction: fc1 has C // reduction outputs, at least one.
+
+    Shape: Tensor [N, C, H, W] -> [N, C, H, W].
+    """
+
+    def __init__(self, channels: int, reduction: int = 16) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(channels, max(channels // reduction, 1), 1)
+        self.fc2 = nn.Conv2d(max(channels // reduction, 1), channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(x.mean((2, 3)))[:, :, None, None]
+
+    def gate(self, mean: Tensor) -> Tensor:
+        """The factor [N, C] from the mean of x over H and W, Tensor [N, C]."""
+        return torch.sigmoid(self.fc2(F.relu(self.fc1(mean[:, :, None, None]))))[:, :, 0, 0]
+
+
+class Projection(nn.Sequential):
+    """The shortcut of a block that changes shape, ``norm(conv(x))`` with a 1x1 convolution (option B of the paper).
+
+    Args:
+        in_channels, out_channels, stride: of the convolution.
+        fused: False takes stock PyTorch operations, with the same parameters and keys.
+
+    Shape: Tensor [N, in_channels, H, W] -> [N, out_channels, ceil(H / stride), ceil(W / stride)].
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, *, fused: bool = True) -> None:
+        super().__init__(
+            nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), nn.BatchNorm2d(out_channels)
+        )
+        self.fused = fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, norm = self
+        return batch_norm_sum(norm, conv(x), fused=self.fused)
+
+    def extra_repr(self) -> str:
+        return f"fused={self.fused}"
+
+
+class PadShortcut(nn.Module):
+    """The shortcut without parameters of a block that changes shape: every ``stride``-th row and column, and zeros for
+    the channels that are missing (option A of the paper).
+
+    Shape: Tensor [N, C, H, W] -> [N, C + more, ceil(H / stride), ceil(W / stride)].
+    """
+
+    def __init__(self, more: int, stride: int = 1) -> None:
+        super().__init__()
+        self.more = more
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Indexing in place of a pool would lose channels_last.
+        return F.pad(F.avg_pool2d(x, 1, self.stride), (0, 0, 0, 0, 0, self.more))
+
+    def extra_repr(self) -> str:
+        return f"more={self.more}, stride={self.stride}"
+
+
+class _Residual(nn.Module):
+    """What the blocks share: ``relu(shortcut(x) + step * se(norm(...)))``."""
+
+    expansion = 1
+    relu: nn.Module
+    se: SqueezeExcite | None
+    downsample: nn.Module | None
+
+    def __init__(self, *, fused: bool) -> None:
+        super().__init__()
+        self.fused = fused
+
+    def _norm_relu(self, norm: nn.Module, x: Tensor) -> Tensor:
+        return norm_relu(norm, self.relu, x, fused=self.fused)
+
+    def _join(self, norm: nn.Module, y: Tensor, x: Tensor, step: Tensor | None) -> Tensor:
+        moments = None
+        if self.se is not None and self.fused and fusible(norm) and not group_of(norm) and not hooked(self.se):
+            pooled, moments = _normed_mean(norm, y)
+            gate = self.se.gate(pooled)
+            step = gate if step is None else gate * step
+        elif self.se is not None:
+            norm = nn.Sequential(norm, self.se)
+        identity = x if self.downsample is None else self.downsample(x)
+        fuses = takes_relu(self.relu)
+        out = batch_norm_sum(norm, y, terms=[identity], step=step, relu=fuses, moments=moments, fused=self.fused)
+        return out if fuses else self.relu(out)
+
+    def extra_repr(self) -> str:
+        return f"fused={self.fused}"
+
+
+class BasicBlock(_Residual):
+    """``relu(shortcut(x) + step * F(x))`` with ``F(x) = bn2(conv2(relu(bn1(conv1(x)))))``, two 3x3 convolutions.
+
+    The join is one pass forward, and one reduction and one pass backward (``rkfast.ops.bn_rk_sum``).
+
+    Args:
+        in_channels: of x.
+        width: channels of both convolutions, and of the result.
+        stride: of conv1.
+        downsample: the shortcut of a block that changes shape; None is x itself.
+        reduction: of a SqueezeExcite at the end of F; None is none.
+        fused: False takes stock PyTorch operations, with the same parameters and keys.
+
+    Shape: Tensor [N, in_channels, H, W] -> [N, width, ceil(H / stride), ceil(W / stride)].
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        *,
+        reduction: int | None = None,
+        fused: bool = True,
+    ) -> None:
+        super().__init__(fused=fused)
+        self.conv1 = nn.Conv2d(in_channels, width, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.se = None if reduction is None else SqueezeExcite(width, reduction)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor, step: Tensor | None = None) -> Tensor:
+        """step: a factor of F per channel, Tensor [C]; None is 1."""
+        y = self.conv2(self._norm_relu(self.bn1, self.conv1(x)))
+        return self._join(self.bn2, y, x, step)
+
+
+class Bottleneck(_Residual):
+    """``relu(shortcut(x) + step * F(x))`` with ``F(x) = bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x))))))))``, 1x1, 3x3
+    and 1x1 convolutions.
+
+    The join is one pass forward, and one reduction and one pass backward (``rkfast.ops.bn_rk_sum``).
+
+    Args:
+        in_channels: of x.
+        width: a quarter of the channels of the result.
+        stride: of conv2, or of conv1 with ``stride_in_1x1`` (the original ResNet, which TSC took).
+        downsample, reduction, fused: as in BasicBlock.
+        groups, width_per_group: of conv2, which has ``width * width_per_group // 64 * groups`` channels (ResNeXt, Wide
+            ResNet).
+
+    Shape: Tensor [N, in_channels, H, W] -> [N, 4 * width, ceil(H / stride), ceil(W / stride)].
+    """
+
+    expansion = 4
+
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        *,
+        groups: int = 1,
+        width_per_group: int = 64,
+        stride_in_1x1: bool = False,
+        reduction: int | None = None,
+        fused: bool = True,
+    ) -> None:
+        super().__init__(fused=fused)
+        inner, out = width * width_per_group // 64 * groups, width * self.expansion
+        first, second = (stride, 1) if stride_in_1x1 else (1, stride)
+        self.conv1 = nn.Conv2d(in_channels, inner, 1, stride=first, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, inner, 3, stride=second, padding=1, groups=groups, bias=False)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.conv3 = nn.Conv2d(inner, out, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out)
+        self.relu = nn.ReLU(inplace=True)
+        self.se = None if reduction is None else SqueezeExcite(out, reduction)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor, step: Tensor | None = None) -> Tensor:
+        """step: a factor of F per channel, Tensor [C]; None is 1."""
+        y = self.conv2(self._norm_relu(self.bn1, self.conv1(x)))
+        y = self.conv3(self._norm_relu(self.bn2, y))
+        return self._join(self.bn3, y, x, step)
+
+
+def takes_relu(relu: nn.Module) -> bool:
+    """Whether calling ``relu`` is a ReLU and nothing besides."""
+    return type(relu) is nn.ReLU and not hooked(relu)
+
+
+def norm_relu(norm: nn.Module, relu: nn.Module, x: Tensor, *, fused: bool) -> Tensor:
+    """``relu(norm(x))``, as one op where nobody listens between them."""
+    if takes_relu(relu):
+        return batch_norm_relu(norm, x, fused=fused)
+    return relu(batch_norm_sum(norm, x, fused=fused))
+
+
+class _NormedMean(torch.autograd.Function):
+    """Mean over H and W of BatchNorm's result, from the mean of its input: a gradient [N, C, H, W] that is the same at
+    every position is never made."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        batch_stats: bool,
+        eps: float,
+    ) -> Tensor:
+        hat = _hat(x, mean, var, eps)
+        hat = hat if weight is None else hat * weight
+        return (hat if bias is None else hat + bias).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias, mean, var, ctx.batch_stats, ctx.eps = inputs
+        ctx.save_for_backward(x, weight, bias, mean, var)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight, bias, mean, var = ctx.saved_tensors
+        if ctx.batch_stats and torch.is_grad_enabled():  # differentiable again: they depend on x
+            var, mean = torch.var_mean(x.to(mean.dtype), (0, 2, 3), correction=0)
+        hat, grad = _hat(x, mean, var, ctx.eps), grad.to(mean.dtype)
+        dbias, dweight = grad.sum(0), (grad * hat).sum(0)
+        slope = torch.rsqrt(var + ctx.eps) if weight is None else torch.rsqrt(var + ctx.eps) * weight
+        positions = x.shape[2] * x.shape[3]
+        offset = slope * grad / positions  # [N, C]
+        if ctx.batch_stats:
+            count = x.shape[0] * positions
+            by_x = -slope * dweight * torch.rsqrt(var + ctx.eps) / count
+            offset = offset - slope * dbias / count - by_x * mean
+            dx = torch.addcmul(offset[:, :, None, None], by_x[:, None, None], x.to(mean.dtype)).to(x.dtype)
+        else:
+            dx = offset[:, :, None, None].to(x.dtype).expand_as(x)
+        return (
+            dx,
+            None if weight is None else dweight.to(weight.dtype),
+            None if bias is None else dbias.to(bias.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _hat(x: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    """Mean over H and W of x normalised, Tensor [N, C]."""
+    return (x.mean((2, 3), dtype=mean.dtype) - mean) * torch.rsqrt(var + eps)
+
+
+def _normed_mean(norm: nn.Module, x: Tensor) -> tuple[Tensor, Moments | None]:
+    """Mean of ``norm(x)`` over H and W, Tensor [N, C], and x's moments where norm takes the batch's."""
+    given = as_norm(norm)  # type: ignore[arg-type]  # fusible
+    moments = channel_moments(x.detach()) if given.training else None
+    mean, var = (given.running_mean, given.running_var) if moments is None else moments[:2]
+    assert mean is not None and var is not None  # as_norm trains without them
+    dtype = moments_dtype(x.dtype)
+    mean, var = mean.to(dtype), var.to(dtype)
+    pooled = _NormedMean.apply(x, given.weight, given.bias, mean, var, given.training, given.eps)
+    return pooled, moments
+
+
+class _MaxPool(torch.autograd.Function):
+    """nn.MaxPool2d, which keeps all of its input for the backward to know its size."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, *window: Any) -> tuple[Tensor, Tensor]:
+        return F.max_pool2d_with_indices(x, *window)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, *ctx.window = inputs
+        ctx.given = (x.shape, x.stride())
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: Any) -> Any:
+        if grad is None:
+            return (None,) * 6
+        (indices,) = ctx.saved_tensors
+        shape, strides = ctx.given
+        like = grad.new_empty_strided(shape, strides)
+        *window, ceil_mode = ctx.window
+        pairs = [[v, v] if isinstance(v, int) else list(v) for v in window]
+        dx = torch.ops.aten.max_pool2d_with_indices_backward(grad, like, *pairs, ceil_mode, indices)
+        return (dx, None, None, None, None, None)
+
+
+def max_pool(pool: nn.Module, x: Tensor, *, fused: bool) -> Tensor:
+    """``pool(x)``, which where pool is an nn.MaxPool2d without hooks keeps where the maxima are, and nothing else."""
+    if not fused or type(pool) is not nn.MaxPool2d or hooked(pool) or pool.return_indices:
+        return pool(x)
+    return _MaxPool.apply(x, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)[0]
