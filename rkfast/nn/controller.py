@@ -58,7 +58,7 @@ class OneBiasLSTM(nn.RNNBase):
         self.register_buffer("bias_hh_l0", torch.zeros(4 * size), persistent=False)
         self._init_flat_weights()
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         weights = [self.weight_ih_l0, self.weight_hh_l0, self.bias_ih_l0, self.bias_hh_l0]
         zeros = x.new_zeros(1, 1, self.hidden_size)
         args = (
