@@ -21,7 +21,11 @@ class Controller(nn.Module):
 
     ``forward(weights)``: of each block the weights of the convolutions that the controller reads, Tensors
     [C_out, C_in, ...]; returns Tensor [L, C] in the dtype of the controller's parameters, under autocast too.
+
+    ``held`` are step sizes that several forwards share (``rkfast.tsc.accumulate``); None otherwise.
     """
+
+    held: Tensor | None = None
 
     def __init__(self, blocks: int, channels: int) -> None:
         super().__init__()

@@ -115,9 +115,39 @@ def batch_norm_relu(norm: nn.Module, x: Tensor, moments: Moments | None = None, 
     Returns:
         Tensor [N, C, H, W]. Running statistics and counter advance as in ``norm(x)``.
     """
+    return batch_norm_sum(norm, x, relu=True, moments=moments, fused=fused)
+
+
+def batch_norm_sum(
+    norm: nn.Module,
+    x: Tensor,
+    *,
+    terms: Sequence[Tensor] = (),
+    step: Tensor | None = None,
+    relu: bool = False,
+    moments: Moments | None = None,
+    fused: bool = True,
+) -> Tensor:
+    """``act(sum_j terms[j] + step * norm(x))``, fused on the same conditions as batch_norm_relu.
+
+    Args:
+        norm, x, moments, fused: as in batch_norm_relu.
+        terms: tensors like x.
+        step: None for 1, else a factor per channel [C] or per sample and channel [N, C].
+        relu: whether act is a ReLU, else nothing.
+
+    Returns:
+        Tensor [N, C, H, W]. Running statistics and counter advance as in ``norm(x)``.
+    """
     if not (fused and fusible(norm)):
+        y = norm(x)
         # In place only on what is certainly norm's own: it may be an Identity, or a hook may keep what it returned.
-        return F.relu(norm(x), inplace=isinstance(norm, _BatchNorm) and not hooked(norm))
+        own = isinstance(norm, _BatchNorm) and not hooked(norm)
+        if step is not None:
+            y, own = y * step.to(y.dtype)[..., None, None], True
+        for term in terms:
+            y = y.add_(term) if own and term.dtype == y.dtype else y + term
+        return F.relu(y, inplace=own or bool(terms)) if relu else y
     assert isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm))
     norm._check_input_dim(x)
     given = as_norm(norm)
@@ -127,7 +157,10 @@ def batch_norm_relu(norm: nn.Module, x: Tensor, moments: Moments | None = None, 
         given.bias,
         given.running_mean,
         given.running_var,
-        relu=True,
+        terms=terms,
+        coeffs=[1.0] * len(terms),
+        step=step,
+        relu=relu,
         training=given.training,
         momentum=given.momentum,
         eps=given.eps,
