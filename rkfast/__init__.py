@@ -14,13 +14,14 @@ from rkfast.models import unstack as unstack
 
 if TYPE_CHECKING:
     from rkfast import ode as ode
+    from rkfast import tsc as tsc
 
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name == "ode":  # which networks do without
+    if name in ("ode", "tsc"):  # which most networks do without
         import importlib
 
-        return importlib.import_module("rkfast.ode")
+        return importlib.import_module(f"rkfast.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

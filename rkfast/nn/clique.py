@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rkfast.nn.dense import NormLayer, concatenated, dropout
+from rkfast.nn.dense import NormLayer, concatenated, dropout, scaled
 from rkfast.nn.norm import as_norm, fusible, group_of, one_group, plain_conv
 from rkfast.nn.step import weighted_sum
 from rkfast.ops import Moments, Norm, Stages, clique_block, dense_block
@@ -102,8 +102,11 @@ class CliqueBlock(nn.Module):
         for weight in self.weight2 or ():
             nn.init.kaiming_normal_(weight, nonlinearity="relu")
 
-    def forward(self, y: Tensor) -> Tensor:
-        return self._block(y, sum=False) if self._fusible(y) else concatenated(self._plain(y))
+    def forward(self, y: Tensor, steps: Tensor | None = None) -> Tensor:
+        """steps: a factor of v_i and z_i, Tensor [s, k]; None is 1."""
+        if self._fusible(y):
+            return self._block(y, sum=False, steps=steps)
+        return concatenated(self._plain(y, steps))
 
     def _fusible(self, y: Tensor) -> bool:
         norms = [*self.init_norm1, *self.update_norm1]
@@ -117,9 +120,17 @@ class CliqueBlock(nn.Module):
             and all(map(fusible, norms))
         )
 
-    def _block(self, y: Tensor, *, sum: bool, moments: Moments | None = None, return_moments: bool = False) -> Any:
+    def _block(
+        self,
+        y: Tensor,
+        *,
+        sum: bool,
+        moments: Moments | None = None,
+        return_moments: bool = False,
+        steps: Tensor | None = None,
+    ) -> Any:
         c, k = self.in_channels, self.growth_rate
-        weight1, weight2 = list(self.weight1), [] if self.weight2 is None else list(self.weight2)
+        weight1, weight2 = self._weights(steps)
         neck = self.weight2 is not None
         return clique_block(
             y,
@@ -144,28 +155,36 @@ class CliqueBlock(nn.Module):
             return_moments=return_moments,
         )
 
-    def _plain(self, y: Tensor) -> list[Tensor]:
+    def _weights(self, steps: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+        """weight1 and weight2, those that make v_i and z_i multiplied by their steps."""
+        if self.weight2 is None:
+            return list(self.weight1) if steps is None else scaled(list(self.weight1), steps), []
+        return list(self.weight1), list(self.weight2) if steps is None else scaled(list(self.weight2), steps)
+
+    def _plain(self, y: Tensor, steps: Tensor | None = None) -> list[Tensor]:
         """z_1, ..., z_s."""
         s = self.stages
+        weight1, weight2 = self._weights(steps)
         newest: list[Tensor] = []
         for i in range(s):
             x = concatenated([y, *newest])
-            weight = self.weight1[i][:, : x.shape[1]]
-            norm2 = self.init_norm2[i] if self.weight2 is not None else None
-            newest.append(self._unit(x, i, self.init_norm1[i], weight, norm2))
+            weight = weight1[i][:, : x.shape[1]]
+            neck = (self.init_norm2[i], weight2[i]) if weight2 else None
+            newest.append(self._unit(x, self.init_norm1[i], weight, neck))
         for n in range(self.rounds * s):
             i = n % s
             x = concatenated(newest[:i] + newest[i + 1 :])
-            weight = self.weight1[i][:, self.in_channels :]
-            norm2 = self.update_norm2[n] if self.weight2 is not None else None
-            newest[i] = self._unit(x, i, self.update_norm1[n], weight, norm2)
+            weight = weight1[i][:, self.in_channels :]
+            neck = (self.update_norm2[n], weight2[i]) if weight2 else None
+            newest[i] = self._unit(x, self.update_norm1[n], weight, neck)
         return newest
 
-    def _unit(self, x: Tensor, i: int, norm1: nn.Module, weight: Tensor, norm2: nn.Module | None) -> Tensor:
-        x = F.conv2d(F.relu(norm1(x)), weight, padding=weight.shape[2] // 2)
+    def _unit(self, x: Tensor, norm1: nn.Module, weight1: Tensor, neck: tuple[nn.Module, Tensor] | None) -> Tensor:
+        x = F.conv2d(F.relu(norm1(x)), weight1, padding=weight1.shape[2] // 2)
         x = dropout(x, self.drop_rate, self.training)
-        if norm2 is not None and self.weight2 is not None:
-            x = F.conv2d(F.relu(norm2(x)), self.weight2[i], padding=1)
+        if neck is not None:
+            norm2, weight2 = neck
+            x = F.conv2d(F.relu(norm2(x)), weight2, padding=1)
             x = dropout(x, self.drop_rate, self.training)
         return x
 
@@ -217,7 +236,7 @@ class IRKStep(CliqueBlock):
             fused=fused,
         )
 
-    def forward(self, y: Tensor) -> Tensor:
+    def forward(self, y: Tensor) -> Tensor:  # type: ignore[override]  # its step is within
         return self.forward_with_moments(y)[0]
 
     def forward_with_moments(

@@ -26,6 +26,11 @@ def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
     return F.dropout(x, rate, training) if rate > 0 else x
 
 
+def scaled(weights: Sequence[Tensor], steps: Tensor) -> list[Tensor]:
+    """Convolutions whose results are multiplied by steps, Tensor [len(weights), C_out]."""
+    return [w * h.to(w.dtype)[:, None, None, None] for w, h in zip(weights, steps.unbind(), strict=True)]
+
+
 class DenseLayer(nn.Module):
     """One growth of a dense block, in stock PyTorch operations (Huang et al., "Densely Connected Convolutional
     Networks", section 3).
@@ -146,8 +151,9 @@ class DenseBlock(nn.ModuleDict):
         self.memory = memory
         self.fused = fused
 
-    def forward(self, y: Tensor) -> Tensor:
-        return self._block(y) if self._fusible(y) else self._plain(y)
+    def forward(self, y: Tensor, steps: Tensor | None = None) -> Tensor:
+        """steps: a factor of each growth's channels before it joins, Tensor [layers, k]; None is 1."""
+        return self._block(y, steps=steps) if self._fusible(y) else self._plain(y, steps=steps)
 
     def _fusible(self, y: Tensor) -> bool:
         if not self.fused or self.time_channel or y.dim() != 4 or kernel_reason(y, self._group()) is not None:
@@ -168,16 +174,25 @@ class DenseBlock(nn.ModuleDict):
         return group_of(cast(nn.Module, next(iter(self.values())).norm1))
 
     def _block(
-        self, y: Tensor, sum_of: int | None = None, moments: Moments | None = None, return_moments: bool = False
+        self,
+        y: Tensor,
+        sum_of: int | None = None,
+        moments: Moments | None = None,
+        return_moments: bool = False,
+        *,
+        steps: Tensor | None = None,
     ) -> Any:
         layers = self._layers()
         parts = [layer.parts() for layer in layers]
         necks = parts if layers[0].has_bottleneck else []
+        weights1, weights2 = [part[2].weight for part in parts], [part[5].weight for part in necks]
+        if steps is not None:
+            weights1, weights2 = (weights1, scaled(weights2, steps)) if necks else (scaled(weights1, steps), [])
         return dense_block(
             y,
-            [part[2].weight for part in parts],
+            weights1,
             [as_norm(part[0]) for part in parts],
-            [part[5].weight for part in necks],
+            weights2,
             [as_norm(part[3]) for part in necks],
             sum_of=sum_of,
             drop_rate=self.drop_rate,
@@ -187,10 +202,11 @@ class DenseBlock(nn.ModuleDict):
             return_moments=return_moments,
         )
 
-    def _plain(self, y: Tensor, time: Tensor | None = None) -> Tensor:
+    def _plain(self, y: Tensor, time: Tensor | None = None, *, steps: Tensor | None = None) -> Tensor:
         slots = [y]
-        for layer in self.values():
-            slots.append(layer(concatenated(slots), time))
+        for i, layer in enumerate(self.values()):
+            growth = layer(concatenated(slots), time)
+            slots.append(growth if steps is None else growth * steps[i].to(growth.dtype)[:, None, None])
         return concatenated(slots)
 
     def extra_repr(self) -> str:

@@ -24,6 +24,7 @@ LAYERS = {
     "nn": 3,
     "models": 4,
     "ode": 4,
+    "tsc": 4,
     "__init__": 5,
     "papers": 5,
     "info": 6,

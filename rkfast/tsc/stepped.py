@@ -1,0 +1,348 @@
+"""The modules whose class is swapped: what they compute with step sizes, and how these go into their weights."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from rkfast.nn import CliqueBlock, DenseBlock
+from rkfast.nn.controller import Controller
+from rkfast.nn.norm import batch_norm_sum, hooked
+from rkfast.ops import rk_sum
+
+
+class Form(NamedTuple):
+    """How a residual block is written, ``act(shortcut(x) + behind(norm(inner(x))))``: names of layers, of which some
+    may be missing; ``reads`` are the convolutions that a controller reads."""
+
+    inner: tuple[str, ...]
+    norm: str
+    behind: tuple[str, ...]
+    activation: str
+    reads: tuple[str, ...]
+
+
+def _form(inner: str, norm: str, behind: str, activation: str, reads: str) -> Form:
+    return Form(tuple(inner.split()), norm, tuple(behind.split()), activation, tuple(reads.split()))
+
+
+# With bottleneck the paper reads the 1x1 convolutions alone.
+FORMS = (
+    # torchvision and rkfast, whose gate has timm's name
+    _form("conv1 bn1 relu conv2", "bn2", "se", "relu", "conv1 conv2"),
+    _form("conv1 bn1 relu conv2 bn2 relu conv3", "bn3", "se", "relu", "conv1 conv3"),
+    # timm
+    _form("conv1 bn1 drop_block act1 aa conv2", "bn2", "se drop_path", "act2", "conv1 conv2"),
+    _form("conv1 bn1 act1 conv2 bn2 drop_block act2 aa conv3", "bn3", "se drop_path", "act3", "conv1 conv3"),
+)
+
+
+class Stage(NamedTuple):
+    """Blocks of one size: children of a module, or stages of a CliqueBlock.
+
+    names, channels: of the blocks. reduction: the controller's, unless another is asked for. form: of residual blocks.
+    """
+
+    names: list[str]
+    channels: int
+    reduction: int
+    form: Form | None = None
+
+
+@dataclasses.dataclass
+class Run:
+    """A stage and its controller, which the model holds.
+
+    preserved: what the blocks' weights were divided by, so that the model computes at first what it did before.
+    """
+
+    controller: Controller
+    stage: Stage
+    preserved: float = 1.0
+
+
+class Stepped(nn.Module):
+    """A module whose blocks get step sizes; its class as it was is ``_tsc_class``, and ``_tsc_runs`` are its blocks."""
+
+    _tsc_class: type[nn.Module]
+    _tsc_runs: list[Run]
+
+    @staticmethod
+    def weights(module: Any, stage: Stage) -> list[list[Tensor]]:
+        """Of each block what its controller reads, Tensors [C_out, C_in, ...]."""
+        raise NotImplementedError
+
+    @staticmethod
+    def changes(module: Any, stage: Stage, factors: Tensor, prefix: str) -> list[tuple[Tensor, Tensor]]:
+        """What must be multiplied, and by what, for the blocks' increments to be multiplied by factors, Tensor [L, C].
+        prefix is the module's name.
+
+        Raises:
+            ValueError: it cannot be done, and why.
+        """
+        raise NotImplementedError
+
+    def step_sizes(self, run: Run) -> Tensor:
+        """Tensor [L, C], fresh from the weights, so that they cannot be stale."""
+        held = run.controller.held
+        return run.controller(self.weights(self, run.stage)) if held is None else held
+
+    def restore(self) -> None:
+        """Undo the swap."""
+        del self._tsc_runs
+        self.__class__ = self.__dict__.pop("_tsc_class")
+
+
+class SteppedSequential(Stepped, nn.Sequential):
+    """Residual blocks one behind the other, which get a step size as their second argument."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        starts = {run.stage.names[0]: run for run in self._tsc_runs}
+        sizes: dict[str, Tensor] = {}
+        for name, block in self._modules.items():
+            assert block is not None
+            if name in starts:
+                run = starts[name]
+                sizes.update(zip(run.stage.names, self.step_sizes(run).unbind(), strict=True))
+            x = block(x, sizes[name]) if name in sizes else block(x)
+        return x
+
+    @staticmethod
+    def weights(module: Any, stage: Stage) -> list[list[Tensor]]:
+        assert stage.form is not None
+        blocks = [module._modules[name] for name in stage.names]
+        return [[getattr(block, conv).weight for conv in stage.form.reads] for block in blocks]
+
+    @staticmethod
+    def changes(module: Any, stage: Stage, factors: Tensor, prefix: str) -> list[tuple[Tensor, Tensor]]:
+        assert stage.form is not None
+        found: list[tuple[Tensor, Tensor]] = []
+        for name, factor in zip(stage.names, factors, strict=True):
+            block = module._modules[name]
+            norm = getattr(block, stage.form.norm)
+            if not isinstance(norm, _BatchNorm) or norm.weight is None:
+                raise ValueError(
+                    f"block {name}: {stage.form.norm} is {norm}; expected a BatchNorm with weight and bias"
+                )
+            found += [(norm.weight, factor), (norm.bias, factor)]
+            gate = getattr(block, "se", None)
+            if gate is not None and type(gate) is not nn.Identity:
+                found.append(_squeezed(gate, factor, f"{prefix}.{name}.se"))
+        return found
+
+    def restore(self) -> None:
+        for run in self._tsc_runs:
+            for name in run.stage.names:
+                block = self._modules[name]
+                if isinstance(block, SteppedBlock):
+                    del block._tsc_form
+                    block.__class__ = block.__dict__.pop("_tsc_class")
+        super().restore()
+
+
+class SteppedBlock(nn.Module):
+    """A residual block of another library, ``act(shortcut(x) + step * F(x))``, the join in one pass where F ends with a
+    BatchNorm; ``_tsc_class`` is what it was."""
+
+    _tsc_class: type[nn.Module]
+    _tsc_form: Form
+
+    def forward(self, x: Tensor, step: Tensor | None = None) -> Tensor:
+        """step: Tensor [C]."""
+        if step is None:
+            raise RuntimeError(
+                "this block has a step size, which its container gives it; call the container (and do not checkpoint "
+                "single blocks), or call rkfast.tsc.detach(model) or rkfast.tsc.fold(model) first"
+            )
+        form = self._tsc_form
+        y = x
+        for layer in _present(self, form.inner):
+            y = layer(y)
+        norm, act = getattr(self, form.norm), getattr(self, form.activation)
+        behind = _present(self, form.behind)
+        relu = type(act) is nn.ReLU and not hooked(act)
+        if behind:
+            y = norm(y)
+            for layer in behind:
+                y = layer(y)
+        downsample = getattr(self, "downsample", None)
+        shortcut = x if downsample is None else downsample(x)
+        if behind:
+            out = rk_sum([shortcut, y], [1.0, 1.0], steps=[None, step], relu=relu)
+        else:
+            out = batch_norm_sum(norm, y, terms=[shortcut], step=step, relu=relu)
+        return out if relu else act(out)
+
+
+class SteppedDenseBlock(Stepped, DenseBlock):
+    """DenseNet's block; the step size goes into the convolution that makes the growth."""
+
+    def forward(self, y: Tensor, steps: Tensor | None = None) -> Tensor:
+        return super().forward(y, self.step_sizes(self._tsc_runs[0]) if steps is None else steps)
+
+    @staticmethod
+    def weights(module: Any, stage: Stage) -> list[list[Tensor]]:
+        return [[module._modules[name].parts()[-1].weight] for name in stage.names]
+
+    @staticmethod
+    def changes(module: Any, stage: Stage, factors: Tensor, prefix: str) -> list[tuple[Tensor, Tensor]]:
+        return _convolutions(SteppedDenseBlock.weights(module, stage), factors)
+
+
+class SteppedCliqueBlock(Stepped, CliqueBlock):
+    """CliqueNet's block; one step size per stage, which goes into the convolution that both stages share."""
+
+    def forward(self, y: Tensor, steps: Tensor | None = None) -> Tensor:
+        return super().forward(y, self.step_sizes(self._tsc_runs[0]) if steps is None else steps)
+
+    @staticmethod
+    def weights(module: Any, stage: Stage) -> list[list[Tensor]]:
+        return [[w] for w in (module.weight1 if module.weight2 is None else module.weight2)]
+
+    @staticmethod
+    def changes(module: Any, stage: Stage, factors: Tensor, prefix: str) -> list[tuple[Tensor, Tensor]]:
+        return _convolutions(SteppedCliqueBlock.weights(module, stage), factors)
+
+
+def stages(module: nn.Module, known: dict[Any, bool]) -> tuple[type[Stepped], list[Stage]] | None:
+    """What ``module`` becomes, and its blocks stage by stage; None where it has no blocks of its own. ``known`` are kinds
+    of blocks that have been compared already."""
+    if type(module) is DenseBlock and len(module) and not module.time_channel:
+        return SteppedDenseBlock, [Stage(list(module.keys()), module.growth_rate, 4)]
+    if type(module) is CliqueBlock:
+        return SteppedCliqueBlock, [Stage([str(i) for i in range(module.stages)], module.growth_rate, 4)]
+    if type(module) is not nn.Sequential:
+        return None
+
+    seen: set[nn.Module] = set()
+
+    def signature(child: tuple[str, nn.Module]) -> Any:
+        name, block = child
+        form = form_of(block)
+        if form is None or block in seen:
+            return None, name
+        seen.add(block)
+        kind = type(block), form, tuple((n, type(child)) for n, child in block._modules.items())
+        if kind not in known:
+            known[kind] = takes_step(block) or _agrees(block, form)
+        if not known[kind]:
+            return None, name
+        convs = [getattr(block, conv) for conv in form.reads]
+        return form, convs[-1].out_channels, tuple((c.weight.shape[0], c.weight.shape[2:]) for c in convs)
+
+    found = []
+    for key, children in itertools.groupby(module._modules.items(), signature):
+        if key[0] is not None:
+            form, channels, _ = key
+            found.append(Stage([name for name, _ in children], channels, 8 if "conv3" in form.reads else 4, form))
+    return (SteppedSequential, found) if found else None
+
+
+def swap(module: nn.Module, kind: type[Stepped], runs: list[Run]) -> None:
+    """Let ``module`` take step sizes from the controllers of ``runs``."""
+    if kind is SteppedSequential:
+        for run in runs:
+            for name in run.stage.names:
+                block = module._modules[name]
+                assert block is not None and run.stage.form is not None
+                if not takes_step(block):
+                    _swap_block(block, run.stage.form)
+    module.__dict__.update(_tsc_class=type(module), _tsc_runs=runs)
+    module.__class__ = kind
+
+
+def _swap_block(block: nn.Module, form: Form) -> None:
+    block.__dict__.update(_tsc_class=type(block), _tsc_form=form)
+    block.__class__ = SteppedBlock
+
+
+def stepped(model: nn.Module) -> Iterator[tuple[str, Stepped]]:
+    """The names and modules that ``swap`` made."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, Stepped))
+
+
+def form_of(block: nn.Module) -> Form | None:
+    """The form of a residual block, by the names of its layers; None for whatever else."""
+    layers = _children(block)
+    for form in FORMS:
+        known = {*form.inner, form.norm, *form.behind, form.activation}
+        needed = {name for name in known if name.startswith(("conv", "bn"))} | {form.activation}
+        if needed <= layers <= known | {"downsample"}:
+            return form
+    return None
+
+
+def takes_step(block: nn.Module) -> bool:
+    """Whether a block's forward takes the step size, as those of rkfast do."""
+    return not isinstance(block, SteppedBlock) and "step" in inspect.signature(block.forward).parameters
+
+
+def _children(block: nn.Module) -> frozenset[str]:
+    return frozenset(name for name, child in block._modules.items() if child is not None)
+
+
+def _present(block: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    layers = [block._modules.get(name) for name in names]
+    return [layer for layer in layers if layer is not None and not (type(layer) is nn.Identity and not hooked(layer))]
+
+
+def _agrees(block: nn.Module, form: Form) -> bool:
+    """Whether a copy of the block, with other numbers, computes the same as a SteppedBlock with step sizes of 1."""
+    try:
+        twin: Any = copy.deepcopy(block).to_empty(device="cpu").double()
+        for module in twin.modules():
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                hooks.clear()
+        steppable = copy.deepcopy(twin)
+        _swap_block(steppable, form)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            for p in twin.parameters():
+                p.uniform_(-1, 1).div_(p[0].numel() ** 0.5)
+            for b in twin.buffers():
+                b.uniform_(0.5, 1.5) if b.is_floating_point() else b.zero_()
+            steppable.load_state_dict(twin.state_dict())
+            for training in (True, False):
+                x = torch.randn(2, twin.conv1.in_channels, 8, 8, device="cpu", dtype=torch.double)
+                torch.manual_seed(0)
+                expected = twin.train(training)(x.clone())
+                torch.manual_seed(0)
+                ours = steppable.train(training)(x, expected.new_ones(expected.shape[1]))
+                if not torch.allclose(ours, expected, rtol=1e-8, atol=1e-8):
+                    return False
+    except Exception:  # whatever it is, it is no such block
+        return False
+    return True
+
+
+def _convolutions(weights: list[list[Tensor]], factors: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return [(w, factor[:, None, None, None]) for (w,), factor in zip(weights, factors, strict=True)]
+
+
+def _squeezed(gate: Any, factor: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """What the gate's first layer must be multiplied by, for ``gate(factor * x) = factor * gate(x)``."""
+    if not factor.ne(0).all():
+        raise ValueError(f"model: {name}: its first layer is divided by the step sizes, of which one is 0")
+    weight = getattr(getattr(gate, "fc1", None), "weight", None)
+    if weight is not None and weight.shape[1] == len(factor):
+        inverse = factor.reciprocal().view(-1, *[1] * (weight.dim() - 2))
+        if weight.is_meta:
+            return weight, inverse
+        with torch.no_grad():
+            x = torch.rand(2, len(factor), 3, 3, dtype=torch.double, device=weight.device)
+            before, after = (copy.deepcopy(gate).double().eval() for _ in range(2))
+            after.fc1.weight.mul_(inverse)
+            wide = factor.double()[:, None, None]
+            if torch.allclose(after(wide * x), wide * before(x), rtol=1e-6, atol=1e-9):
+                return weight, inverse
+    raise ValueError(
+        f"model: {name} is {type(gate).__name__}, into which no step size goes; expected squeeze and excitation with a "
+        "layer fc1 over the mean of each channel"
+    )
