@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from rkfast.models import cliquenet, comparators, densenet, ho_resnet, resnet, rkcnn, rknet
+from rkfast.models import cliquenet, comparators, densenet, ho_resnet, resnet, rkcnn, rknet, tsc
 from rkfast.models.base import Family
 from rkfast.models.base import ImageModel as ImageModel
 from rkfast.models.cliquenet import CliqueNet as CliqueNet
@@ -48,6 +48,7 @@ _FAMILIES: dict[str, Family] = {
     **densenet.FAMILIES,
     **cliquenet.FAMILIES,
     **resnet.FAMILIES,
+    **tsc.FAMILIES,
 }
 _WORD = re.compile(r"[a-z]{1,16}(?:_[a-z]{1,16})?")
 _MAX_NAME = 256
@@ -69,7 +70,9 @@ def create_model(name: str, *, fused: bool = True, memory: str = "speed", **opti
             ``rkcnn-e-<s>_<s>_...``, ``rkcnn-i-``, ``rkcnn-r-``; ``densenet121``, 161, 169 and 201;
             ``densenet-<depth>`` and ``densenet-<depth>-bc`` for CIFAR; ``cliquenet-<T>`` with T convolutions in three
             blocks and any of a, b and c (compression) at the end; ``resnet18``, 34, 50, 101 and 152,
-            ``wide_resnet50_2``, ``resnext50_32x4d``, ``seresnet50`` and the like; ``resnet-<6n + 2>`` for CIFAR.
+            ``wide_resnet50_2``, ``resnext50_32x4d``, ``seresnet50`` and the like; ``resnet-<6n + 2>`` for CIFAR;
+            ``tsc_resnet50``, ``tsc_resnext50_32x4d``, ``tsc_seresnet50``, ``tsc_resnet-110``, ``tsc_densenet-40`` and
+            ``tsc_cliquenet-12``, with time stepping controllers and the stride where the first ResNet has it.
         fused: False builds the same model, with the same parameters and keys, of stock PyTorch operations.
         memory: what fused dense and clique blocks keep for the backward: "speed" their bottlenecks, "min" only slots;
             a model's ``set_memory`` changes it.
@@ -82,6 +85,8 @@ def create_model(name: str, *, fused: bool = True, memory: str = "speed", **opti
             hyperbolic: ``step=1.0``, ``symmetric=False`` or True for Ruthotto and Haber's F, -K^T relu(norm(K y));
             resnet: where the shape changes ``shortcut="b"``, a 1x1 convolution, or "a", zeros;
             resnet, wide_resnet, resnext, seresnet: ``stride_in_1x1=False`` or True (the first ResNet's);
+            tsc_...: ``controller="lstm"|"2fc"|"indp"|"fixed"``, ``reduction`` (the paper's), ``value=1.0`` (fixed), as
+            in ``rkfast.tsc.attach``; tsc_cliquenet: ``growth_rate=36``;
             all others: ``drop_rate=0.0``, a dropout after each convolution of the blocks and transitions;
             erknet, rknet: ``growth_rate=36`` and ``m=1``, each an int or one per period,
             ``stem="cifar"|"imagenet"``, ``multiscale``, ``neck`` (4), ``time_channel=False``;

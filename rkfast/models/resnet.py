@@ -180,6 +180,10 @@ def imagenet(
     )
 
 
+def has_bottlenecks(layers: str) -> bool:
+    return IMAGENET[layers][0] is Bottleneck
+
+
 def _block_options(block: type[nn.Module], stride_in_1x1: object) -> dict[str, Any]:
     if not flag("stride_in_1x1", stride_in_1x1):
         return {}

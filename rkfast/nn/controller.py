@@ -3,6 +3,7 @@ Time Stepping Controller for Residual Network Families")."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -105,7 +106,7 @@ class LSTMController(Controller):
 
     def forward(self, weights: Sequence[Sequence[Tensor]]) -> Tensor:
         x = averaged(weights, self.input.weight.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x.device.type):
             return torch.sigmoid(self.output(self.lstm(F.relu(self.input(x)))))
 
     def start_at(self) -> float:
@@ -140,7 +141,7 @@ class FCController(Controller):
 
     def forward(self, weights: Sequence[Sequence[Tensor]]) -> Tensor:
         x = averaged(weights, self.weight_in.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x.device.type):
             x = F.relu(torch.baddbmm(self.bias_in, x[:, None], self.weight_in))
             return torch.sigmoid(torch.baddbmm(self.bias_out, x, self.weight_out))[:, 0]
 
@@ -204,6 +205,12 @@ def averaged(weights: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> Tensor:
         runs = [list(run) for _, run in itertools.groupby(conv, key=_shape)]
         columns.append(torch.cat([torch.stack(run).mean(2).flatten(1) for run in runs]))
     return torch.cat(columns, 1).to(dtype)
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    # Meta tensors, of which parameters are counted, know no autocast.
+    known = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()
 
 
 def features(weights: Sequence[Tensor]) -> int:

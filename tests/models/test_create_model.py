@@ -16,7 +16,7 @@ from tests.models.tester import on_meta
 
 def test_every_listed_model_is_built() -> None:
     names = rkfast.list_models()
-    assert len(names) == len(set(names)) == 82
+    assert len(names) == len(set(names)) == 99
     for name in names:
         model = on_meta(name)
         assert isinstance(model, ImageModel)
@@ -31,7 +31,16 @@ def test_every_listed_model_is_built() -> None:
 
 def test_the_docstring_names_every_option() -> None:
     text = rkfast.create_model.__doc__ or ""
-    for name in ("ho_resnet-10", "erknet-1x1", "irknet-2x1", "rknet-1x1", "rkcnn-i-2", "densenet-40", "cliquenet"):
+    for name in (
+        "ho_resnet-10",
+        "erknet-1x1",
+        "irknet-2x1",
+        "rknet-1x1",
+        "rkcnn-i-2",
+        "densenet-40",
+        "cliquenet",
+        "tsc_resnet-8",
+    ):
         with pytest.raises(TypeError, match="nothing: not an option of") as caught:
             rkfast.create_model(name, nothing=0)
         options = re.sub(".* are ", "", str(caught.value)).split(", ")
