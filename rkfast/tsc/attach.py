@@ -7,8 +7,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from rkfast.nn import CliqueBlock, DenseBlock
 from rkfast.nn.controller import CONTROLLERS, Controller, FixedSteps, features
-from rkfast.tsc.stepped import Run, Stage, Stepped, stages, stepped, swap
+from rkfast.tsc.stepped import Controllers, Run, Stage, Stepped, stages, stepped, swap
 
 
 class BlockSteps(NamedTuple):
@@ -81,6 +82,8 @@ def attach(
         raise ValueError(f"model: attach to the module, then wrap it again; got {type(model).__name__}")
     if next(stepped(model), None) is not None:
         raise ValueError("model: step sizes are attached already; call rkfast.tsc.detach(model) or fold(model) first")
+    if isinstance(model, (DenseBlock, CliqueBlock)):
+        raise ValueError(f"model: a {type(model).__name__} has no place for controllers; attach to what holds it")
     if hasattr(model, "tsc"):
         raise ValueError("model: it has an attribute tsc already, which is where the controllers would be")
     if getattr(model, "grad_checkpointing", False) and not hasattr(model, "set_memory"):
@@ -109,7 +112,7 @@ def attach(
     _apply(changes)
     for module, kind, runs in made:
         swap(module, kind, runs)
-    controllers = nn.ModuleList(run.controller for _, _, runs in made for run in runs)
+    controllers = Controllers(run.controller for _, _, runs in made for run in runs)
     model.add_module("tsc", controllers)
     return list(controllers.parameters())
 
@@ -126,11 +129,10 @@ def detach(model: nn.Module) -> nn.Module:
     """
     found = attached(model)
     changes: list[tuple[Tensor, Tensor]] = []
-    for _, module, run in found:
+    for prefix, module, run in found:
         if run.preserved != 1.0:
-            changes += module.changes(
-                module, run.stage, _uniform(run.preserved, run.stage, module.weights(module, run.stage))
-            )
+            factors = _uniform(run.preserved, run.stage, module.weights(module, run.stage))
+            changes += module.changes(module, run.stage, factors, prefix)
     _apply(changes)
     _restore(model)
     return model
@@ -154,7 +156,7 @@ def freeze(model: nn.Module) -> nn.Module:
         new.steps = sizes
         fixed[run.controller] = run.controller = new
     for home in _homes(model):
-        home.tsc = nn.ModuleList(fixed[cast(Controller, old)] for old in home.tsc)
+        home.tsc = Controllers(fixed[cast(Controller, old)] for old in home.tsc)
     return model
 
 
@@ -263,12 +265,7 @@ def attached(model: nn.Module) -> list[tuple[str, Stepped, Run]]:
 
 def _homes(model: nn.Module) -> list[Any]:
     """The networks that controllers are attached to: model itself, or parts of it."""
-    found = [(module, module._modules.get("tsc")) for module in model.modules()]
-    return [
-        module
-        for module, tsc in found
-        if isinstance(tsc, nn.ModuleList) and all(isinstance(c, Controller) for c in tsc)
-    ]
+    return [module for module in model.modules() if isinstance(module._modules.get("tsc"), Controllers)]
 
 
 def _apply(changes: list[tuple[Tensor, Tensor]]) -> None:

@@ -69,6 +69,14 @@ class Run:
     preserved: float = 1.0
 
 
+class Controllers(nn.ModuleList):
+    """The controllers of a network, as ``network.tsc``; where the network is an nn.Sequential, its last child, which
+    does nothing."""
+
+    def forward(self, x: Any) -> Any:
+        return x
+
+
 class Stepped(nn.Module):
     """A module whose blocks get step sizes; its class as it was is ``_tsc_class``, and ``_tsc_runs`` are its blocks."""
 
@@ -213,8 +221,8 @@ class SteppedCliqueBlock(Stepped, CliqueBlock):
 
 
 def stages(module: nn.Module, known: dict[Any, bool]) -> tuple[type[Stepped], list[Stage]] | None:
-    """What ``module`` becomes, and its blocks stage by stage; None where it has no blocks of its own. ``known`` are kinds
-    of blocks that have been compared already."""
+    """What ``module`` becomes, and its blocks stage by stage; None where it has no blocks of its own. ``known`` are the
+    kinds of blocks that have been compared already."""
     if type(module) is DenseBlock and len(module) and not module.time_channel:
         return SteppedDenseBlock, [Stage(list(module.keys()), module.growth_rate, 4)]
     if type(module) is CliqueBlock:
