@@ -74,7 +74,8 @@ def create_model(name: str, *, fused: bool = True, memory: str = "speed", **opti
             ``tsc_resnet50``, ``tsc_resnext50_32x4d``, ``tsc_seresnet50``, ``tsc_resnet-110``, ``tsc_densenet-40`` and
             ``tsc_cliquenet-12``, with time stepping controllers and the stride where the first ResNet has it.
         fused: False builds the same model, with the same parameters and keys, of stock PyTorch operations.
-        memory: what fused dense and clique blocks keep for the backward: "speed" their bottlenecks, "min" only slots;
+        memory: what fused blocks keep for backward: dense and clique ones "speed" their bottlenecks, "min" only slots;
+            residual ones "speed" what their convolutions make, "min" not what the last and the shortcut's make;
             a model's ``set_memory`` changes it.
         options: ``num_classes``, ``in_chans=3`` for all;
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import re
@@ -10,12 +9,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from rkfast.nn import CliqueBlock, DenseBlock, RKCNNStep
-from rkfast.nn.norm import statistics_stay
+from rkfast.nn import BasicBlock, Bottleneck, CliqueBlock, DenseBlock, RKCNNStep
+from rkfast.nn.norm import recomputed
 from rkfast.nn.step import with_moments
 from rkfast.ops import Moments
 from rkfast.ops.dense_block import MEMORY
@@ -110,14 +107,15 @@ class ImageModel(nn.Module):
         self.grad_checkpointing = enable
 
     def set_memory(self, memory: str) -> ImageModel:
-        """What fused dense and clique blocks keep for the backward: "speed" their bottlenecks, "min" makes them again.
+        """What fused blocks keep for the backward: "speed" their convolutions' results, "min" makes some of them again:
+        bottlenecks of dense and clique blocks, the last convolution and the projection of residual ones.
 
         Raises:
             ValueError: memory is neither."""
         if memory not in MEMORY:
             raise ValueError(f"memory: expected one of {', '.join(MEMORY)}, got {memory!r}")
         for module in self.modules():
-            if isinstance(module, (DenseBlock, CliqueBlock, RKCNNStep)):
+            if isinstance(module, (DenseBlock, CliqueBlock, RKCNNStep, BasicBlock, Bottleneck)):
                 module.memory = memory
         return self
 
@@ -129,20 +127,8 @@ class ImageModel(nn.Module):
         self, period: nn.Module, y: Tensor, moments: Moments | None = None, *, return_moments: bool = False
     ) -> tuple[Tensor, Moments | None]:
         if self.grad_checkpointing:
-            return checkpointed(period, y), None
+            return recomputed(period, period, y), None
         return with_moments(period, y, moments, return_moments=return_moments)
-
-
-def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
-    """``module(x)``, computed again in backward in place of keeping what backward reads."""
-    if not torch.is_grad_enabled():
-        return module(x)
-    contexts = functools.partial(_contexts, module)
-    return checkpoint(module, x, use_reentrant=False, context_fn=contexts)
-
-
-def _contexts(module: nn.Module) -> tuple[Any, Any]:
-    return contextlib.nullcontext(), statistics_stay(module)
 
 
 def init_rk(model: nn.Module) -> None:

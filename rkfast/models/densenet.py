@@ -13,13 +13,12 @@ from rkfast.models.base import (
     MAX_LAYERS,
     Family,
     ImageModel,
-    checkpointed,
     common,
     whole,
 )
 from rkfast.nn import DenseBlock, Transition, batch_norm_relu
 from rkfast.nn.dense import NormLayer
-from rkfast.nn.norm import hooked
+from rkfast.nn.norm import hooked, recomputed
 
 # name: growth rate, layers of each block, channels of the stem
 IMAGENET = {
@@ -49,7 +48,7 @@ class Features(nn.Sequential):
             elif type(module) is nn.ReLU and i and not hooked(module):
                 continue
             elif isinstance(module, DenseBlock) and self.grad_checkpointing:
-                x = checkpointed(module, x)
+                x = recomputed(module, module, x)
             else:
                 x = module(x)
         return x

@@ -7,13 +7,16 @@ The module stays a plain nn.BatchNorm2d and the ReLU stays with its owner, so th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from rkfast.ops import Moments, Norm, bn_rk_sum
 
@@ -99,6 +102,18 @@ def statistics_stay(module: nn.Module) -> Iterator[None]:
     finally:
         for norm, buffers in zip(norms, kept, strict=True):
             norm._buffers.update(buffers)
+
+
+def recomputed(module: nn.Module, run: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
+    """``run(*args)``, a part of module's forward, which backward computes again in place of keeping what it reads."""
+    if not torch.is_grad_enabled():
+        return run(*args)
+    contexts = functools.partial(_contexts, module)
+    return checkpoint(run, *args, use_reentrant=False, context_fn=contexts)
+
+
+def _contexts(module: nn.Module) -> tuple[Any, Any]:
+    return contextlib.nullcontext(), statistics_stay(module)
 
 
 def batch_norm_relu(norm: nn.Module, x: Tensor, moments: Moments | None = None, *, fused: bool = True) -> Tensor:

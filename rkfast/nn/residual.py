@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rkfast.nn.norm import as_norm, batch_norm_relu, batch_norm_sum, fusible, group_of, hooked
-from rkfast.ops import Moments, channel_moments
+from rkfast.nn.norm import as_norm, batch_norm_relu, batch_norm_sum, fusible, group_of, hooked, recomputed
+from rkfast.ops import Moments, Norm, bn_rk_sum, channel_moments, checks
 from rkfast.ops.channel_moments import moments_dtype
 
 
@@ -83,7 +83,8 @@ class PadShortcut(nn.Module):
 
 
 class _Residual(nn.Module):
-    """What the blocks share: ``relu(shortcut(x) + step * se(norm(...)))``."""
+    """What the blocks share: ``relu(shortcut(x) + step * se(norm(...)))``. With ``memory`` "min" fused ones make the
+    last convolution and the shortcut again in backward, and keep what those read."""
 
     expansion = 1
     relu: nn.Module
@@ -93,9 +94,19 @@ class _Residual(nn.Module):
     def __init__(self, *, fused: bool) -> None:
         super().__init__()
         self.fused = fused
+        self.memory = "speed"
 
-    def _norm_relu(self, norm: nn.Module, x: Tensor) -> Tensor:
-        return norm_relu(norm, self.relu, x, fused=self.fused)
+    def _last(self, y: Tensor, x: Tensor, step: Tensor | None) -> Tensor:
+        """The block from the input y of its last but one BatchNorm to its end."""
+        raise NotImplementedError
+
+    def _behind(self, y: Tensor, x: Tensor, step: Tensor | None) -> Tensor:
+        if self.memory == "min" and self.fused and not torch.compiler.is_compiling():
+            return recomputed(self, self._last, y, x, step)
+        return self._last(y, x, step)
+
+    def _norm_conv(self, norm: nn.Module, conv: nn.Module, x: Tensor) -> Tensor:
+        return norm_relu_conv(norm, self.relu, conv, x, fused=self.fused)
 
     def _join(self, norm: nn.Module, y: Tensor, x: Tensor, step: Tensor | None) -> Tensor:
         moments = None
@@ -151,8 +162,10 @@ class BasicBlock(_Residual):
 
     def forward(self, x: Tensor, step: Tensor | None = None) -> Tensor:
         """step: a factor of F per channel, Tensor [C]; None is 1."""
-        y = self.conv2(self._norm_relu(self.bn1, self.conv1(x)))
-        return self._join(self.bn2, y, x, step)
+        return self._behind(self.conv1(x), x, step)
+
+    def _last(self, y: Tensor, x: Tensor, step: Tensor | None) -> Tensor:
+        return self._join(self.bn2, self._norm_conv(self.bn1, self.conv2, y), x, step)
 
 
 class Bottleneck(_Residual):
@@ -202,9 +215,10 @@ class Bottleneck(_Residual):
 
     def forward(self, x: Tensor, step: Tensor | None = None) -> Tensor:
         """step: a factor of F per channel, Tensor [C]; None is 1."""
-        y = self.conv2(self._norm_relu(self.bn1, self.conv1(x)))
-        y = self.conv3(self._norm_relu(self.bn2, y))
-        return self._join(self.bn3, y, x, step)
+        return self._behind(self._norm_conv(self.bn1, self.conv2, self.conv1(x)), x, step)
+
+    def _last(self, y: Tensor, x: Tensor, step: Tensor | None) -> Tensor:
+        return self._join(self.bn3, self._norm_conv(self.bn2, self.conv3, y), x, step)
 
 
 def takes_relu(relu: nn.Module) -> bool:
@@ -217,6 +231,95 @@ def norm_relu(norm: nn.Module, relu: nn.Module, x: Tensor, *, fused: bool) -> Te
     if takes_relu(relu):
         return batch_norm_relu(norm, x, fused=fused)
     return relu(batch_norm_sum(norm, x, fused=fused))
+
+
+class _NormReluConv(torch.autograd.Function):
+    """``conv(relu(norm(x)))``, which keeps x alone and makes what the convolution reads again in backward: one pass for
+    a tensor that need not be kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, given: Norm, window: tuple[Any, ...], x: Tensor, weight: Tensor, bias: Tensor, kernel: Tensor
+    ) -> Tensor:
+        moments = channel_moments(x) if given.training else None
+        mean, var = (given.running_mean, given.running_var) if moments is None else moments[:2]
+        read = bn_rk_sum(
+            x,
+            weight,
+            bias,
+            given.running_mean,
+            given.running_var,
+            relu=True,
+            training=given.training,
+            momentum=given.momentum,
+            eps=given.eps,
+            num_batches_tracked=given.num_batches_tracked,
+            moments=moments,
+        )
+        ctx.call = given.training, given.eps, window
+        ctx.save_for_backward(x, weight, bias, kernel, mean, var)
+        return F.conv2d(read, kernel, None, *window)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        training, eps, window = ctx.call
+        *inputs, kernel, mean, var = ctx.saved_tensors
+        need_kernel, needed = ctx.needs_input_grad[5], ctx.needs_input_grad[2:5]
+        again = torch.is_grad_enabled()  # create_graph
+        with torch.enable_grad():
+            # An alias of its own for each, of which the others are no functions.
+            x, weight, bias = (
+                t if t is None else t.view_as(t) if again else t.detach().requires_grad_(need)
+                for t, need in zip(inputs, needed, strict=True)
+            )
+            read = bn_rk_sum(
+                x,
+                weight,
+                bias,
+                None if training else mean,
+                None if training else var,
+                relu=True,
+                training=training,
+                momentum=None,
+                eps=eps,
+                moments=Moments(mean, var, x.numel() // x.shape[1]) if training else None,
+            )
+        stride, padding, dilation, groups = window
+        dread, dkernel, _ = torch.ops.aten.convolution_backward(
+            grad, read if again else read.detach(), kernel, None, stride, padding, dilation, False, [0, 0], groups,
+            [any(needed), need_kernel, False],
+        )  # fmt: skip
+        sources = [t for t, need in zip((x, weight, bias), needed, strict=True) if need]
+        found = iter(torch.autograd.grad(read, sources, dread, create_graph=again) if sources else ())
+        return (None, None, *(next(found) if need else None for need in needed), dkernel)
+
+
+def norm_relu_conv(norm: nn.Module, relu: nn.Module, conv: nn.Module, x: Tensor, *, fused: bool) -> Tensor:
+    """``conv(relu(norm(x)))``, of which with a gradient only x is kept where all three are plain and nobody listens."""
+    if not (fused and takes_relu(relu) and fusible(norm) and not group_of(norm) and _recomputes(conv, x)):
+        return conv(norm_relu(norm, relu, x, fused=fused))
+    given = as_norm(norm)  # type: ignore[arg-type]  # fusible
+    assert isinstance(conv, nn.Conv2d)
+    window = conv.stride, conv.padding, conv.dilation, conv.groups
+    return _NormReluConv.apply(given, window, x, given.weight, given.bias, conv.weight)
+
+
+def _recomputes(conv: nn.Module, x: Tensor) -> bool:
+    """Whether a gradient is wanted, and conv can be run without calling it. A compiler finds out by itself what to make
+    again; under autocast the convolution would keep another copy."""
+    return (
+        type(conv) is nn.Conv2d
+        and conv.bias is None
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+        and not hooked(conv)
+        and x.dtype == conv.weight.dtype
+        and torch.is_grad_enabled()
+        and x.requires_grad
+        and not torch.compiler.is_compiling()
+        and not checks.autocasts(x)
+        and not checks.transformed((x, conv.weight))
+    )
 
 
 class _NormedMean(torch.autograd.Function):

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import rkfast
+from rkfast import measure, native
 from rkfast.models import ResNet
 from rkfast.nn import BasicBlock, Bottleneck
 from tests.models.tester import (
@@ -163,7 +164,11 @@ def check_as_theirs(theirs: nn.Module, name: str, **options: Any) -> None:
         torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
 
 
-SMALL: list[tuple[str, dict[str, Any]]] = [("resnet-8", {}), ("resnet-14", {"shortcut": "a", "num_classes": 7})]
+SMALL: list[tuple[str, dict[str, Any]]] = [
+    ("resnet-8", {}),
+    ("resnet-14", {"shortcut": "a", "num_classes": 7}),
+    ("resnet-8", {"memory": "min"}),
+]
 
 
 @pytest.mark.parametrize(("name", "options"), SMALL)
@@ -247,3 +252,19 @@ def test_bad_arguments(name: str, options: dict[str, Any], error: type[Exception
     with torch.device("meta"), pytest.raises(error, match=message) as caught:
         rkfast.create_model(name, **options)
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.skipif(native.cpu_reason() is not None, reason="the C++ kernels are not built")
+@pytest.mark.parametrize(
+    ("name", "speed", "least"),
+    (("resnet18", 0.72, 0.6), ("resnet50", 0.82, 0.55), ("seresnet50", 0.75, 0.55)),
+)
+def test_bytes_saved_for_backward(name: str, speed: float, least: float) -> None:
+    """At 128x128, batch 2, as shares of stock PyTorch's: by saved-tensor hooks, without parameters."""
+    x = torch.randn(2, 3, 128, 128)
+    saved = {}
+    for fused, memory in ((False, "speed"), (True, "speed"), (True, "min")):
+        model = rkfast.create_model(name, fused=fused, memory=memory, num_classes=10)
+        saved[fused, memory] = measure.saved_bytes(lambda m=model: m(x), [*model.parameters(), *model.buffers()])
+    assert saved[True, "speed"] <= speed * saved[False, "speed"]
+    assert saved[True, "min"] <= least * saved[False, "speed"]
