@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -86,13 +87,12 @@ def attach(
         raise ValueError(f"model: a {type(model).__name__} has no place for controllers; attach to what holds it")
     if hasattr(model, "tsc"):
         raise ValueError("model: it has an attribute tsc already, which is where the controllers would be")
-    if getattr(model, "grad_checkpointing", False) and not hasattr(model, "set_memory"):
-        raise ValueError("model: it checkpoints its blocks one by one; call model.set_grad_checkpointing(False) first")
     made: list[tuple[nn.Module, type[Stepped], list[Run]]] = []
     changes: list[tuple[Tensor, Tensor]] = []
+    uses = Counter(child for module in model.modules() for child in module._modules.values())
     known: dict[Any, bool] = {}
     for prefix, module in model.named_modules():
-        found = stages(module, known)
+        found = stages(module, uses, known)
         if found is None:
             continue
         kind, runs = found[0], []
