@@ -47,10 +47,11 @@ def attach(
     """Give each residual block a step size per channel, made from the weights by a controller per stage, in place.
 
     ``y' = act(shortcut(y) + dt * F(y))`` (Yang et al., equation 13; a projection shortcut is not scaled); in a
-    DenseNet or CliqueNet dt multiplies what a layer makes before it joins the others, and one dt of a CliqueNet's layer
-    serves both stages. The controller runs in every forward, gradients flow through it into the convolutions' weights,
-    and nothing is kept from one forward to the next; ``accumulate`` runs it once for several. Step sizes have the dtype
-    of the controller's parameters, float32 under autocast.
+    DenseNet or CliqueNet dt multiplies what a layer makes before it joins the others (whose BatchNorms, in training,
+    divide it out again but for their eps), and one dt of a CliqueNet's layer serves both stages. The controller runs in
+    every forward, gradients flow through it into the convolutions' weights, and nothing is kept from one
+    forward to the next; ``accumulate`` runs it once for several. Step sizes have the dtype of the controller's
+    parameters, float32 under autocast.
 
     Served are BasicBlock and Bottleneck of torchvision, timm and rkfast (ResNet, Wide ResNet, ResNeXt, SE-ResNet) in an
     nn.Sequential, others with the same names of layers if they compute the same, and DenseBlocks and CliqueBlocks of

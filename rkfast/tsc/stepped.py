@@ -140,8 +140,8 @@ class SteppedSequential(Stepped, nn.Sequential):
             norm = getattr(block, stage.form.norm)
             if not isinstance(norm, _BatchNorm) or norm.weight is None:
                 raise ValueError(
-                    f"model: {home}.{stage.form.norm} is {type(norm).__name__}, into which no step size goes; expected a "
-                    "BatchNorm with weight and bias"
+                    f"model: {home}.{stage.form.norm} is {type(norm).__name__}, into which no step size goes; expected "
+                    "a BatchNorm with weight and bias"
                 )
             found += [(norm.weight, factor), (norm.bias, factor)]
             gate = getattr(block, "se", None)

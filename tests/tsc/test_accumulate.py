@@ -74,7 +74,7 @@ def test_nothing_to_differentiate() -> None:
 
 def test_errors() -> None:
     model = attached("basic").double()
-    with tsc.accumulate(model), pytest.raises(ValueError, match="model: it is inside `with rkfast.tsc.accumulate"):
+    with tsc.accumulate(model), pytest.raises(ValueError, match="model: it is inside `with rkfast"):
         tsc.fold(model)
     with contextlib.suppress(KeyError), tsc.accumulate(model):
         accumulated(model, micro_batches())
