@@ -349,9 +349,9 @@ def _squeezed(gate: Any, factor: Tensor, name: str) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             x = torch.rand(2, len(factor), 3, 3, dtype=torch.double, device="cpu").to(weight.device)
             before, after = (copy.deepcopy(gate).double().eval() for _ in range(2))
-            after.fc1.weight.mul_(inverse)
             wide = factor.double()[:, None, None]
-            if torch.allclose(after(wide * x), wide * before(x), rtol=1e-6, atol=1e-9):
+            after.fc1.weight.div_(wide.view(inverse.shape))
+            if torch.allclose(after(wide * x), wide * before(x), rtol=1e-9, atol=1e-12):
                 return weight, inverse
     raise ValueError(
         f"model: {name} is {type(gate).__name__}, into which no step size goes; expected squeeze and excitation with a "

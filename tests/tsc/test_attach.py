@@ -22,7 +22,7 @@ from rkfast.nn.controller import CONTROLLERS, Controller
 from rkfast.tsc.stepped import SteppedBlock, SteppedSequential
 from tests.models.test_restack import Basic
 from tests.models.tester import difference, seen
-from tests.tsc.nets import NETS, ResNet, attached, made, plain
+from tests.tsc.nets import NETS, ResNet, SqueezeExcite, attached, made, plain
 
 
 def images(count: int = 4, size: int = 12) -> Tensor:
@@ -418,3 +418,13 @@ def test_torchvision_and_timm(name: str, added: int) -> None:
     tsc.fold(tsc.freeze(model))
     stock.load_state_dict(model.state_dict())
     assert relative(stock(x), out) < 1e-5
+
+
+def test_rounding_of_a_wide_gate_is_no_other_gate() -> None:
+    """Its sums cancel, so that the inverse of a step size, rounded, may change a gate by more than its own rounding."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        gate, factor = SqueezeExcite(1024), torch.rand(1024) + 0.01
+        weight, inverse = tsc.stepped._squeezed(gate, factor, "se")
+        assert weight is gate.fc1.weight
+        torch.testing.assert_close(inverse.flatten(), 1 / factor)
