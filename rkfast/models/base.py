@@ -121,7 +121,7 @@ class ImageModel(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of learned step sizes and coefficients: a smaller one is not a simpler one."""
-        return {name for name, _ in self.named_parameters() if {"sqrt_step", "learned"} & set(name.split("."))}
+        return {name for name, _ in self.named_parameters() if {"sqrt_step", "learned", "steps"} & set(name.split("."))}
 
     def _period(
         self, period: nn.Module, y: Tensor, moments: Moments | None = None, *, return_moments: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -46,10 +47,11 @@ def attach(
     """Give each residual block a step size per channel, made from the weights by a controller per stage, in place.
 
     ``y' = act(shortcut(y) + dt * F(y))`` (Yang et al., equation 13; a projection shortcut is not scaled); in a
-    DenseNet or CliqueNet dt multiplies what a layer makes before it joins the others, and one dt of a CliqueNet's layer
-    serves both stages. The controller runs in every forward, gradients flow through it into the convolutions' weights,
-    and nothing is kept from one forward to the next; ``accumulate`` runs it once for several. Step sizes have the dtype
-    of the controller's parameters, float32 under autocast.
+    DenseNet or CliqueNet dt multiplies what a layer makes before it joins the others (whose BatchNorms, in training,
+    divide it out again but for their eps), and one dt of a CliqueNet's layer serves both stages. The controller runs in
+    every forward, gradients flow through it into the convolutions' weights, and nothing is kept from one
+    forward to the next; ``accumulate`` runs it once for several. Step sizes have the dtype of the controller's
+    parameters, float32 under autocast.
 
     Served are BasicBlock and Bottleneck of torchvision, timm and rkfast (ResNet, Wide ResNet, ResNeXt, SE-ResNet) in an
     nn.Sequential, others with the same names of layers if they compute the same, and DenseBlocks and CliqueBlocks of
@@ -86,13 +88,12 @@ def attach(
         raise ValueError(f"model: a {type(model).__name__} has no place for controllers; attach to what holds it")
     if hasattr(model, "tsc"):
         raise ValueError("model: it has an attribute tsc already, which is where the controllers would be")
-    if getattr(model, "grad_checkpointing", False) and not hasattr(model, "set_memory"):
-        raise ValueError("model: it checkpoints its blocks one by one; call model.set_grad_checkpointing(False) first")
     made: list[tuple[nn.Module, type[Stepped], list[Run]]] = []
     changes: list[tuple[Tensor, Tensor]] = []
+    uses = Counter(child for module in model.modules() for child in module._modules.values())
     known: dict[Any, bool] = {}
     for prefix, module in model.named_modules():
-        found = stages(module, known)
+        found = stages(module, uses, known)
         if found is None:
             continue
         kind, runs = found[0], []

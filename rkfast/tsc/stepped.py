@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import inspect
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -135,15 +136,17 @@ class SteppedSequential(Stepped, nn.Sequential):
         found: list[tuple[Tensor, Tensor]] = []
         for name, factor in zip(stage.names, factors, strict=True):
             block = module._modules[name]
+            home = f"{prefix}.{name}".lstrip(".")
             norm = getattr(block, stage.form.norm)
             if not isinstance(norm, _BatchNorm) or norm.weight is None:
                 raise ValueError(
-                    f"block {name}: {stage.form.norm} is {norm}; expected a BatchNorm with weight and bias"
+                    f"model: {home}.{stage.form.norm} is {type(norm).__name__}, into which no step size goes; expected "
+                    "a BatchNorm with weight and bias"
                 )
             found += [(norm.weight, factor), (norm.bias, factor)]
             gate = getattr(block, "se", None)
             if gate is not None and type(gate) is not nn.Identity:
-                found.append(_squeezed(gate, factor, f"{prefix}.{name}.se"))
+                found.append(_squeezed(gate, factor, f"{home}.se"))
         return found
 
     def restore(self) -> None:
@@ -220,9 +223,12 @@ class SteppedCliqueBlock(Stepped, CliqueBlock):
         return _convolutions(SteppedCliqueBlock.weights(module, stage), factors)
 
 
-def stages(module: nn.Module, known: dict[Any, bool]) -> tuple[type[Stepped], list[Stage]] | None:
-    """What ``module`` becomes, and its blocks stage by stage; None where it has no blocks of its own. ``known`` are the
-    kinds of blocks that have been compared already."""
+def stages(
+    module: nn.Module, uses: Counter[nn.Module | None], known: dict[Any, bool]
+) -> tuple[type[Stepped], list[Stage]] | None:
+    """What ``module`` becomes, and its blocks stage by stage; None where it has no blocks of its own.
+
+    uses: how often each module of the network is somebody's child. known: the kinds of blocks compared already."""
     if type(module) is DenseBlock and len(module) and not module.time_channel:
         return SteppedDenseBlock, [Stage(list(module.keys()), module.growth_rate, 4)]
     if type(module) is CliqueBlock:
@@ -230,14 +236,11 @@ def stages(module: nn.Module, known: dict[Any, bool]) -> tuple[type[Stepped], li
     if type(module) is not nn.Sequential:
         return None
 
-    seen: set[nn.Module] = set()
-
     def signature(child: tuple[str, nn.Module]) -> Any:
         name, block = child
         form = form_of(block)
-        if form is None or block in seen:
+        if form is None or uses[block] > 1:
             return None, name
-        seen.add(block)
         kind = type(block), form, tuple((n, type(child)) for n, child in block._modules.items())
         if kind not in known:
             known[kind] = takes_step(block) or _agrees(block, form)
@@ -343,12 +346,12 @@ def _squeezed(gate: Any, factor: Tensor, name: str) -> tuple[Tensor, Tensor]:
         inverse = factor.reciprocal().view(-1, *[1] * (weight.dim() - 2))
         if weight.is_meta:
             return weight, inverse
-        with torch.no_grad():
-            x = torch.rand(2, len(factor), 3, 3, dtype=torch.double, device=weight.device)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            x = torch.rand(2, len(factor), 3, 3, dtype=torch.double, device="cpu").to(weight.device)
             before, after = (copy.deepcopy(gate).double().eval() for _ in range(2))
-            after.fc1.weight.mul_(inverse)
             wide = factor.double()[:, None, None]
-            if torch.allclose(after(wide * x), wide * before(x), rtol=1e-6, atol=1e-9):
+            after.fc1.weight.div_(wide.view(inverse.shape))
+            if torch.allclose(after(wide * x), wide * before(x), rtol=1e-9, atol=1e-12):
                 return weight, inverse
     raise ValueError(
         f"model: {name} is {type(gate).__name__}, into which no step size goes; expected squeeze and excitation with a "

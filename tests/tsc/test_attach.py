@@ -22,7 +22,7 @@ from rkfast.nn.controller import CONTROLLERS, Controller
 from rkfast.tsc.stepped import SteppedBlock, SteppedSequential
 from tests.models.test_restack import Basic
 from tests.models.tester import difference, seen
-from tests.tsc.nets import NETS, ResNet, attached, made, plain
+from tests.tsc.nets import NETS, ResNet, SqueezeExcite, attached, made, plain
 
 
 def images(count: int = 4, size: int = 12) -> Tensor:
@@ -54,6 +54,10 @@ def test_formula(name: str, training: bool) -> None:
         eager, truth = plain(model), plain(model).double()
         ours, stock, exact = (seen(m, images()) for m in (model, eager, truth))
         assert ours.keys() == exact.keys() and any("tsc" in key for key in ours)
+        if training and not hasattr(model, "layer1"):
+            # Every reader's BatchNorm divides the step sizes out again, but for its eps: of their gradient rounding
+            # leaves little. It is compared in float64, below.
+            exact = {key: value for key, value in exact.items() if not key.startswith("tsc.")}
         for kind in ("out", "x.grad", "parameters", "running_mean", "running_var"):
             failures[kind] += difference(ours, stock, exact, kind) is not None
     assert max(failures.values()) < 3, failures
@@ -209,7 +213,7 @@ def test_autocast() -> None:
         model, twin = attached(name), plain(attached(name))
         heard: list[torch.dtype] = []
         for controller in model.tsc:
-            controller.register_forward_hook(lambda *args: heard.append(args[2].dtype))
+            controller.register_forward_hook(lambda *args, heard=heard: heard.append(args[2].dtype))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out, expected = model(images()), twin(images())
         assert set(heard) == {torch.float32}
@@ -258,9 +262,9 @@ def test_what_is_no_such_block_is_left_alone() -> None:
     assert [b.name for b in tsc.steps(model).blocks] == ["layer1.0", "layer2.0"]
     assert [type(m) for m in model.layer1] == [SteppedBlock, Other, Broken]  # type: ignore[union-attr, arg-type]
     block = Basic(8)
-    shared = nn.Sequential(block, block)
+    shared = nn.Sequential(block, Basic(8), block)
     tsc.attach(shared)
-    assert [b.name for b in tsc.steps(shared).blocks] == ["0"]
+    assert [b.name for b in tsc.steps(shared).blocks] == ["1"] and type(block) is Basic
 
 
 def test_blocks_that_take_a_step_keep_their_class() -> None:
@@ -329,9 +333,6 @@ def test_errors_change_nothing() -> None:
     with pytest.raises(RuntimeError, match="this block has a step size, which its container gives it"):
         model.layer1[0](torch.randn(1, 8, 4, 4))
     tsc.detach(model)
-    model.grad_checkpointing = True
-    with pytest.raises(ValueError, match="model: it checkpoints its blocks one by one"):
-        tsc.attach(model)
     gated = made("squeeze_excite")
     tsc.attach(gated, "indp")
     gated.tsc[0].steps.data[0, 3] = 0
@@ -417,3 +418,13 @@ def test_torchvision_and_timm(name: str, added: int) -> None:
     tsc.fold(tsc.freeze(model))
     stock.load_state_dict(model.state_dict())
     assert relative(stock(x), out) < 1e-5
+
+
+def test_rounding_of_a_wide_gate_is_no_other_gate() -> None:
+    """Its sums cancel, so that the inverse of a step size, rounded, may change a gate by more than its own rounding."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        gate, factor = SqueezeExcite(1024), torch.rand(1024) + 0.01
+        weight, inverse = tsc.stepped._squeezed(gate, factor, "se")
+        assert weight is gate.fc1.weight
+        torch.testing.assert_close(inverse.flatten(), 1 / factor)
