@@ -63,8 +63,8 @@ class Block : Convolutions {
       TORCH_CHECK_VALUE(u.conv1.size(1) == u.read() && (!neck || (u.conv2.size(1) == u.width && u.conv1.size(2) == 1 && u.conv1.size(3) == 1)),
                         "conv1, conv2: channels do not fit the slots that are read");
       for (size_t k = 0; k < 4; ++k) {
-        u.norm1[k] = vector(norms[i * norms_each + k], u.read());
-        if (neck) u.norm2[k] = vector(norms[i * norms_each + 4 + k], u.width);
+        u.norm1[k] = vector("norms", norms[i * norms_each + k], u.read());
+        if (neck) u.norm2[k] = vector("norms", norms[i * norms_each + 4 + k], u.width);
       }
       if (!keeps.empty()) {
         u.keep1 = mask(keeps[i * convs], u.conv1.size(0));
@@ -176,11 +176,6 @@ class Block : Convolutions {
                       "conv1, conv2: expected float32 CPU weights [K, C, n, n], n odd");
     return w;
   }
-  static Optional vector(const Optional& v, int64_t channels) {
-    if (!v) return v;
-    TORCH_CHECK_VALUE(v->is_cpu() && v->numel() == channels, "norms: expected ", channels, " values on the CPU, got ", v->sizes());
-    return v->to(at::kFloat).contiguous();
-  }
   Optional mask(const Optional& m, int64_t channels) const {
     if (!m) return m;
     TORCH_CHECK_VALUE(m->is_cpu() && m->scalar_type() == at::kBool && m->dim() == 4 && m->size(1) == channels && m->numel() == rows_ * channels,
@@ -254,7 +249,7 @@ class Block : Convolutions {
         }
       }
     };
-    winograd(Bands(n_, h_, w_, width + u.growth, at::get_num_threads()), width, u.growth, load, tiles, slot(u.write));
+    winograd(Bands(n_, h_, w_, width + u.growth, at::get_num_threads()), width, u.growth, load, tiles, slot(u.write), kNothing);
     finish_growth(u, {x_ + u.write, channels_}, u.keep2);
   }
   // The convolution of what `load` brings into the unit's slot, with dropout, and the slot's moments.

@@ -96,9 +96,10 @@ void read_backward(const ReadBackwardRows& a) {
   constexpr int64_t kBlockRows = 64;  // rows whose sums are taken in float
   over_channels(a.channels, [&](int64_t c, auto unroll, auto n) {
     constexpr int U = decltype(unroll)::value;
-    Vec scale[U], shift[U], center[U];
+    Vec scale[U], shift[U], center[U], factor[U];
     for (int u = 0; u < U; ++u) {
       scale[u] = Vec::loadu(a.scale + c + u * kWidth);
+      factor[u] = a.scaled ? scale[u] : Vec(1.f);
       if constexpr (!kTotal) shift[u] = Vec::loadu(a.shift + c + u * kWidth);
       center[u] = Vec::loadu(a.center + c + u * kWidth);
     }
@@ -127,7 +128,7 @@ void read_backward(const ReadBackwardRows& a) {
           g.v[0] = Vec::blendv(g.v[0], zero, r <= zero);
           s0[u] = s0[u] + g.v[0];
           s1[u] = at::vec::fmadd(g.v[0], v.v[0] - center[u], s1[u]);
-          if constexpr (!kTotal) store(g, masked + u * kWidth, n);
+          if constexpr (!kTotal) store(P{g.v[0] * factor[u]}, masked + u * kWidth, n);
           if constexpr (kTotal) {
             P sum = load<P>(total + u * kWidth, n);
             sum.v[0] = at::vec::fmadd(scale[u], g.v[0], sum.v[0]);

@@ -45,13 +45,14 @@ struct FinishRows {
 };
 
 // With g = grad where act is not <= 0: sums[0] += sum g and sums[1] += sum g * (x - center). With an act also total +=
-// scale * g; without one, where it is scale * x + shift, masked = g.
+// scale * g; without one, where it is scale * x + shift, masked = g, or scale * g where `scaled`.
 struct ReadBackwardRows {
   Slot<const float> act, grad, x;
   int64_t rows, channels;
   const float *scale, *shift, *center;
   double* sums[2];
   Slot<float> total, masked;
+  bool scaled = false;
 };
 
 // out[c][i] = x[i][c]
