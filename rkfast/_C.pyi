@@ -119,6 +119,7 @@ def bn_relu_conv(
     bias: Tensor | None,
     mean: Tensor | None,
     var: Tensor | None,
+    channels_last: bool,
     eps: float,
     moments: bool,
 ) -> list[Tensor]: ...
@@ -130,6 +131,7 @@ def bn_relu_conv_backward(
     bias: Tensor | None,
     mean: Tensor,
     var: Tensor,
+    channels_last: bool,
     batch_stats: bool,
     eps: float,
     need_x: bool,

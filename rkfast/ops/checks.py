@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from rkfast import native
+from rkfast import dispatch, native
 from rkfast.ops import layout
 
 MAX_TERMS = 16
@@ -97,6 +97,19 @@ def vector(v: object, x: Tensor, name: str, per_sample: bool = False, channels: 
         raise ValueError(f"{name}: shape {list(shape)} does not fit; expected one value per channel, {wanted}")
     if v.device != x.device:
         raise ValueError(f"{name}: device {v.device} differs from the input's {x.device}; move one of them")
+
+
+def convolution(weight: object, name: str, x: Tensor) -> None:
+    """weight is that of a convolution that keeps the resolution, in x's dtype and on its device."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(weight).__name__}")
+    if weight.dtype != x.dtype:
+        raise TypeError(f"{name}: dtype {weight.dtype} differs from x's {x.dtype}; convert one of them")
+    if weight.device != x.device:
+        raise ValueError(f"{name}: device {weight.device} differs from x's {x.device}; move one of them")
+    shape = list(weight.shape)
+    if len(shape) != 4 or shape[2] != shape[3] or shape[2] % 2 == 0:
+        raise ValueError(f"{name}: expected [k, C, n, n] with n odd, got {shape}")
 
 
 def coefficients(coeffs: Sequence[float], terms: Sequence[object]) -> list[float]:
@@ -236,6 +249,32 @@ def transformed(tensors: Sequence[Tensor | None]) -> bool:
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on for x; of a device that has none, such as meta, torch would not even be asked."""
     return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
+_KERNEL = {"cuda": "triton", "cpu": "cpu"}  # by device
+
+
+def kernel_reason(x: Tensor, reasons: Mapping[str, Callable[[Tensor, torch.dtype], str | None]]) -> str | None:
+    """Why no kernel of an op serves x, and plain PyTorch is the better choice; None where one does, or a backend is
+    forced. ``reasons``: by backend, why it does not serve x taken in a dtype."""
+    if dispatch.forced() is not None:
+        return None
+    device = x.device.type
+    if device not in _KERNEL:
+        return f"there is no kernel for {device} tensors"
+    if tracing():
+        return "torch.jit.trace records no op of rkfast"
+    autocast = autocasts(x) and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    return _missing(device) or reasons[_KERNEL[device]](x, dtype)
+
+
+def _missing(device: str) -> str | None:
+    return dispatch.backend_reason(_KERNEL[device], device)
+
+
+# What torch.compiler.assume_constant_result does; to call it would import the compiler.
+_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def promoted(tensors: list[Tensor]) -> list[Tensor]:
