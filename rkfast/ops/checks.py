@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Real
 from typing import Any
 
@@ -251,30 +251,18 @@ def autocasts(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
-_KERNEL = {"cuda": "triton", "cpu": "cpu"}  # by device
-
-
-def kernel_reason(x: Tensor, reasons: Mapping[str, Callable[[Tensor, torch.dtype], str | None]]) -> str | None:
-    """Why no kernel of an op serves x, and plain PyTorch is the better choice; None where one does, or a backend is
-    forced. ``reasons``: by backend, why it does not serve x taken in a dtype."""
-    if dispatch.forced() is not None:
-        return None
-    device = x.device.type
-    if device not in _KERNEL:
-        return f"there is no kernel for {device} tensors"
-    if tracing():
-        return "torch.jit.trace records no op of rkfast"
+def dtype_of_call(x: Tensor) -> torch.dtype:
+    """The dtype in which an op takes x that autocast's convolutions are part of."""
     autocast = autocasts(x) and x.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-    return _missing(device) or reasons[_KERNEL[device]](x, dtype)
+    return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
 
 
-def _missing(device: str) -> str | None:
-    return dispatch.backend_reason(_KERNEL[device], device)
+def missing(backend: str, device: str, explicit: bool = False) -> str | None:
+    return dispatch.backend_reason(backend, device, explicit)
 
 
 # What torch.compiler.assume_constant_result does; to call it would import the compiler.
-_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def promoted(tensors: list[Tensor]) -> list[Tensor]:

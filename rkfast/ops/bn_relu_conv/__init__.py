@@ -1,4 +1,4 @@
-"""The pre-activation convolution, ``conv(relu(BN(x)))``, of which only x is kept; nothing normalised outlives a call."""
+"""The pre-activation convolution, ``conv(relu(BN(x)))``, which keeps x and nothing normalised."""
 
 from __future__ import annotations
 
@@ -158,14 +158,16 @@ class _BnReluConv(torch.autograd.Function):
         if grad is None:
             return (None,) * 7
         call: _Call = ctx.call
+        x, conv, weight, bias, mean, var = ctx.saved_tensors
         if torch.is_grad_enabled():
             if call.group:
                 raise RuntimeError(
                     "bn_relu_conv: with group the gradient of its gradient (create_graph) is not supported"
                 )
-            found = reference.gradients(grad, *ctx.saved_tensors, call.batch_stats, call.eps, needed)
+            given = None if call.batch_stats else (mean, var)
+            found = reference.gradients(grad, x, conv, weight, bias, given, call.eps, needed)
         else:
-            found = _gradients(grad, *ctx.saved_tensors, call, needed)
+            found = _gradients(grad, x, conv, weight, bias, mean, var, call, needed)
         return (None, None, None, *found)
 
 
@@ -203,8 +205,18 @@ def _gradients(
 
 
 def kernel_reason(x: Tensor) -> str | None:
-    """Why no kernel serves x, and plain PyTorch is the better choice; None where one does, or a backend is forced."""
-    return checks.kernel_reason(x, _REASONS)
+    """Why BatchNorm and ReLU by ``bn_rk_sum`` and then PyTorch's convolution are the better choice for x; None where
+    this op is. On a GPU it keeps less, but has not been measured, and must be asked for by ``rkfast.use``."""
+    forced = dispatch.forced()
+    if forced == "reference":
+        return None
+    backend = forced or "cpu"
+    if backend not in _REASONS:
+        return f"there is no kernel of {backend}"
+    if checks.tracing():
+        return "torch.jit.trace records no op of rkfast"
+    missing = checks.missing(backend, x.device.type, forced is not None)
+    return missing or _REASONS[backend](x, checks.dtype_of_call(x))
 
 
 def bn_relu_conv(
@@ -306,7 +318,7 @@ def _checked(x: Tensor, conv: Tensor, norm: Norm, moments: Moments | None) -> tu
     checks.convolution(conv, "conv", x)
     if conv.shape[1] != x.shape[1]:
         raise ValueError(
-            f"conv: expected [K, {x.shape[1]}, n, n] for x of {x.shape[1]} channels, got {list(conv.shape)}; for groups, "
+            f"conv: expected [K, {x.shape[1]}, n, n] for this x, got {list(conv.shape)}; for groups, "
             "strides and other paddings take F.conv2d(bn_rk_sum(x, ..., relu=True), conv, ...)"
         )
     check_norm(norm, "norm", x.shape[1], x)

@@ -88,16 +88,15 @@ def gradients(
     conv: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    batch_stats: bool,
+    statistics: tuple[Tensor, Tensor] | None,
     eps: float,
     needed: tuple[bool, ...],
 ) -> list[Tensor | None]:
-    """What backward gives each input, differentiable in grad, x, conv, weight and bias."""
+    """What backward gives each input, differentiable in grad, x, conv, weight and bias. statistics: None for those of
+    x."""
     inputs = (x, conv, weight, bias)
-    given = (None, None) if batch_stats else (mean, var)
-    out = composite(*inputs, *given, eps, False)[0]
+    mean, var = statistics or (None, None)
+    out = composite(*inputs, mean, var, eps, False)[0]
     wanted = [t for t, need in zip(inputs, needed, strict=True) if t is not None and need]
     found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
     return [next(found) if t is not None and need else None for t, need in zip(inputs, needed, strict=True)]

@@ -1,5 +1,5 @@
-"""bn_relu_conv in Triton: BatchNorm and ReLU by bn_rk_sum's kernels around PyTorch's convolution. The backward normalises
-again."""
+"""bn_relu_conv in Triton: BatchNorm and ReLU by bn_rk_sum's kernels around PyTorch's convolution. The backward
+normalises again."""
 
 import functools
 

@@ -59,6 +59,7 @@ def _empty_reason(x: Tensor) -> str | None:
 
 
 _REASONS = {"triton": _triton_reason, "cpu": _cpu_reason}
+_KERNEL = {"cuda": "triton", "cpu": "cpu"}  # by device
 
 
 def _implementations(function: str, lead: int) -> tuple[dispatch.Implementation, ...]:
@@ -297,9 +298,14 @@ def _sorted(
 def kernel_reason(x: Tensor, group: str = "") -> str | None:
     """Why no kernel serves x, and plain PyTorch is the better choice; None where one does, or a backend is forced, or
     PyTorch has none: its SyncBatchNorm takes no CPU tensors."""
-    if group and x.device.type == "cpu":
+    if dispatch.forced() is not None or (group and x.device.type == "cpu"):
         return None
-    return checks.kernel_reason(x, _REASONS)
+    device = x.device.type
+    if device not in _KERNEL:
+        return f"there is no kernel for {device} tensors"
+    if checks.tracing():
+        return "torch.jit.trace records no op of rkfast"
+    return checks.missing(_KERNEL[device], device) or _REASONS[_KERNEL[device]](x, checks.dtype_of_call(x))
 
 
 def dense_block(
