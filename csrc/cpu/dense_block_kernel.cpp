@@ -93,7 +93,7 @@ void finish_any(const FinishRows& a) {
 
 template <bool kTotal>  // with act and total, or with masked
 void read_backward(const ReadBackwardRows& a) {
-  constexpr int64_t kBlockRows = 64;  // rows whose sums are taken in float
+  constexpr int64_t kBlockRows = 64, kFewRows = 8;  // whose sums are taken in float, those of few rows at a time
   over_channels(a.channels, [&](int64_t c, auto unroll, auto n) {
     constexpr int U = decltype(unroll)::value;
     Vec scale[U], shift[U], center[U], factor[U];
@@ -113,8 +113,8 @@ void read_backward(const ReadBackwardRows& a) {
       const float* x = a.x.data + begin * x_pitch + c;
       float* total = kTotal ? a.total.data + begin * total_pitch + c : nullptr;
       float* masked = !kTotal ? a.masked.data + begin * masked_pitch + c : nullptr;
-      Vec s0[U], s1[U];
-      for (int u = 0; u < U; ++u) s0[u] = s1[u] = zero;
+      Vec s0[U], s1[U], few0[U], few1[U];
+      for (int u = 0; u < U; ++u) s0[u] = s1[u] = few0[u] = few1[u] = zero;
       for (int64_t i = begin; i < end; ++i) {
         for (int u = 0; u < U; ++u) {
           P g = load<P>(grad + u * kWidth, n);
@@ -126,8 +126,8 @@ void read_backward(const ReadBackwardRows& a) {
             r = at::vec::fmadd(v.v[0], scale[u], shift[u]);
           }
           g.v[0] = Vec::blendv(g.v[0], zero, r <= zero);
-          s0[u] = s0[u] + g.v[0];
-          s1[u] = at::vec::fmadd(g.v[0], v.v[0] - center[u], s1[u]);
+          few0[u] = few0[u] + g.v[0];
+          few1[u] = at::vec::fmadd(g.v[0], v.v[0] - center[u], few1[u]);
           if constexpr (!kTotal) store(P{g.v[0] * factor[u]}, masked + u * kWidth, n);
           if constexpr (kTotal) {
             P sum = load<P>(total + u * kWidth, n);
@@ -140,6 +140,13 @@ void read_backward(const ReadBackwardRows& a) {
           act += act_pitch, total += total_pitch;
         } else {
           masked += masked_pitch;
+        }
+        if ((i + 1 - begin) % kFewRows == 0 || i + 1 == end) {
+          for (int u = 0; u < U; ++u) {
+            s0[u] = s0[u] + few0[u];
+            s1[u] = s1[u] + few1[u];
+            few0[u] = few1[u] = zero;
+          }
         }
       }
       for (int u = 0; u < U; ++u) {
