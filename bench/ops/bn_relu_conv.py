@@ -44,16 +44,16 @@ class BnReluConv:
         return Inputs([randn(*shape)], vectors, [randn(c), 1 + 0.5 * randn(c).abs()])
 
     def ours(self, activations: list[Tensor], vectors: list[Tensor], buffers: list[Tensor]) -> tuple[Tensor, ...]:
-        x, (conv, weight, bias) = activations[0], vectors
-        return (bn_relu_conv(x, conv.to(x.dtype), Norm(weight, bias, *buffers, None, True, MOMENTUM, EPS)),)
+        x, (conv, weight, bias), (mean, var) = activations[0], vectors, buffers
+        return (bn_relu_conv(x, conv.to(x.dtype), Norm(weight, bias, mean, var, None, True, MOMENTUM, EPS)),)
 
     def before_relu(self) -> Function:
         raise NotImplementedError
 
     def peers(self) -> dict[str, Function]:
         def eager(activations: list[Tensor], vectors: list[Tensor], buffers: list[Tensor]) -> tuple[Tensor, ...]:
-            x, (conv, weight, bias) = activations[0], vectors
-            normed = F.batch_norm(x, *buffers, weight, bias, True, MOMENTUM, EPS)
+            x, (conv, weight, bias), (mean, var) = activations[0], vectors, buffers
+            normed = F.batch_norm(x, mean, var, weight, bias, True, MOMENTUM, EPS)
             return (F.conv2d(F.relu(normed, inplace=True), conv.to(x.dtype), padding=self.n // 2),)
 
         return {"eager": eager}

@@ -20,7 +20,7 @@ class BnReluConv : Convolutions {
  public:
   BnReluConv(const Tensor& x, const Tensor& conv, const Optional& weight, const Optional& bias, bool channels_last)
       : Convolutions(x), channels_(x.size(1)), outputs_(conv.size(0)), bands_(n_, h_, w_, channels_ + outputs_, kBands),
-        channels_last_(channels_last), conv_(resolved(conv)),
+        channels_last_(channels_last), given_(resolved(x)), conv_(resolved(conv)),
         norm_{vector("weight", weight, channels_), vector("bias", bias, channels_)} {
     TORCH_CHECK_VALUE(x.is_cpu() && x.scalar_type() == at::kFloat && x.dim() == 4 && x.numel() > 0,
                       "x: expected a float32 CPU tensor [N, C, H, W] that is not empty");
@@ -29,16 +29,15 @@ class BnReluConv : Convolutions {
                       "conv: expected a float32 CPU weight [K, ", channels_, ", n, n], n odd");
     const Rows rows(x, true);
     Pitch pitch;
-    kept_ = conform(resolved(x), rows, pitch);
+    kept_ = conform(given_, rows, pitch);
     x_ = {kept_.const_data_ptr<float>(), pitch.inner};
   }
 
   std::vector<Tensor> forward(const Optional& mean, const Optional& var, double eps, bool moments) {
     std::vector<Tensor> vectors;
     if (!mean) {
-      const Moment own(channels_, kept_);
-      take_moments_of(x_, channels_, own.mean.data_ptr<float>(), own.var.data_ptr<float>());
-      vectors = {own.mean, own.var};
+      const auto [own_mean, own_var] = channel_moments(given_, channels_last_);
+      vectors = {own_mean, own_var};
     }
     const Read read = fold_with(mean ? *mean : vectors[0], mean ? *var : vectors[1], eps);
     const auto load = normalised(read);
@@ -192,7 +191,7 @@ class BnReluConv : Convolutions {
   const int64_t channels_, outputs_;
   const Bands bands_;
   const bool channels_last_;
-  const Tensor conv_;
+  const Tensor given_, conv_;
   Optional norm_[4];
   Tensor kept_;
   Slot<const float> x_;

@@ -98,10 +98,10 @@ def batch_norm_relu_conv(
     """``conv(relu(norm(x)))``, and the moments of that if asked for (and fused).
 
     One op, which keeps nothing normalised, where norm is as in ``batch_norm_relu``, conv an nn.Conv2d of stride 1
-    without bias and hooks, and a kernel serves x; else ``conv(batch_norm_relu(...))``.
+    without bias and hooks, and a kernel is the better choice; else ``conv(batch_norm_relu(...))``.
     """
     whole = fused and fusible(norm) and plain_conv(conv) and x.dim() == 4
-    if not whole or kernel_reason(x) is not None:
+    if not whole or kernel_reason(x, conv.weight) is not None:  # type: ignore[arg-type]  # plain_conv knows what it is
         return conv(batch_norm_relu(norm, x, moments, fused=fused)), None
     assert isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)) and isinstance(conv, nn.Conv2d)
     given = as_norm(norm)

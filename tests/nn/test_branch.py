@@ -111,6 +111,7 @@ def test_moments_go_from_one_op_to_the_next() -> None:
         ("another norm", {"bn_relu_conv": 1}),
         ("autocast", {"bn_rk_sum": 2}),
         ("double", {"bn_rk_sum": 2}),
+        ("contiguous", {"bn_rk_sum": 2}),
     ),
 )
 def test_what_takes_the_op(what: str, ops: dict[str, int]) -> None:
@@ -128,7 +129,10 @@ def test_what_takes_the_op(what: str, ops: dict[str, int]) -> None:
             branch.norm1 = nn.GroupNorm(2, 18)
         elif what == "double":
             branch.double()
-    x = (x.double() if what == "double" else x).requires_grad_()
+        elif what == "contiguous":  # or the convolution's result is channels_last
+            branch.to(memory_format=torch.contiguous_format)
+    x = x.double() if what == "double" else x.contiguous() if what == "contiguous" else x
+    x.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=what == "autocast"):
         torch.testing.assert_close(fused(x), stock(x), rtol=1e-4, atol=3e-2 if what == "autocast" else 1e-4)
         seen.clear()

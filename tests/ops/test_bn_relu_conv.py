@@ -319,19 +319,27 @@ def test_transforms_take_plain_pytorch() -> None:
 
 
 def test_why_not() -> None:
-    x = torch.randn(2, 4, 4, 4, dtype=torch.float64)
-    ops.bn_relu_conv(x, torch.randn(4, 4, 3, 3).double(), Norm(None, None, None, None))
+    x = torch.randn(2, 16, 4, 4, dtype=torch.float64).to(memory_format=torch.channels_last)
+    conv = torch.randn(16, 16, 3, 3)
+    ops.bn_relu_conv(x, conv.double(), Norm(None, None, None, None))
     if native.cpu_reason() is None:
         rejected = dict(dispatch.OPS["bn_relu_conv"].last.rejected)
         assert rejected["cpu"] == "dtype torch.float64: the C++ kernel serves float32"
-        assert kernel_reason(x) == rejected["cpu"] and kernel_reason(x.float()) is None
+        assert kernel_reason(x, conv) == rejected["cpu"]
+        assert kernel_reason(x.float(), conv) is None
+        assert kernel_reason(x.float(), conv[:2, :, :1, :1]) is None
         with torch.autocast("cpu", torch.bfloat16):
-            assert kernel_reason(x.float()) == "dtype torch.bfloat16: the C++ kernel serves float32"
-        assert kernel_reason(x[:0].float()) == "an empty tensor has no rows"
+            assert kernel_reason(x.float(), conv) == "dtype torch.bfloat16: the C++ kernel serves float32"
+        assert kernel_reason(x[:0].float(), conv) == "an empty tensor has no rows"
+        assert "contiguous" in str(kernel_reason(x.float().contiguous(), conv))
+        for image, weight in ((x[:, :, :3], conv), (x, conv[:15]), (x, torch.randn(16, 16, 5, 5))):
+            assert "gains nothing" in str(kernel_reason(image.float(), weight))
+        with dispatch.use("cpu"):
+            assert kernel_reason(x.float().contiguous(), conv) is None
     with dispatch.use("reference"):
-        assert kernel_reason(x) is None
+        assert kernel_reason(x, conv) is None
     with dispatch.use("cuda"):
-        assert kernel_reason(x) == "there is no kernel of cuda"
+        assert kernel_reason(x, conv) == "there is no kernel of cuda"
 
 
 def test_nothing_to_normalise(target: Target) -> None:

@@ -204,9 +204,9 @@ def _gradients(
     ]
 
 
-def kernel_reason(x: Tensor) -> str | None:
-    """Why BatchNorm and ReLU by ``bn_rk_sum`` and then PyTorch's convolution are the better choice for x; None where
-    this op is. On a GPU it keeps less, but has not been measured, and must be asked for by ``rkfast.use``."""
+def kernel_reason(x: Tensor, conv: Tensor) -> str | None:
+    """Why BatchNorm and ReLU by ``bn_rk_sum`` and then PyTorch's convolution are the better choice; None where this op
+    is, or a backend that serves it is forced. On a GPU it keeps less, but has not been measured."""
     forced = dispatch.forced()
     if forced == "reference":
         return None
@@ -216,7 +216,15 @@ def kernel_reason(x: Tensor) -> str | None:
     if checks.tracing():
         return "torch.jit.trace records no op of rkfast"
     missing = checks.missing(backend, x.device.type, forced is not None)
-    return missing or _REASONS[backend](x, checks.dtype_of_call(x))
+    return missing or _REASONS[backend](x, checks.dtype_of_call(x)) or (None if forced else _slow_reason(x, conv))
+
+
+def _slow_reason(x: Tensor, conv: Tensor) -> str | None:
+    """Where the C++ kernel gains nothing on PyTorch."""
+    if not layout.is_channels_last(x):
+        return "a contiguous tensor is copied: the C++ kernel works channels_last"
+    tiles = conv.shape[2] == 3 and min(conv.shape[:2]) >= 16 and min(x.shape[2:]) >= 4  # as csrc/cpu/convolution.h
+    return None if tiles or conv.shape[2] == 1 else "the convolution would be PyTorch's, which gains nothing"
 
 
 def bn_relu_conv(
