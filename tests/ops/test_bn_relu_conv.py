@@ -318,6 +318,16 @@ def test_transforms_take_plain_pytorch() -> None:
     torch.testing.assert_close(found, torch.stack([ops.bn_relu_conv(t, conv, norm) for t in x]), rtol=1e-5, atol=1e-5)
 
 
+def test_gradient_of_torch_func_knows_where_moments_come_from() -> None:
+    x, conv = torch.randn(2, 4, 5, 5, dtype=torch.float64), torch.randn(6, 4, 3, 3, dtype=torch.float64)
+    moments, norm = ops.channel_moments(x), Norm(None, None, None, None)
+
+    def f(x: Tensor) -> Tensor:
+        return ops.bn_relu_conv(x, conv, norm, moments=moments).square().sum()
+
+    torch.testing.assert_close(torch.func.grad(f)(x), torch.autograd.grad(f(x.requires_grad_()), x)[0])
+
+
 def test_why_not() -> None:
     x = torch.randn(2, 16, 4, 4, dtype=torch.float64).to(memory_format=torch.channels_last)
     conv = torch.randn(16, 16, 3, 3)

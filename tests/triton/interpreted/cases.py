@@ -388,7 +388,7 @@ TRITON = ("triton", "cpu")
 @pytest.mark.parametrize("how", ("contiguous", "channels_last_slice"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", test_bn_relu_conv.TestBnReluConv.CASES)
-def test_bn_relu_conv(name: str, dtype: torch.dtype, how: str) -> None:
+def test_bn_relu_convs(name: str, dtype: torch.dtype, how: str) -> None:
     tester = test_bn_relu_conv.TestBnReluConv()
     tester.check(tester.CASES[name], (3, 20, 5, 7), dtype, how, TRITON)
 
