@@ -63,8 +63,10 @@ def create_model(name: str, *, fused: bool = True, memory: str = "speed", **opti
             a model's ``set_memory`` changes it.
         options: ``num_classes``, ``in_chans=3`` for all;
 
-            ho_resnet: ``method="rk4"|"midpoint"|"euler"`` ("midpoint" for 30 layers, else "rk4"), ``width=64``,
-            ``step=1.0``, ``learn=()`` or some of "a", "b", "h";
+            ho_resnet: ``method``, one of ``rkfast.tableau.names()`` or "rk8" for "verner8" ("midpoint" for 30 layers,
+            else "rk4"), ``width=64``, ``step=1.0`` and ``factor=1.0``, whose product is h, ``nested=0``,
+            ``variant="textbook"|"authors"|"paper"``, ``learn=()`` or some of "a", "b", "h", ``per_channel=False``,
+            ``tol=None`` and ``kappa=0.9`` of adaptive steps;
             all others: ``drop_rate=0.0``, a dropout after each convolution of the blocks and transitions;
             erknet, rknet: ``growth_rate=36`` and ``m=1``, each an int or one per period,
             ``stem="cifar"|"imagenet"``, ``multiscale``, ``neck`` (4), ``time_channel=False``;
