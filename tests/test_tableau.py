@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import decimal
 import pickle
+import time
 from fractions import Fraction
 from typing import Any
 
 import pytest
 
 from rkfast import tableau
-from rkfast.tableau import Tableau
+from rkfast.tableau import Surd, Tableau
 
 KUTTA3: dict[str, Any] = {
     "a": [[], ["1/2"], [-1, 2]],
@@ -36,20 +38,84 @@ def test_densities_of_the_trees_of_order_four() -> None:
     }
 
 
-@pytest.mark.parametrize(("name", "stages", "order"), (("euler", 1, 1), ("midpoint", 2, 2), ("rk4", 4, 4)))
-def test_methods(name: str, stages: int, order: int) -> None:
+# Stages, order, and the order of the embedded weights.
+METHODS: dict[str, tuple[int, int, int | None]] = {
+    "euler": (1, 1, None),
+    "midpoint": (2, 2, None),
+    "improved_euler": (2, 2, None),
+    "ralston": (2, 2, None),
+    "heun3": (3, 3, None),
+    "rk3": (3, 3, None),
+    "rk4": (4, 4, None),
+    "rk38": (4, 4, None),
+    "gill4": (4, 4, None),
+    "nystrom5": (6, 5, None),
+    "huta6": (8, 6, None),
+    "fehlberg45": (6, 4, 5),
+    "dopri5": (7, 5, 4),
+    "verner8": (14, 8, None),
+    "verner89": (16, 8, 9),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods(name: str) -> None:
     method = tableau.get(name)
-    assert (method.stages, method.order, method.name) == (stages, order, name)
+    assert (method.stages, method.order, method.order_embedded, method.name) == (*METHODS[name], name)
     assert method is tableau.get(name)
-    # No method of s <= 4 stages is of an order above s.
-    with pytest.raises(ValueError, match=f"not of order {order + 1}: the tree .* of order {order + 1} gives"):
-        dataclasses.replace(method, order=order + 1)
+    # The orders are as high as they get.
+    higher = method.order + 1
+    with pytest.raises(ValueError, match=f" b is not of order {higher}: the tree .* of order {higher} gives"):
+        dataclasses.replace(method, order=higher)
+    if method.order_embedded is not None:
+        higher = method.order_embedded + 1
+        with pytest.raises(ValueError, match=f"b_embedded is not of order {higher}: the tree .* of order {higher} "):
+            dataclasses.replace(method, order_embedded=higher)
 
 
 def test_names() -> None:
-    assert tableau.names() == ["euler", "midpoint", "rk4"]
-    with pytest.raises(ValueError, match=r"method: 'rk5' is not .*choose one of euler, midpoint, rk4"):
+    assert tableau.names() == list(METHODS)
+    with pytest.raises(ValueError, match=r"method: 'rk5' is not .*choose one of euler, midpoint, .*, verner89$"):
         tableau.get("rk5")
+    with pytest.raises(TypeError, match="method: expected a str, got int"):
+        tableau.get(4)  # type: ignore[arg-type]
+
+
+def test_methods_of_the_same_order_are_told_apart() -> None:
+    assert len({(tableau.get(name).a, tableau.get(name).b) for name in METHODS}) == len(METHODS)
+    assert tableau.get("ralston").b == (Fraction(1, 4), Fraction(3, 4))
+    assert tableau.get("improved_euler").c == (0, 1)
+    assert tableau.get("rk38").b == (Fraction(1, 8), Fraction(3, 8), Fraction(3, 8), Fraction(1, 8))
+
+
+def test_verner() -> None:
+    """The pair goes on with the eighth order; without its last two stages it is the method of fixed steps."""
+    fixed, pair = tableau.get("verner8"), tableau.get("verner89")
+    assert pair.b == (*fixed.b, 0, 0)
+    assert [row[:14] for row in pair.a[:14]] == list(fixed.a)
+    assert [i for i, v in enumerate(fixed.b, 1) if v] == [1, 8, 9, 10, 11, 12, 13, 14]
+    assert fixed.a[4][0] == Surd(Fraction(4, 375), Fraction(94, 375), 6)
+    assert fixed.floats()[0][11][6] == pytest.approx((154922 - 40458 * 6**0.5) / 135, rel=1e-14)
+
+
+def test_the_check_is_cheap() -> None:
+    coefficients = {f.name: getattr(tableau.get("verner89"), f.name) for f in dataclasses.fields(Tableau)}
+    start = time.process_time()
+    Tableau(**coefficients)
+    assert time.process_time() - start < 1  # a fifth of it, mostly
+
+
+def test_register(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tableau, "_REGISTERED", {})
+    mine = Tableau("kutta3", **KUTTA3)
+    assert tableau.register(mine) is mine is tableau.get("kutta3")
+    assert tableau.names() == [*METHODS, "kutta3"]
+    for again in (mine, Tableau("rk4", **KUTTA3)):
+        with pytest.raises(ValueError, match=f"there is a method '{again.name}' already"):
+            tableau.register(again)
+    with pytest.raises(TypeError, match="tableau: expected a Tableau, got dict"):
+        tableau.register(KUTTA3)  # type: ignore[arg-type]
+    assert tableau.get("rk4").stages == 4
 
 
 def test_coefficients_are_exact_and_rounded_once() -> None:
@@ -119,44 +185,63 @@ def test_inexact_coefficients_are_refused(value: object) -> None:
         Tableau("kutta3", **(KUTTA3 | {"a": [[], [value], [-1, 2]]}))
 
 
-def test_another_exact_field() -> None:
-    """p + q * sqrt(2), of which Nystroem's and Gill's methods are made."""
+def root2(p: int | Fraction, q: int | Fraction = 0) -> Surd:
+    return Surd(p, q, 2)
 
-    @dataclasses.dataclass(frozen=True)
-    class Root2:
-        p: Fraction
-        q: Fraction
 
-        def __add__(self, other: Any) -> Root2:
-            other = _lift(other)
-            return Root2(self.p + other.p, self.q + other.q)
+GILL: dict[str, Any] = {
+    "a": [
+        [],
+        ["1/2"],
+        [root2(Fraction(-1, 2), Fraction(1, 2)), root2(1, Fraction(-1, 2))],
+        [0, root2(0, Fraction(-1, 2)), root2(1, Fraction(1, 2))],
+    ],
+    "b": ["1/6", root2(Fraction(1, 3), Fraction(-1, 6)), root2(Fraction(1, 3), Fraction(1, 6)), "1/6"],
+    "c": [0, "1/2", "1/2", 1],
+    "order": 4,
+}
 
-        def __mul__(self, other: Any) -> Root2:
-            other = _lift(other)
-            return Root2(self.p * other.p + 2 * self.q * other.q, self.p * other.q + self.q * other.p)
 
-        def __eq__(self, other: Any) -> bool:
-            other = _lift(other)
-            return (self.p, self.q) == (other.p, other.q)
-
-        __radd__, __rmul__ = __add__, __mul__
-
-        def __float__(self) -> float:
-            return float(self.p) + float(self.q) * 2**0.5
-
-    def _lift(v: Any) -> Root2:
-        return v if isinstance(v, Root2) else Root2(Fraction(v), Fraction(0))
-
-    def r(p: str | int, q: str | int = 0) -> Root2:
-        return Root2(Fraction(p), Fraction(q))
-
-    gill: dict[str, Any] = {
-        "a": [[], ["1/2"], [r("-1/2", "1/2"), r(1, "-1/2")], [0, r(0, "-1/2"), r(1, "1/2")]],
-        "b": ["1/6", r("1/3", "-1/6"), r("1/3", "1/6"), "1/6"],
-        "c": [0, "1/2", "1/2", 1],
-        "order": 4,
-    }
-    method = Tableau("gill", **gill)
+def test_irrational_coefficients() -> None:
+    method = Tableau("gill4", **GILL)
+    assert method == tableau.get("gill4")
     assert method.floats()[1][1] == pytest.approx((2 - 2**0.5) / 6, rel=1e-15)
+    with pytest.raises(ValueError, match=r"row 3 of a sums to 3/2 \+ -?\d+/?\d*\*sqrt\(2\), and c_3 is 1/2"):
+        Tableau("gill4", **(GILL | {"a": [[], ["1/2"], [root2(Fraction(1, 2), 1), 1], GILL["a"][3]]}))
+    with pytest.raises(ValueError, match=r"b sums to 1 - 1/6\*sqrt\(2\), not to 1"):
+        Tableau("gill4", **(GILL | {"b": ["1/6", GILL["b"][1], "1/3", "1/6"]}))
     with pytest.raises(ValueError, match="not of order 4"):
-        Tableau("gill", **(gill | {"b": ["1/6", "1/3", "1/3", "1/6"]}))
+        Tableau("gill4", **(GILL | {"b": ["1/6", "1/3", "1/3", "1/6"]}))
+    with pytest.raises(ValueError, match=r"'gill4': square roots of \[2, 3\] do not mix"):
+        Tableau("gill4", **(GILL | {"b": ["1/6", "1/3", Surd(0, 1, 3), "1/6"]}))
+
+
+def test_surds() -> None:
+    x, y = Surd(Fraction(1, 3), 2, 6), Surd(-1, Fraction(1, 2), 6)
+    assert x + y == y + x == Surd(Fraction(-2, 3), Fraction(5, 2), 6)
+    assert x * y == y * x == Surd(Fraction(17, 3), Fraction(-11, 6), 6)
+    assert x + Fraction(1, 3) == 1 * x + Fraction(1, 3) == Fraction(1, 3) + x == Surd(Fraction(2, 3), 2, 6)
+    conjugate = Surd(Fraction(1, 3), -2, 6)
+    assert x * conjugate == Fraction(1, 9) - 24
+    assert x != conjugate and x != Surd(Fraction(1, 3), 2, 7) and x != Fraction(1, 3)
+    assert len({Surd(3, 0, 6), Surd(3, 0, 2), 3, Fraction(3)}) == 1
+    assert str(conjugate) == "1/3 - 2*sqrt(6)"
+    with pytest.raises(ValueError, match=r"sqrt\(6\) and sqrt\(2\) do not mix"):
+        x + root2(1)
+    for d in (-2, 0, 1, 4, 12):
+        with pytest.raises(ValueError, match=f"d: expected a square-free int of at least 2, got {d}"):
+            Surd(1, 1, d)
+    for bad in ((0.5, 1, 2), (1, "1/2", 2), (1, 1, 2.0)):
+        with pytest.raises(TypeError, match=r"is not exact|expected an int"):
+            Surd(*bad)  # type: ignore[arg-type]
+
+
+def test_surds_are_rounded_once() -> None:
+    """Also where nearly everything cancels: p^2 - 2 q^2 = 1."""
+    p, q = 1, 0
+    with decimal.localcontext(prec=200):
+        for _ in range(60):
+            p, q = 3 * p + 4 * q, 2 * p + 3 * q
+            exact = Fraction(1 / (p + q * decimal.Decimal(2).sqrt()))
+            assert float(Surd(p, -q, 2)) == float(exact)
+            assert float(Surd(Fraction(-p, 7), Fraction(q, 7), 2)) == float(-exact / 7)

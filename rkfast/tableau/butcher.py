@@ -1,28 +1,22 @@
-"""Explicit Runge-Kutta methods as Butcher tableaux: exact, frozen, and checked against the order they claim.
+"""The tableau of an explicit Runge-Kutta method, y' = y + h * sum_i b_i k_i, k_i = F(y + h * sum_{j<i} a_ij k_j).
 
-y' = y + h * sum_i b_i k_i,   k_i = F(y + h * sum_{j<i} a_ij k_j)
+Its order conditions (Butcher): for every rooted tree t of at most ``order`` vertices, sum_i b_i w_i(t) = 1 / gamma(t).
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Protocol
+from typing import Any
 
+from rkfast.tableau.surd import Surd
+
+Exact = Fraction | Surd
 Tree = tuple["Tree", ...]  # a rooted tree is the sorted tuple of its subtrees; () is a single vertex
-
-
-class Exact(Protocol):
-    """What is asked of a coefficient. Fraction has it, and so may any other exact field, such as Q(sqrt(6)), that mixes
-    with Fraction."""
-
-    def __add__(self, other: Any, /) -> Any: ...
-    def __mul__(self, other: Any, /) -> Any: ...
-    def __rmul__(self, other: Any, /) -> Any: ...
-    def __float__(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -36,12 +30,12 @@ class Tableau:
         order: the order that b reaches.
         b_embedded, order_embedded: a second set of weights for error estimates, and its order; both or neither.
 
-    Coefficients are ints, Fractions, strings such as "1/3", or of a type like ``Exact``; floats are refused.
+    Coefficients are ints, Fractions, strings such as "1/3", or Surds of one square root; floats are refused.
 
     Raises:
         TypeError: a coefficient is not exact.
-        ValueError: shapes do not fit, a row uses its own or a later stage, a row of a does not sum to its node, or a
-            rooted tree of at most ``order`` vertices does not satisfy its order condition.
+        ValueError: shapes do not fit, two square roots meet, a row uses its own or a later stage, a row of a does not
+            sum to its node, or a rooted tree of at most ``order`` vertices does not satisfy its order condition.
     """
 
     name: str
@@ -61,14 +55,18 @@ class Tableau:
                 object.__setattr__(self, field, tuple(_exact(v, field) for v in vector))
         self._require(len(self.a) == s, f"a has {len(self.a)} rows for {s} stages")
         object.__setattr__(self, "a", tuple(self._row(i, row) for i, row in enumerate(self.a)))
+        everything = [*self.b, *self.c, *(self.b_embedded or ()), *(v for row in self.a for v in row)]
+        roots = sorted({v.d for v in everything if isinstance(v, Surd)})
+        self._require(len(roots) < 2, f"square roots of {roots} do not mix")
         for i, (row, node) in enumerate(zip(self.a, self.c, strict=True), 1):
             self._require(_sum(row) == node, f"row {i} of a sums to {_sum(row)}, and c_{i} is {node}")
-        self._check_order("b", self.b, self.order)
         self._require(
             (self.b_embedded is None) == (self.order_embedded is None), "b_embedded and order_embedded go together"
         )
-        if self.b_embedded is not None and self.order_embedded is not None:
-            self._check_order("b_embedded", self.b_embedded, self.order_embedded)
+        conditions = _Conditions(self)
+        conditions.check("b", self.b, self.order)
+        if self.b_embedded is not None:
+            conditions.check("b_embedded", self.b_embedded, self.order_embedded)
 
     @property
     def stages(self) -> int:
@@ -89,30 +87,56 @@ class Tableau:
             )
         return entries[:i] + (Fraction(0),) * (s - i)
 
-    def _check_order(self, field: str, weights: Sequence[Exact], order: int) -> None:
-        if not isinstance(order, int) or order < 1:
-            raise ValueError(f"tableau {self.name!r}: order of {field}: expected an int of at least 1, got {order!r}")
-        self._require(_sum(weights) == 1, f"{field} sums to {_sum(weights)}, not to 1")
-        for n in range(2, order + 1):
-            for tree in trees(n):
-                got = _dot(weights, self._elementary(tree))
-                self._require(
-                    got * density(tree) == 1,
-                    f"{field} is not of order {order}: the tree {show(tree)} of order {n} gives {got}, "
-                    f"not 1/{density(tree)}",
-                )
-
-    def _elementary(self, tree: Tree) -> list[Any]:
-        """Elementary weights of the stages: for each stage the product over the tree's subtrees u of sum_j a_ij u_j."""
-        weights: list[Any] = [Fraction(1)] * self.stages
-        for subtree in tree:
-            inner = self._elementary(subtree)
-            weights = [w * _dot(row, inner) for w, row in zip(weights, self.a, strict=True)]
-        return weights
-
     def _require(self, holds: bool, failure: str) -> None:
         if not holds:
             raise ValueError(f"tableau {self.name!r}: {failure}")
+
+
+class _Conditions:
+    """The order conditions of a tableau, in integers: with the common denominator m, a tree of n vertices has its
+    elementary weights times m^(n - 1). Each tree's are found once, from those of smaller trees."""
+
+    def __init__(self, tableau: Tableau) -> None:
+        self.tableau = tableau
+        entries = [*tableau.b, *(tableau.b_embedded or ()), *(v for row in tableau.a for v in row)]
+        parts = [part for v in entries for part in ((v.p, v.q) if isinstance(v, Surd) else (v,))]
+        self.m = math.lcm(*(part.denominator for part in parts))
+        self.a = [self._whole(row) for row in tableau.a]
+        self.weights: dict[Tree, list[Any]] = {(): [1] * tableau.stages}
+        self.sums: dict[Tree, list[Any]] = {}  # a times the weights
+
+    def check(self, field: str, weights: Sequence[Exact], order: Any) -> None:
+        name, require = self.tableau.name, self.tableau._require
+        if not isinstance(order, int) or order < 1:
+            raise ValueError(f"tableau {name!r}: order of {field}: expected an int of at least 1, got {order!r}")
+        require(_sum(weights) == 1, f"{field} sums to {_sum(weights)}, not to 1")
+        b = self._whole(weights)
+        for n in range(2, order + 1):
+            for tree in trees(n):
+                got, scale = _dot(b, self._elementary(tree)), self.m**n
+                require(
+                    got * density(tree) == scale,
+                    f"{field} is not of order {order}: the tree {show(tree)} of order {n} gives "
+                    f"{got * Fraction(1, scale)}, not 1/{density(tree)}",
+                )
+
+    def _elementary(self, tree: Tree) -> list[Any]:
+        """For each stage the product over the tree's subtrees u of sum_j a_ij w_j(u)."""
+        if tree not in self.weights:
+            *rest, last = tree
+            if last not in self.sums:
+                self.sums[last] = [_dot(row, self._elementary(last)) for row in self.a]
+            pairs = zip(self._elementary(tuple(rest)), self.sums[last], strict=True)
+            self.weights[tree] = [w * u for w, u in pairs]
+        return self.weights[tree]
+
+    def _whole(self, values: Sequence[Exact]) -> list[tuple[int, Any]]:
+        """Those that are not zero, with their places, times m."""
+        return [
+            (j, Surd(int(v.p * self.m), int(v.q * self.m), v.d) if isinstance(v, Surd) else int(v * self.m))
+            for j, v in enumerate(values)
+            if v != 0
+        ]
 
 
 @functools.cache
@@ -146,8 +170,8 @@ def show(tree: Tree) -> str:
 def _exact(value: Any, where: str) -> Exact:
     if isinstance(value, (numbers.Rational, str)):
         return Fraction(value)
-    if isinstance(value, numbers.Number) or not hasattr(value, "__float__"):
-        raise TypeError(f"{where}: {value!r} is not exact; give an int, a Fraction or a string such as '1/3'")
+    if not isinstance(value, Surd):
+        raise TypeError(f"{where}: {value!r} is not exact; give an int, a Fraction, a string such as '1/3', or a Surd")
     return value
 
 
@@ -155,41 +179,5 @@ def _sum(values: Sequence[Exact]) -> Any:
     return sum(values, Fraction(0))
 
 
-def _dot(left: Sequence[Exact], right: Sequence[Any]) -> Any:
-    return _sum([x * y for x, y in zip(left, right, strict=True)])
-
-
-_METHODS: dict[str, dict[str, Any]] = {
-    "euler": {"a": [[]], "b": [1], "c": [0], "order": 1},
-    "midpoint": {"a": [[], ["1/2"]], "b": [0, 1], "c": [0, "1/2"], "order": 2},
-    "rk4": {
-        "a": [[], ["1/2"], [0, "1/2"], [0, 0, 1]],
-        "b": ["1/6", "1/3", "1/3", "1/6"],
-        "c": [0, "1/2", "1/2", 1],
-        "order": 4,
-    },
-}
-
-
-def names() -> list[str]:
-    """The methods that ``get`` knows."""
-    return list(_METHODS)
-
-
-def get(name: str) -> Tableau:
-    """The tableau of a method, checked when it is first asked for.
-
-    Raises:
-        TypeError: name is no str.
-        ValueError: there is no such method.
-    """
-    if not isinstance(name, str):
-        raise TypeError(f"method: expected a str, got {type(name).__name__}")
-    if name not in _METHODS:
-        raise ValueError(f"method: {name[:64]!r} is not a Runge-Kutta method; choose one of {', '.join(_METHODS)}")
-    return _checked(name)
-
-
-@functools.cache
-def _checked(name: str) -> Tableau:
-    return Tableau(name, **_METHODS[name])
+def _dot(row: Sequence[tuple[int, Any]], values: Sequence[Any]) -> Any:
+    return sum([x * values[j] for j, x in row])
