@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
@@ -188,7 +188,7 @@ class RKStep(nn.Module):
         """The rows of h * a, and h * b."""
         a, b = self.tableau.floats(h)
         rows = [list(row) for row in (*a, b)]
-        if self.variant == "authors" and self.tableau.name in _VERNER:
+        if self.variant == "authors" and _is_one_of(self.tableau, _VERNER):
             for (i, j), value in _PUBLISHED_A.items():
                 rows[i - 1][j - 1] = h * value
             for i, value in _PUBLISHED_B.items():
@@ -273,7 +273,7 @@ def _check_options(tableau: Tableau, step: Any, learn: Sequence[str], variant: A
     if variant not in VARIANTS:
         raise ValueError(f"variant: {variant[:64]!r} is not supported; expected one of {', '.join(VARIANTS)}")
     if variant == "paper":
-        if tableau.name not in _PRINTED:
+        if not _is_one_of(tableau, _PRINTED):
             raise ValueError(
                 f'variant: "paper" has equations for {", ".join(_PRINTED)}, and none for {tableau.name}; '
                 'take "textbook" or "authors"'
@@ -297,6 +297,11 @@ def _check_options(tableau: Tableau, step: Any, learn: Sequence[str], variant: A
             raise ValueError("tol: an adaptive step has the weights of its pair and one h for all channels")
 
 
+def _is_one_of(tableau: Tableau, names: Container[str]) -> bool:
+    """Whether it is a known method, and not only called like one."""
+    return tableau.name in names and tableau == tableaux.get(tableau.name)
+
+
 def _check_step(step: Any) -> None:
     if isinstance(step, Tensor):
         if step.dim() != 1 or not step.is_floating_point() or not len(step):
@@ -313,11 +318,12 @@ def _check_step(step: Any) -> None:
 
 def _common_channels(branches: Sequence[nn.Module]) -> int | None:
     """C of the branches that say so, as PreActBranch does."""
-    found = {c: i for i, branch in enumerate(branches) if (c := getattr(branch, "channels", None)) is not None}
-    if len(found) > 1:
-        (c, i), (other, j) = list(found.items())[:2]
-        raise ValueError(f"branches: [{i}] has {c} channels, and [{j}] has {other}; expected blocks of one shape")
-    return next(iter(found), None)
+    known = [(i, c) for i, branch in enumerate(branches) if (c := getattr(branch, "channels", None)) is not None]
+    for i, c in known:
+        if c != known[0][1]:
+            first, of = known[0]
+            raise ValueError(f"branches: [{first}] has {of} channels, and [{i}] has {c}; expected blocks of one shape")
+    return known[0][1] if known else None
 
 
 class Period(nn.Sequential):
