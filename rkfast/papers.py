@@ -133,9 +133,9 @@ CLIQUENET = [
     Row("cliquenet-30-abc", {"growth_rate": 150}, "10.48", "10.56", {"cifar10": 5.06, "cifar100": 21.83, "svhn": 1.64}),
 ]
 
-# HO-ResNet: Luo et al., "Rethinking ResNets: Improved Stacking Strategies With High Order Schemes". They print accuracies
-# and parameters of convolutions and linear layer only, so that these rows stand apart from ROWS. The "HO-ResNet-34" of
-# Table 4 has 30 layers: its 93.39 and 94.17 are those of RK8 X1 in Table 2.
+# HO-ResNet: Luo et al., "Rethinking ResNets: Improved Stacking Strategies With High Order Schemes". Printed are
+# accuracies, and parameters of convolutions and linear layer only, so that these rows stand apart from ROWS. The
+# "HO-ResNet-34" of Table 4 has 30 layers: its 93.39 and 94.17 are those of RK8 X1 in Table 2.
 
 
 def _ho_resnet(layers: int, method: str, millions: str | None, accuracy: float, **options: Any) -> Row:

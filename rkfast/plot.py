@@ -1,4 +1,6 @@
-"""``rkfast plot figure4``: error against parameters and against FLOPs, as in Figure 4 of the RKNet paper.
+"""``rkfast plot``: figures of the papers. ``rkfast plot stacking`` is in ``rkfast.stacking``.
+
+``rkfast plot figure4``: error against parameters and against FLOPs, as in Figure 4 of the RKNet paper.
 
 The figure of the paper is that of ImageNet; the same is drawn of every other dataset of its tables. A file of results
 is a JSON list of objects with
@@ -27,7 +29,10 @@ from rkfast import papers
 from rkfast.extras import require
 from rkfast.papers import DATASETS, Row
 
-FIGURES = ("figure4",)
+FIGURES = {
+    "figure4": "RKNet's Figure 4: error against parameters and against FLOPs",
+    "stacking": "HO-ResNet's Figures 10, 11 and 13, trained on digits: Euler, midpoint, RK4 and RK8 at equal depth",
+}
 SUFFIXES = (".png", ".svg", ".pdf")
 OWN = "own results"
 # Of Okabe and Ito, which readers tell apart however they see colours; lines and markers differ besides.
@@ -54,7 +59,15 @@ class Point(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("figure", choices=FIGURES, help="figure4: error against parameters and against FLOPs")
+    from rkfast import stacking  # takes what is below
+
+    figures = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
+    add = {"figure4": _add_figure4_arguments, "stacking": stacking.add_arguments}
+    for name, summary in FIGURES.items():
+        add[name](figures.add_parser(name, help=summary, description=summary))
+
+
+def _add_figure4_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", choices=DATASETS, default="imagenet", help="(%(default)s, that of the paper)")
     parser.add_argument(
         "--results",
@@ -70,36 +83,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw into --out, whole or not at all. Returns 2 for what cannot be read or written."""
+    if args.figure == "stacking":
+        from rkfast import stacking
+
+        return stacking.run(args)
     require("matplotlib", "plots")
     out: Path = args.out
     try:
         if out.suffix.lower() not in SUFFIXES:
             raise ValueError(f"--out {out}: expected a name that ends in {', '.join(SUFFIXES)}")
         own = [point for file in args.results for point in results(file, args.dataset)]
-        partial = _partial(out)
+        unfinished = partial(out)
     except ValueError as error:
         print(f"rkfast plot: {error}", file=sys.stderr)
         return 2
     try:
-        draw([*published(args.dataset), *own], args.dataset).savefig(partial, dpi=150, format=out.suffix.lower()[1:])
-        os.replace(partial, out)
+        draw([*published(args.dataset), *own], args.dataset).savefig(unfinished, dpi=150, format=out.suffix.lower()[1:])
+        os.replace(unfinished, out)
     finally:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
     print(f"wrote {out}")
     return 0
 
 
-def _partial(out: Path) -> Path:
+def partial(out: Path, argument: str = "--out") -> Path:
     """An empty file beside out, which takes its place when it is whole."""
-    partial = out.with_name(f".{out.name}.{os.getpid()}")
+    found = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         if out.is_dir():
             raise IsADirectoryError(f"{out} is a folder")
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial.touch()
+        found.touch()
     except OSError as error:
-        raise ValueError(f"--out {out} cannot be written: {error}") from error
-    return partial
+        raise ValueError(f"{argument} {out} cannot be written: {error}") from error
+    return found
 
 
 def published(dataset: str) -> list[Point]:

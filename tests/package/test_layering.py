@@ -28,6 +28,7 @@ LAYERS = {
     "info": 6,
     "demo": 6,
     "plot": 6,
+    "stacking": 6,
     "bench": 6,
     "cli": 7,
     "__main__": 8,
