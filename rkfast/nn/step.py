@@ -50,7 +50,7 @@ class RKStep(nn.Module):
     With ``tol`` the step is adaptive (section 3.4): all stages are evaluated with h, once; then
 
         err = sqrt(mean((h * sum_i (b_i - b^_i) k_i)^2)),  h' = clip(kappa * h * (tol / err)^(1 / (p + 1)), 1/8, 4),
-        y' = y + h' * sum_i b_i k_i
+        y' = y + h' * sum_i b_i k_i, or the relu of it,
 
     with b^ the embedded weights, p the lower order of the pair, and the mean over the whole batch (of this process):
     one h' for all its images, in training and eval alike. h' is of this step and this call only: nothing is kept, the
@@ -58,7 +58,7 @@ class RKStep(nn.Module):
     through h' and err to the k and to h, and not where h' is clipped. No value is read back from the device.
 
     Args:
-        tableau: the method, or its name.
+        tableau: the method, or its name; a Tableau that is not explicit cannot be made.
         branches: the F_i, one module per stage, or a single module that serves all stages.
         step: the step size h, or a Tensor [C] with one for each channel (dimension 1 of y).
         learn: which of "a", "b" and "h" are parameters, that start from the tableau and ``step``; ``learned``
@@ -157,9 +157,12 @@ class RKStep(nn.Module):
         schedule sets it again, as he does a learning rate.
 
         Raises:
+            TypeError: step is no number.
             ValueError: step is not finite, h is learned, or the variant is "paper", which has none.
         """
-        _check_step(step)
+        real(step, "step")
+        if not math.isfinite(step):
+            raise ValueError(f"step: expected a finite number, got {step}")
         if self.learned is not None and "h" in self.learned:
             raise ValueError('set_step: h is learned; leave "h" out of learn, or write to learned["h"]')
         if self.variant == "paper":

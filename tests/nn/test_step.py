@@ -484,6 +484,8 @@ def test_a_step_that_cannot_be_set() -> None:
         printed.set_step(float("nan"))
     with pytest.raises(TypeError, match="step: expected a number, got '2'"):
         printed.set_step("2")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="step: expected a number, got tensor"):
+        printed.set_step(torch.ones(3))  # type: ignore[arg-type]
     assert learned.step == printed.step == 1
 
 
@@ -682,6 +684,11 @@ def test_a_branch_of_another_shape_is_refused(fused: bool) -> None:
 def test_bad_options_are_refused(method: str, options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         RKStep(method, Decay(), **options)
+
+
+def test_an_implicit_method_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"row 1 of a uses stage 1 .*: the method is not explicit"):
+        RKStep(tableau.Tableau("implicit midpoint", [["1/2"]], [1], ["1/2"], 2), Decay())  # type: ignore[list-item]
 
 
 def test_a_method_is_more_than_its_name() -> None:
