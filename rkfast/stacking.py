@@ -2,8 +2,9 @@
 
 In the manner of Figures 8 to 11 and 13 of Luo et al., "Rethinking ResNets: Improved Stacking Strategies With High Order
 Schemes": accuracies and losses by epoch, at two learning rates, and the seconds of training until an accuracy is
-reached. Their schedule is scaled to the epochs asked for. Networks are trained one after the other, so that seconds
-compare only on a machine that does nothing else.
+reached. Their schedule is scaled to the epochs asked for. The networks of one learning rate take turns step by step, so
+that whatever the machine does meanwhile happens to all of them; what is added later to a file of results has seconds
+of its own.
 
 What was trained lies in a file of results, a JSON list of objects with
 
@@ -17,6 +18,7 @@ What was trained lies in a file of results, a JSON list of objects with
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -74,8 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train what --results has not, adding each as it is done, and draw into --out. Returns 2 for what cannot be read,
-    written or trained."""
+    """Train what --results has not, adding each learning rate as it is done, and draw into --out. Returns 2 for what
+    cannot be read, written or trained."""
     require("matplotlib", "demo")
     tqdm = require("tqdm", "demo").tqdm
     out: Path = args.out
@@ -91,9 +93,10 @@ def run(args: argparse.Namespace) -> int:
         missing = [each for each in wanted if all(record["settings"] != each for record in found)]
         if missing:  # before minutes of training
             partials.append(partial(args.results, "--results"))
-        for each in missing:
-            with tqdm(total=args.epochs, desc=f"{each['method']}, lr {each['lr']:g}", unit="epoch") as bar:
-                found.append(train(each, device, bar))
+        for lr in dict.fromkeys(each["lr"] for each in missing):
+            now = [each for each in missing if each["lr"] == lr]
+            with tqdm(total=args.epochs, desc=f"learning rate {lr:g}", unit="epoch", file=sys.stderr) as bar:
+                found += train(now, device, bar)
             partials[1].write_text(json.dumps(found, indent=1) + "\n")
             os.replace(partials[1], args.results)
         drawn = [next(record for record in found if record["settings"] == each) for each in wanted]
@@ -149,51 +152,83 @@ def results(file: Path) -> list[dict[str, Any]]:
     return records
 
 
-def train(settings: dict[str, Any], device: torch.device, bar: Any) -> dict[str, Any]:
-    """A record of the file of results."""
-    seed, batch, epochs = settings["seed"], settings["batch"], settings["epochs"]
-    (images, labels), test = demo.digits(seed, device, settings["size"])
-    torch.manual_seed(seed)
-    options = {"method": settings["method"], "width": settings["width"], "in_chans": 1}
-    model = rkfast.create_model(settings["model"], **options).to(device)
-    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.SGD(model.parameters(), lr=settings["lr"], momentum=0.9, weight_decay=1e-4)
-    milestones = [round(share * epochs) for share in MILESTONES]
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
+def train(wanted: list[dict[str, Any]], device: torch.device, bar: Any) -> list[dict[str, Any]]:
+    """Records of the file of results, of settings that differ in the method alone."""
+    seed, batch, epochs = (wanted[0][key] for key in ("seed", "batch", "epochs"))
+    (images, labels), test = demo.digits(seed, device, wanted[0]["size"])
+    trainings = [Training(settings, device) for settings in wanted]
+    for training in trainings:  # what is loaded and allocated once and for all is not part of the time
+        copy.deepcopy(training.model)(images[:batch].contiguous(memory_format=torch.channels_last)).sum().backward()
     order = torch.Generator().manual_seed(seed)
-    seconds, history = 0.0, []
     for _ in range(epochs):
-        model.train()
-        losses, right = [], []
-        start = time.perf_counter()
         # The last, smaller batch is left out: every step does the same work.
-        for chosen in torch.randperm(len(labels), generator=order).split(batch)[: len(labels) // batch]:
+        for i, chosen in enumerate(torch.randperm(len(labels), generator=order).split(batch)[: len(labels) // batch]):
             chosen = chosen.to(device)
             x, y = images[chosen].contiguous(memory_format=torch.channels_last), labels[chosen]
-            optimizer.zero_grad()
-            answers = model(x)
-            loss = F.cross_entropy(answers, y)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
-            right.append((answers.detach().argmax(1) == y).float().mean())
-        train_loss = torch.stack(losses).mean().item()  # waits for the device
-        seconds += time.perf_counter() - start
-        schedule.step()
-        test_loss, test_accuracy = evaluated(model, test, batch)
+            first = i % len(trainings)  # none is always the one that finds the caches warm
+            for training in trainings[first:] + trainings[:first]:
+                training.step(x, y)
+        for training in trainings:
+            training.end_epoch(test)
         bar.update()
-        if not math.isfinite(train_loss) or not math.isfinite(test_loss):
-            break
-        history.append(
-            {
-                "seconds": seconds,
-                "train_accuracy": torch.stack(right).mean().item(),
-                "train_loss": train_loss,
-                "test_accuracy": test_accuracy,
-                "test_loss": test_loss,
-            }
-        )
-    return {"settings": settings, "hardware": demo.hardware(device), "epochs": history}
+    hardware = demo.hardware(device)
+    return [{"settings": t.settings, "hardware": hardware, "epochs": t.epochs} for t in trainings]
+
+
+class Training:
+    """One network, with its optimizer and what was seen of it."""
+
+    def __init__(self, settings: dict[str, Any], device: torch.device) -> None:
+        torch.manual_seed(settings["seed"])
+        options = {"method": settings["method"], "width": settings["width"], "in_chans": 1}
+        model = rkfast.create_model(settings["model"], **options).to(device)
+        self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=settings["lr"], momentum=0.9, weight_decay=1e-4)
+        milestones = [round(share * settings["epochs"]) for share in MILESTONES]
+        self.schedule = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, milestones, gamma=0.1)
+        self.settings = settings
+        self.device = device
+        self.epochs: list[dict[str, float]] = []
+        self.seconds = 0.0
+        self.seen: list[tuple[Tensor, Tensor]] = []  # loss and accuracy of this epoch's steps
+        self.diverged = False
+
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        if self.diverged:
+            return
+        self.synchronize()
+        start = time.perf_counter()
+        self.optimizer.zero_grad()
+        answers = self.model(images)
+        loss = F.cross_entropy(answers, labels)
+        loss.backward()
+        self.optimizer.step()
+        self.synchronize()
+        self.seconds += time.perf_counter() - start
+        self.seen.append((loss.detach(), (answers.detach().argmax(1) == labels).float().mean()))
+
+    def end_epoch(self, test: tuple[Tensor, Tensor]) -> None:
+        if self.diverged:
+            return
+        train_loss, train_accuracy = (torch.stack(values).mean().item() for values in zip(*self.seen, strict=True))
+        self.seen.clear()
+        test_loss, test_accuracy = evaluated(self.model, test, self.settings["batch"])
+        self.model.train()
+        self.schedule.step()
+        epoch = {
+            "seconds": self.seconds,
+            "train_accuracy": train_accuracy,
+            "train_loss": train_loss,
+            "test_accuracy": test_accuracy,
+            "test_loss": test_loss,
+        }
+        self.diverged = not all(map(math.isfinite, epoch.values()))
+        if not self.diverged:
+            self.epochs.append(epoch)
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,13 @@ def test_trains_only_what_is_missing(
         assert epoch.keys() == {"seconds", *stacking.CURVES}
         assert epoch["seconds"] > 0 and 0 < epoch["test_accuracy"] < 1 and 1 < epoch["train_loss"] < 4
     printed = capsys.readouterr()
-    assert "Euler x14" in printed.out and "RK8 x1" in printed.out and "rk8, lr 0.05" in printed.err
+    assert "Euler x14" in printed.out and "RK8 x1" in printed.out and "learning rate 0.05" in printed.err
     figure = (folder / "figure.svg").read_bytes()
     assert figure.startswith(b"<?xml")
 
     again = plotted(folder, "--lr", "0.05")
     assert again == records
-    assert "lr 0.05" not in capsys.readouterr().err
+    assert "learning rate 0.05" not in capsys.readouterr().err
     monkeypatch.setattr(stacking, "METHODS", {"euler": "Euler"})
     more = plotted(folder, "--lr", "0.05", "0.01")
     assert more[:2] == records
@@ -76,7 +77,8 @@ def test_seeds_decide_weights_and_order() -> None:
     args = argparse.Namespace(epochs=1, device="cpu")
     curves = []
     for args.seed in (0, 0, 1):
-        (epoch,) = stacking.train(stacking.settings("euler", 0.1, args), torch.device("cpu"), Bar())["epochs"]
+        (found,) = stacking.train([stacking.settings("euler", 0.1, args)], torch.device("cpu"), Bar())
+        (epoch,) = found["epochs"]
         curves.append([epoch[curve] for curve in stacking.CURVES])
     assert curves[0] == curves[1] != curves[2]
 
@@ -117,12 +119,23 @@ def test_draws_what_was_recorded() -> None:
 
 
 def test_a_training_that_diverges_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stacking, "evaluated", lambda *_: (float("nan"), 0.1))
+    """And the other goes on."""
+    step = stacking.Training.step
+    steps: list[str] = []
 
-    bar = Bar()
-    args = argparse.Namespace(epochs=3, seed=0, device="cpu")
-    found = stacking.train(stacking.settings("euler", 0.1, args), torch.device("cpu"), bar)
-    assert found["epochs"] == [] and bar.n == 1
+    def broken(self: stacking.Training, *args: torch.Tensor) -> None:
+        step(self, *args)
+        steps.append(self.settings["method"])
+        if self.settings["method"] == "euler" and len(self.epochs) == 1:
+            self.model.fc.bias.data.fill_(math.nan)
+
+    monkeypatch.setattr(stacking.Training, "step", broken)
+    args, bar = argparse.Namespace(epochs=4, seed=0, device="cpu"), Bar()
+    found = stacking.train([stacking.settings(m, 0.1, args) for m in ("euler", "rk8")], torch.device("cpu"), bar)
+    assert [len(record["epochs"]) for record in found] == [1, 4] and bar.n == 4
+    assert steps[:4] == ["euler", "rk8", "rk8", "euler"]
+    seconds = [epoch["seconds"] for epoch in found[1]["epochs"]]
+    assert seconds == sorted(seconds) and len(set(seconds)) == 4
 
 
 @pytest.mark.parametrize(
