@@ -1,5 +1,7 @@
 """Runge-Kutta stage combination for convolutional networks, fused."""
 
+from typing import TYPE_CHECKING, Any
+
 from rkfast import nn as nn
 from rkfast import ops as ops
 from rkfast import tableau as tableau
@@ -8,4 +10,15 @@ from rkfast.dispatch import use as use
 from rkfast.models import create_model as create_model
 from rkfast.models import list_models as list_models
 
+if TYPE_CHECKING:
+    from rkfast import ode as ode
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ode":  # which networks do without
+        import importlib
+
+        return importlib.import_module("rkfast.ode")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,7 +15,10 @@ from rkfast.extras import MissingExtra
 COMMANDS = {
     "info": ("rkfast.info", "versions, build, devices, and which backend serves which op"),
     "demo": ("rkfast.demo", "train a network of RK4 blocks on handwritten digits, stock and fused side by side"),
-    "plot": ("rkfast.plot", "draw a figure of the papers, with results of your own beside what is published"),
+    "plot": (
+        "rkfast.plot",
+        "draw a figure: those of the papers, orders and stability of methods, the steps of a network",
+    ),
     "bench": ("rkfast.bench.run", "measure the ops, or whole models, against eager and compiled PyTorch"),
 }
 

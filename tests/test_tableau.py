@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import decimal
+import math
 import pickle
 import time
 from fractions import Fraction
@@ -96,6 +97,23 @@ def test_verner() -> None:
     assert [i for i, v in enumerate(fixed.b, 1) if v] == [1, 8, 9, 10, 11, 12, 13, 14]
     assert fixed.a[4][0] == Surd(Fraction(4, 375), Fraction(94, 375), 6)
     assert fixed.floats()[0][11][6] == pytest.approx((154922 - 40458 * 6**0.5) / 135, rel=1e-14)
+
+
+def test_stability_polynomials() -> None:
+    """Those of order p agree with exp(z) up to z^p."""
+    for name, (stages, order, _) in METHODS.items():
+        found = tableau.get(name).stability_polynomial()
+        assert len(found) == stages + 1
+        assert list(found[: order + 1]) == [Fraction(1, math.factorial(n)) for n in range(order + 1)]
+    assert tableau.get("fehlberg45").stability_polynomial()[5:] == (Fraction(1, 104), 0)
+    assert tableau.get("dopri5").stability_polynomial()[6:] == (Fraction(1, 600), 0)
+
+
+def test_unmet_conditions() -> None:
+    rk4 = tableau.get("rk4")
+    assert rk4.unmet(4) == ()
+    assert {tableau.vertices(tree) for tree in rk4.unmet(5)} == {5}
+    assert tableau.get("euler").unmet(2) == (((),),)
 
 
 def test_the_check_is_cheap() -> None:

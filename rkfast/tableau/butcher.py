@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -77,6 +77,18 @@ class Tableau:
         h = Fraction(step)
         return tuple(tuple(float(h * v) for v in row) for row in self.a), tuple(float(h * v) for v in self.b)
 
+    def stability_polynomial(self) -> tuple[Exact, ...]:
+        """Coefficients from the constant on of R(z), by which a step multiplies y where y' = (z / h) y."""
+        found, powers = [Fraction(1)], [Fraction(1)] * self.stages
+        for _ in range(self.stages):
+            found.append(_sum([b * v for b, v in zip(self.b, powers, strict=True)]))
+            powers = [_sum([a * v for a, v in zip(row, powers, strict=True)]) for row in self.a]
+        return tuple(found)
+
+    def unmet(self, order: int) -> tuple[Tree, ...]:
+        """The rooted trees of at most ``order`` vertices whose conditions b does not satisfy."""
+        return tuple(tree for tree, _ in _Conditions(self).unmet(self.b, order))
+
     def _row(self, i: int, row: Sequence[Any]) -> tuple[Exact, ...]:
         s = self.stages
         self._require(i <= len(row) <= s, f"row {i + 1} of a has {len(row)} entries; expected {i} to {s}")
@@ -110,15 +122,20 @@ class _Conditions:
         if not isinstance(order, int) or order < 1:
             raise ValueError(f"tableau {name!r}: order of {field}: expected an int of at least 1, got {order!r}")
         require(_sum(weights) == 1, f"{field} sums to {_sum(weights)}, not to 1")
+        for tree, got in self.unmet(weights, order):
+            raise ValueError(
+                f"tableau {name!r}: {field} is not of order {order}: the tree {show(tree)} of order {vertices(tree)} "
+                f"gives {got}, not 1/{density(tree)}"
+            )
+
+    def unmet(self, weights: Sequence[Exact], order: int) -> Iterator[tuple[Tree, Exact]]:
+        """Trees of at most ``order`` vertices that are not given 1 / gamma, and what they are given."""
         b = self._whole(weights)
-        for n in range(2, order + 1):
+        for n in range(1, order + 1):
             for tree in trees(n):
                 got, scale = _dot(b, self._elementary(tree)), self.m**n
-                require(
-                    got * density(tree) == scale,
-                    f"{field} is not of order {order}: the tree {show(tree)} of order {n} gives "
-                    f"{got * Fraction(1, scale)}, not 1/{density(tree)}",
-                )
+                if got * density(tree) != scale:
+                    yield tree, got * Fraction(1, scale)
 
     def _elementary(self, tree: Tree) -> list[Any]:
         """For each stage the product over the tree's subtrees u of sum_j a_ij w_j(u)."""

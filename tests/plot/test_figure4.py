@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from rkfast import cli, papers, plot
+from rkfast import cli, papers
 from rkfast.papers import DATASETS
+from rkfast.plot import figure4 as plot
 from tests.package.process import python
 
 GOOD = {"model": "irknet-3x1_3x1_3x1", "options": {"growth_rate": 4}, "dataset": "cifar10", "error": 9}

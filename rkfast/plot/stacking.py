@@ -35,8 +35,10 @@ import rkfast
 from rkfast import demo, tableau
 from rkfast.extras import require
 from rkfast.models.ho_resnet import ALIASES
-from rkfast.plot import SUFFIXES, partial
+from rkfast.plot import look
+from rkfast.plot.output import partial_beside
 
+SUMMARY = "Euler, midpoint, RK4 and RK8 steps at equal depth, trained on digits: HO-ResNet's Figures 10, 11 and 13"
 METHODS = {"euler": "Euler", "midpoint": "midpoint", "rk4": "RK4", "rk8": "RK8"}
 LAYERS = 58  # the least of which all four are whole steps
 WIDTH = 16
@@ -47,13 +49,6 @@ CURVES = {
     "test_accuracy": "test accuracy",
     "train_loss": "training loss",
     "test_loss": "test loss",
-}
-# Of Okabe and Ito, as in the other figures; Euler's red is the paper's.
-STYLES: dict[str, dict[str, Any]] = {
-    "euler": {"color": "#D55E00", "linestyle": "-"},
-    "midpoint": {"color": "#009E73", "linestyle": "--"},
-    "rk4": {"color": "#0072B2", "linestyle": "-."},
-    "rk8": {"color": "#CC79A7", "linestyle": ":"},
 }
 
 
@@ -72,45 +67,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="what was trained before, and is not trained again; what is trained now is added (%(default)s)",
     )
-    parser.add_argument("--out", type=Path, default=Path("stacking.png"), help=f"{', '.join(SUFFIXES)} (%(default)s)")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Train what --results has not, adding each learning rate as it is done, and draw into --out. Returns 2 for what
-    cannot be read, written or trained."""
-    require("matplotlib", "demo")
+def data(args: argparse.Namespace) -> tuple[list[dict[str, Any]], float]:
+    """Train what --results has not, adding each learning rate as it is done: (records, target)."""
     tqdm = require("tqdm", "demo").tqdm
-    out: Path = args.out
-    partials: list[Path] = []
-    try:
-        if out.suffix.lower() not in SUFFIXES:
-            raise ValueError(f"--out {out}: expected a name that ends in {', '.join(SUFFIXES)}")
-        found = results(args.results) if args.results.exists() else []
-        device = torch.device(args.device)
-        torch.empty(0, device=device)
-        partials.append(partial(out))
-        wanted = [settings(method, lr, args) for lr in dict.fromkeys(args.lr) for method in METHODS]
-        missing = [each for each in wanted if all(record["settings"] != each for record in found)]
-        if missing:  # before minutes of training
-            partials.append(partial(args.results, "--results"))
-        for lr in dict.fromkeys(each["lr"] for each in missing):
-            now = [each for each in missing if each["lr"] == lr]
-            with tqdm(total=args.epochs, desc=f"learning rate {lr:g}", unit="epoch", file=sys.stderr) as bar:
-                found += train(now, device, bar)
-            partials[1].write_text(json.dumps(found, indent=1) + "\n")
-            os.replace(partials[1], args.results)
-        drawn = [next(record for record in found if record["settings"] == each) for each in wanted]
-        draw(drawn, args.target).savefig(partials[0], dpi=150, format=out.suffix.lower()[1:])
-        os.replace(partials[0], out)
-    except (AssertionError, RuntimeError, ValueError) as error:  # the first two: no such device
-        print(f"rkfast plot: {error}", file=sys.stderr)
-        return 2
-    finally:
-        for file in partials:
-            file.unlink(missing_ok=True)
-    print(table(drawn, args.target))
-    print(f"wrote {out}")
-    return 0
+    found = results(args.results) if args.results.exists() else []
+    wanted = [settings(method, lr, args) for lr in dict.fromkeys(args.lr) for method in METHODS]
+    missing = [each for each in wanted if all(record["settings"] != each for record in found)]
+    if missing:
+        try:
+            device = torch.device(args.device)
+            torch.empty(0, device=device)
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(f"--device {args.device}: {error}") from error
+        partial = partial_beside(args.results, "--results")  # before minutes of training
+        try:
+            for lr in dict.fromkeys(each["lr"] for each in missing):
+                now = [each for each in missing if each["lr"] == lr]
+                with tqdm(total=args.epochs, desc=f"learning rate {lr:g}", unit="epoch", file=sys.stderr) as bar:
+                    found += train(now, device, bar)
+                partial.write_text(json.dumps(found, indent=1) + "\n")
+                os.replace(partial, args.results)
+        finally:
+            partial.unlink(missing_ok=True)
+    records = [next(record for record in found if record["settings"] == each) for each in wanted]
+    print(table(records, args.target), file=sys.stderr)
+    return records, args.target
 
 
 def settings(method: str, lr: float, args: argparse.Namespace) -> dict[str, Any]:
@@ -249,23 +232,22 @@ def time_to(record: dict[str, Any], curve: str, target: float) -> float | None:
 def draw(records: list[dict[str, Any]], target: float) -> Any:
     """A row of panels for each learning rate: the four curves, and the times to the target."""
     rates = list(dict.fromkeys(record["settings"]["lr"] for record in records))
-    figure = require("matplotlib.figure", "demo").Figure(figsize=(19, 3.6 * len(rates) + 0.6), layout="constrained")
+    figure = look.figure(19, 3.6 * len(rates) + 0.6)
     panels = figure.subplots(len(rates), len(CURVES) + 1, squeeze=False)
     for row, rate in zip(panels, rates, strict=True):
         shown = [record for record in records if record["settings"]["lr"] == rate]
         for axes, (curve, label) in zip(row, CURVES.items(), strict=False):
             for record in shown:
-                method, epochs = record["settings"]["method"], record["epochs"]
-                axes.plot(
-                    range(1, len(epochs) + 1), [epoch[curve] for epoch in epochs], label=_name(record), **STYLES[method]
-                )
+                values = [epoch[curve] for epoch in record["epochs"]]
+                style = look.line(list(METHODS).index(record["settings"]["method"]))
+                axes.plot(range(1, len(values) + 1), values, label=_name(record), **style)
             axes.set(xlabel="epoch", title=f"{label}, learning rate {rate:g}")
             axes.set_xlim(0.5, shown[0]["settings"]["epochs"] + 0.5)
             if curve.endswith("loss"):
                 axes.set_yscale("log")
-            axes.grid(color="#DDDDDD", linewidth=0.6)
+            look.tidy(axes)
         _draw_times(row[-1], shown, target)
-    panels[0][0].legend()
+    look.legend(panels[0][0])
     first = records[0]
     figure.suptitle(f"HO-ResNet-{LAYERS} on digits, {first['hardware']}")
     return figure
@@ -273,7 +255,7 @@ def draw(records: list[dict[str, Any]], target: float) -> Any:
 
 def _draw_times(axes: Any, records: list[dict[str, Any]], target: float) -> None:
     for i, record in enumerate(records):
-        color = STYLES[record["settings"]["method"]]["color"]
+        color = look.COLOURS[list(METHODS).index(record["settings"]["method"])]
         for offset, curve, alpha in ((-0.2, "train_accuracy", 1.0), (0.2, "test_accuracy", 0.5)):
             seconds = time_to(record, curve, target)
             bar = axes.barh(i + offset, seconds or 0, 0.38, color=color, alpha=alpha)

@@ -1,6 +1,4 @@
-"""``rkfast plot``: figures of the papers. ``rkfast plot stacking`` is in ``rkfast.stacking``.
-
-``rkfast plot figure4``: error against parameters and against FLOPs, as in Figure 4 of the RKNet paper.
+"""``rkfast plot figure4``: error against parameters and against FLOPs, as in Figure 4 of the RKNet paper.
 
 The figure of the paper is that of ImageNet; the same is drawn of every other dataset of its tables. A file of results
 is a JSON list of objects with
@@ -19,8 +17,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,14 +24,10 @@ from typing import Any, NamedTuple
 from rkfast import papers
 from rkfast.extras import require
 from rkfast.papers import DATASETS, Row
+from rkfast.plot import look
 
-FIGURES = {
-    "figure4": "RKNet's Figure 4: error against parameters and against FLOPs",
-    "stacking": "HO-ResNet's Figures 10, 11 and 13, trained on digits: Euler, midpoint, RK4 and RK8 at equal depth",
-}
-SUFFIXES = (".png", ".svg", ".pdf")
+SUMMARY = "error against parameters and against FLOPs: Figure 4 of the RKNet paper"
 OWN = "own results"
-# Of Okabe and Ito, which readers tell apart however they see colours; lines and markers differ besides.
 STYLES: dict[str, dict[str, Any]] = {
     "DenseNet": {"color": "#0072B2", "marker": "s", "linestyle": ":"},
     "DenseNet-BC": {"color": "#0072B2", "marker": "s", "linestyle": ":", "markerfacecolor": "white"},
@@ -59,15 +51,6 @@ class Point(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from rkfast import stacking  # takes what is below
-
-    figures = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
-    add = {"figure4": _add_figure4_arguments, "stacking": stacking.add_arguments}
-    for name, summary in FIGURES.items():
-        add[name](figures.add_parser(name, help=summary, description=summary))
-
-
-def _add_figure4_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", choices=DATASETS, default="imagenet", help="(%(default)s, that of the paper)")
     parser.add_argument(
         "--results",
@@ -78,45 +61,11 @@ def _add_figure4_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help='JSON lists of {"model", "options", "dataset", "error", "label"}, drawn beside what is published',
     )
-    parser.add_argument("--out", type=Path, default=Path("figure4.png"), help=f"{', '.join(SUFFIXES)} (%(default)s)")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Draw into --out, whole or not at all. Returns 2 for what cannot be read or written."""
-    if args.figure == "stacking":
-        from rkfast import stacking
-
-        return stacking.run(args)
-    require("matplotlib", "plots")
-    out: Path = args.out
-    try:
-        if out.suffix.lower() not in SUFFIXES:
-            raise ValueError(f"--out {out}: expected a name that ends in {', '.join(SUFFIXES)}")
-        own = [point for file in args.results for point in results(file, args.dataset)]
-        unfinished = partial(out)
-    except ValueError as error:
-        print(f"rkfast plot: {error}", file=sys.stderr)
-        return 2
-    try:
-        draw([*published(args.dataset), *own], args.dataset).savefig(unfinished, dpi=150, format=out.suffix.lower()[1:])
-        os.replace(unfinished, out)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    print(f"wrote {out}")
-    return 0
-
-
-def partial(out: Path, argument: str = "--out") -> Path:
-    """An empty file beside out, which takes its place when it is whole."""
-    found = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        if out.is_dir():
-            raise IsADirectoryError(f"{out} is a folder")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        found.touch()
-    except OSError as error:
-        raise ValueError(f"{argument} {out} cannot be written: {error}") from error
-    return found
+def data(args: argparse.Namespace) -> tuple[list[Point], str]:
+    own = [point for file in args.results for point in results(file, args.dataset)]
+    return [*published(args.dataset), *own], args.dataset
 
 
 def published(dataset: str) -> list[Point]:
@@ -228,7 +177,7 @@ def _point(where: str, entry: object, dataset: str) -> Point:
 
 def draw(points: Iterable[Point], dataset: str) -> Any:
     """A figure of two panels: error against parameters, and against FLOPs."""
-    figure = require("matplotlib.figure", "plots").Figure(figsize=(12, 5.5), layout="constrained")  # needs no display
+    figure = look.figure(12, 5.5)
     ticker = require("matplotlib.ticker", "plots")
     panels = figure.subplots(1, 2, sharey=True)
     found: dict[str, list[Point]] = {name: [] for name in STYLES}
@@ -251,9 +200,7 @@ def draw(points: Iterable[Point], dataset: str) -> Any:
         axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high > 8 * low else (1, 1.5, 2, 3, 5, 7)))
         axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_locator(ticker.NullLocator())
-        axes.grid(color="#DDDDDD", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        look.tidy(axes)
     panels[0].set_ylabel("error (%)")
     figure.suptitle(f"{DATASETS[dataset].title}: published" + (" and own results" if found[OWN] else ""))
     handles, names = panels[0].get_legend_handles_labels()

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from rkfast import cli, demo, stacking
+from rkfast import cli, demo
+from rkfast.plot import stacking
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -57,7 +58,7 @@ def test_trains_only_what_is_missing(
         assert epoch.keys() == {"seconds", *stacking.CURVES}
         assert epoch["seconds"] > 0 and 0 < epoch["test_accuracy"] < 1 and 1 < epoch["train_loss"] < 4
     printed = capsys.readouterr()
-    assert "Euler x14" in printed.out and "RK8 x1" in printed.out and "learning rate 0.05" in printed.err
+    assert "Euler x14" in printed.err and "RK8 x1" in printed.err and "learning rate 0.05" in printed.err
     figure = (folder / "figure.svg").read_bytes()
     assert figure.startswith(b"<?xml")
 
