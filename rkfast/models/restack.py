@@ -265,7 +265,8 @@ def _form_of(block: nn.Module) -> _Form | None:
     """The form of a residual block that keeps shape; None for whatever else."""
     if type(block) is RKStep:
         euler = block.tableau.stages == 1 and block.tableau.floats()[1] == (1.0,)
-        return _OWN if euler and block.learned is None else None
+        plain = block.variant == "textbook" and block.learned is None and block.h is None and block.tol is None
+        return _OWN if euler and plain else None
     layers = {name for name, child in block._modules.items() if child is not None}
     for form in _FORMS:
         needed = {name for name in form.layers if name.startswith(("conv", "bn"))} | {form.activation}

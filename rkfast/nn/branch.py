@@ -21,6 +21,7 @@ class PreActBranch(nn.Module):
 
     def __init__(self, channels: int, *, fused: bool = True) -> None:
         super().__init__()
+        self.channels = channels
         self.fused = fused
         self.norm1 = nn.BatchNorm2d(channels)
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
