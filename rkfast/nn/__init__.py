@@ -14,6 +14,7 @@ from rkfast.nn.multistep import LMStep as LMStep
 from rkfast.nn.multistep import MultistepPeriod as MultistepPeriod
 from rkfast.nn.norm import batch_norm_relu as batch_norm_relu
 from rkfast.nn.poly import PolyStep as PolyStep
+from rkfast.nn.poly import poly_branches as poly_branches
 from rkfast.nn.reversible import RevPeriod as RevPeriod
 from rkfast.nn.reversible import RevStep as RevStep
 from rkfast.nn.step import Period as Period
@@ -46,4 +47,5 @@ __all__ = [
     "TimePeriod",
     "Transition",
     "batch_norm_relu",
+    "poly_branches",
 ]

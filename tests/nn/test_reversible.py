@@ -236,6 +236,20 @@ def test_graphs_are_kept_and_overlap() -> None:
             assert all(map(torch.equal, torch.autograd.grad(out, given, retain_graph=keep), expected))
 
 
+class Doubled(RevStep):
+    def forward_with_moments(self, y: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return 2 * super().forward_with_moments(y)[0], None
+
+
+def test_slices_and_subclasses() -> None:
+    module, x = period(), images(torch.float32)
+    assert recomputes(module[1:], x) and len(module[1:]) == 2
+    step = Doubled(PreActBranch(3), PreActBranch(3)).eval()
+    ordinary = RevPeriod(step)
+    assert not recomputes(ordinary, x)
+    torch.testing.assert_close(ordinary(x), 2 * RevStep(step.f, step.g)(x))
+
+
 def test_transforms_take_the_ordinary_way() -> None:
     module = period().double().eval()
     x = images()
