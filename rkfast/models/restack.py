@@ -74,8 +74,10 @@ def restack(model: nn.Module, method: Tableau | str, *, step: float | None = Non
         units: list[_Unit] = []
         for form, names in _runs(container):
             whole = len(names) - len(names) % tableau.stages if form else 0
-            units += [_Unit(form, names[i : i + tableau.stages]) for i in range(0, whole, tableau.stages)]
-            units += [_Unit(None, (name,)) for name in names[whole:]]
+            h = step * (getattr(container, names[0]).step if form == _OWN else 1.0)
+            weights = tableau.floats(h) if whole else _NO_WEIGHTS
+            units += [_Unit(form, names[i : i + tableau.stages], weights) for i in range(0, whole, tableau.stages)]
+            units += [_Unit(None, (name,), _NO_WEIGHTS) for name in names[whole:]]
             if form:
                 runs.append(len(names))
                 left += [f"{prefix}.{name}".lstrip(".") for name in names[whole:]]
@@ -132,10 +134,11 @@ class _Form(NamedTuple):
 
 
 class _Unit(NamedTuple):
-    """Children that make one step, or with no form a child that is called as it is."""
+    """Children that make one step, with (h * a, h * b), or with no form a child that is called as it is."""
 
     form: _Form | None
     names: tuple[str, ...]
+    weights: tuple[tuple[tuple[float, ...], ...], tuple[float, ...]]
 
 
 class _Plan(NamedTuple):
@@ -150,6 +153,7 @@ def _form(layers: str, activation: str) -> _Form:
 
 
 _OWN = _Form((), None)
+_NO_WEIGHTS: Any = ((), ())
 _FORMS = (
     # torchvision
     _form("conv1 bn1 relu conv2 bn2", "relu"),
@@ -182,14 +186,15 @@ class Restacked(Period):
             else:
                 for name, block in zip(unit.names, blocks, strict=True):
                     _refuse_hooks(block, f"block {name}", RuntimeError)
-                y, moments = self._step(unit.form, blocks, y, moments, wanted)
+                y, moments = self._step(unit, blocks, y, moments, wanted)
         return y, moments
 
     def _step(
-        self, form: _Form, blocks: list[Any], y: Tensor, moments: Moments | None, return_moments: bool
+        self, unit: _Unit, blocks: list[Any], y: Tensor, moments: Moments | None, return_moments: bool
     ) -> tuple[Tensor, Moments | None]:
+        form, (a, b) = unit.form, unit.weights
+        assert form is not None
         own = form == _OWN
-        a, b = self._plan.tableau.floats(self._plan.step * (blocks[0].step if own else 1.0))
         acts = [None if form.activation is None else getattr(block, form.activation) for block in blocks]
         fused = blocks[0].fused if own else True
         x = y, moments

@@ -310,7 +310,6 @@ def kernel_reason(x: Tensor, group: str = "") -> str | None:
     return checks.missing(_KERNEL[device], device) or _REASONS[_KERNEL[device]](x, checks.dtype_of_call(x))
 
 
-
 def dense_block(
     x: Tensor,
     conv1: Sequence[Tensor],
