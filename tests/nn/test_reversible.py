@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rkfast import dispatch
 from rkfast.nn import PreActBranch, RevPeriod, RevStep
 from tests.nn.test_step import calls, trained
-from tests.ops.tester import assert_as_good_as
+from tests.ops.tester import assert_as_good_as, assert_gradients_as_good_as
 
 
 class Dropped(nn.Sequential):
@@ -65,10 +65,12 @@ def test_as_good_as_stock(autocast: bool, channels_last: bool) -> None:
     assert ours["out"].dtype == eager["out"].dtype
     assert ours["out"].is_contiguous(memory_format=torch.channels_last) == channels_last
     for key, value in expected.items():
-        if value.is_floating_point():
-            assert_as_good_as(ours[key], eager[key], value, key)
-        else:
+        if not value.is_floating_point():
             assert torch.equal(ours[key], value) and value == 1, key
+        elif not key.endswith(".grad"):
+            assert_as_good_as(ours[key], eager[key], value, key)
+    keys = [key for key in expected if key.endswith(".grad")]
+    assert_gradients_as_good_as(*({key: found[key] for key in keys} for found in (ours, eager, expected)))
 
 
 @pytest.mark.parametrize("fused", (True, False), ids=("fused", "stock"))
