@@ -17,8 +17,7 @@ from rkfast.nn import Period, RKStep
 from rkfast.nn.branch import slope, takes_moments
 from rkfast.nn.norm import hooked
 from rkfast.nn.step import asks_for_moments, weighted_sum, with_moments
-from rkfast.ops import Moments, rk_sum
-from rkfast.ops.checks import MAX_TERMS
+from rkfast.ops import Moments
 from rkfast.tableau import Tableau
 
 MAX_STEP = 64
@@ -222,12 +221,9 @@ def _sum(
     y: Tensor, slopes: Sequence[Tensor], weights: Sequence[float], act: nn.Module | None, fused: bool, moments: bool
 ) -> tuple[Tensor, Moments | None]:
     """``act(y + sum_j weights[j] * slopes[j])``."""
-    if act is None:
-        return weighted_sum(y, slopes, weights, fused=fused, return_moments=moments)
-    used = [(k, w) for k, w in zip(slopes, weights, strict=False) if w]
-    if type(act) is nn.ReLU and not hooked(act) and len(used) < MAX_TERMS:
-        return rk_sum([y, *(k for k, _ in used)], [1.0, *(w for _, w in used)], relu=True), None
-    return act(weighted_sum(y, slopes, weights, fused=True)[0]), None
+    relu = type(act) is nn.ReLU and not hooked(act)
+    total, found = weighted_sum(y, slopes, weights, relu=relu, fused=fused, return_moments=moments and act is None)
+    return (total if act is None or relu else act(total)), found
 
 
 def _f(form: _Form, block: nn.Module, x: Tensor) -> Tensor:
