@@ -42,6 +42,8 @@ class Network:
     batches: tuple[int, ...]
     main: int | None  # the batch of the main cases
     options: tuple[tuple[str, Any], ...] = ()
+    label: str = ""  # where the name alone does not tell
+    memory: tuple[str, ...] = ("speed", "min")
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class ModelCase:
 
     @property
     def op(self) -> str:
-        return self.network.name
+        return self.network.label or self.network.name
 
     @property
     def name(self) -> str:
@@ -70,7 +72,8 @@ class ModelCase:
 
     @property
     def id(self) -> str:
-        return f"{self.op}/{'x'.join(map(str, self.shape))}/{self.name}"
+        dtype = "" if self.dtype == torch.float32 else f"{str(self.dtype).removeprefix('torch.')}/"
+        return f"{self.op}/{'x'.join(map(str, self.shape))}/{dtype}{self.name}"
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -105,8 +108,8 @@ class ModelCase:
             norm.momentum = momentum
         return model.train(self.training)
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast("cuda", self.dtype) if self.dtype != torch.float32 else contextlib.nullcontext()
+    def autocast(self, device: str) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(device, self.dtype) if self.dtype != torch.float32 else contextlib.nullcontext()
 
 
 class Steps(Contender):
@@ -120,11 +123,11 @@ class Steps(Contender):
         self.parameters = list(model.parameters())
 
     def forward(self) -> Tensor:
-        with torch.no_grad(), self.case.autocast():
+        with torch.no_grad(), self.case.autocast(self.images.device.type):
             return self.call(self.images)
 
     def forward_grad(self) -> Tensor:
-        with self.case.autocast():
+        with self.case.autocast(self.images.device.type):
             return F.cross_entropy(self.call(self.images), self.labels)
 
     def backward(self, outputs: Tensor) -> None:
@@ -164,7 +167,7 @@ class Networks:
 
     def ours(self) -> Iterator[tuple[str, gate.Verdict, Contender]]:
         for backend in self.contest.backends:
-            for memory in ("speed", "min") if self.case.training else ("speed",):
+            for memory in self.case.network.memory[: None if self.case.training else 1]:
                 before = dispatch.served()
                 with forced(backend):
                     verdict = self._verdict(memory)
@@ -197,7 +200,7 @@ class Networks:
         )
 
     def _fused(self, memory: str) -> nn.Module:
-        model = self.case.create(fused=True, memory=memory)
+        model = self.case.create(fused=True, **({"memory": memory} if len(self.case.network.memory) > 1 else {}))
         model.load_state_dict(self.stock.state_dict())
         return _channels_last(model.to(self.contest.device)).train(self.case.training)
 
@@ -206,7 +209,7 @@ class Networks:
         wide = parameters[0].dtype == torch.float64
         images, labels = (t[:GATE_IMAGES] for t in self.batches[batch])
         images = dense(images.to(parameters[0].dtype), channels_last)
-        autocast = contextlib.nullcontext() if wide else self.case.autocast()
+        autocast = contextlib.nullcontext() if wide else self.case.autocast(images.device.type)
         with autocast, torch.set_grad_enabled(self.case.training):
             logits = model(images)
             loss = F.cross_entropy(logits, labels)
@@ -219,7 +222,7 @@ class Networks:
 
     def peers(self) -> Iterator[tuple[str, Callable[[], Contender]]]:
         for name in self.contest.peers:
-            if not (self.case.training and name in INFERENCE):
+            if name not in INFERENCE or not (self.case.training or self.case.dtype != torch.float32):
                 yield name, functools.partial(self._peer, name)
 
     def _peer(self, name: str) -> Contender:
@@ -301,6 +304,12 @@ def _onnxruntime(networks: Networks) -> Callable[[], Any]:
 
 
 ERK, IRK = (("growth_rate", 36),), (("growth_rate", 80),)
+
+
+def ho_resnet(method: str, batch: int) -> Network:
+    return Network("ho_resnet-58", 32, (batch,), batch, (("method", method),), f"ho_resnet-58-{method}", ("speed",))
+
+
 FULL: dict[str, dict[str, list[Network]]] = {
     "cpu": {
         "densenet": [
@@ -310,27 +319,31 @@ FULL: dict[str, dict[str, list[Network]]] = {
         ],
         "erknet": [Network("erknet-7x1_7x1_7x1", 32, (7, 16, 32), 16, ERK)],
         "irknet": [Network("irknet-5x1_5x1_5x1-ab", 32, (7, 16, 32), 16, IRK)],
+        "ho_resnet": [ho_resnet("rk4", 8), ho_resnet("rk8", 8)],
     },
     "cuda": {
         "densenet": [Network("densenet121", 224, (256,), 256)],
         "erknet": [Network("erknet-7x1_7x1_7x1", 32, (64,), 64, ERK)],
         "irknet": [Network("irknet-5x1_5x1_5x1-ab", 32, (64,), 64, IRK)],
+        "ho_resnet": [ho_resnet("rk4", 128), ho_resnet("rk8", 128)],
     },
 }
 TINY = {
     "densenet": Network("densenet-10-bc", 8, (2,), 2, (("growth_rate", 4), ("init_channels", 8))),
     "erknet": Network("erknet-2x1_1x1", 8, (2,), 2, (("growth_rate", 6),)),
     "irknet": Network("irknet-2x1_2x1-ab", 8, (2,), 2, (("growth_rate", 6),)),
+    "ho_resnet": Network("ho_resnet-10", 8, (2,), 2, (("width", 8),), memory=("speed",)),
 }
 
 
 def cases(family: str, size: str, device: str) -> Iterator[ModelCase]:
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtypes = (torch.bfloat16,) if device == "cuda" else (torch.float32, torch.bfloat16)
     for network in [TINY[family]] if size == "tiny" else FULL[device][family]:
         for batch in network.batches:
             main = batch == network.main
-            if main or size == "full":
-                yield from (ModelCase(network, batch, training, dtype, main) for training in (True, False))
+            for dtype in dtypes if size == "full" else dtypes[:1]:
+                if size == "full" or main:
+                    yield from (ModelCase(network, batch, training, dtype, main) for training in (True, False))
 
 
 SUITE = Suite(

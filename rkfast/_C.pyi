@@ -112,3 +112,29 @@ def dense_block_backward(
     inputs: int,
     summed: Sequence[int],
 ) -> list[Tensor]: ...
+def bn_relu_conv(
+    x: Tensor,
+    conv: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    channels_last: bool,
+    eps: float,
+    moments: bool,
+) -> list[Tensor]: ...
+def bn_relu_conv_backward(
+    grad: Tensor,
+    x: Tensor,
+    conv: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    channels_last: bool,
+    batch_stats: bool,
+    eps: float,
+    need_x: bool,
+    need_conv: bool,
+    need_affine: bool,
+) -> list[Tensor]: ...

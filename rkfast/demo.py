@@ -25,32 +25,33 @@ from rkfast import dispatch, measure, native
 from rkfast.extras import require
 
 VARIANTS = {"stock": False, "fused": True}
-WIDTH = 16  # of an HO-ResNet
+WIDTH = 16  # of an HO-ResNet, and of those in its layout
+ITS_LAYOUT = ("ho_resnet", "revnet", "polynet", "lm_resnet", "hyperbolic")
 GROWTH_RATE = 12  # of the others
 BATCH = 32
 SIZE = 32
-MAX_LR = {True: 0.1, False: 0.03}  # of an HO-ResNet; of the others, some of which end below 97 % with more
+MAX_LR = {True: 0.1, False: 0.03}  # of these; of the others, some of which end below 97 % with more
 WARMUP = 3  # steps that are not timed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="ho_resnet-18", help="%(default)s; see rkfast.list_models()")
     parser.add_argument("--method", help="Runge-Kutta method of every step of an HO-ResNet (rk4)")
-    parser.add_argument("--epochs", type=_positive, default=16, help="(%(default)s)")
+    parser.add_argument("--epochs", type=positive, default=16, help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of split, weights and order of the images (%(default)s)")
     parser.add_argument("--device", default="cpu", help="such as cpu or cuda (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for demo.json and demo.png (%(default)s)")
 
 
-def is_ho_resnet(args: argparse.Namespace) -> bool:
-    return args.model.lower().startswith("ho_resnet")
+def has_its_layout(args: argparse.Namespace) -> bool:
+    return args.model.lower().split("-")[0] in ITS_LAYOUT
 
 
 def options(args: argparse.Namespace) -> dict[str, Any]:
     """What the model is made with: small enough for a laptop's CPU."""
-    if is_ho_resnet(args):
-        return {"method": args.method or "rk4", "width": WIDTH, "in_chans": 1}
-    return {"growth_rate": GROWTH_RATE, "in_chans": 1, **({"method": args.method} if args.method else {})}
+    method = args.method or ("rk4" if args.model.lower().startswith("ho_resnet") else None)
+    size = {"width": WIDTH} if has_its_layout(args) else {"growth_rate": GROWTH_RATE}
+    return {**({"method": method} if method else {}), **size, "in_chans": 1}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -92,9 +93,7 @@ def run(args: argparse.Namespace) -> int:
     report = {
         "rkfast": rkfast.__version__,
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads",
+        "device": hardware(device),
         **{key: getattr(args, key) for key in ("model", "epochs", "seed")},
         "options": options(args),
         "batch": BATCH,
@@ -129,7 +128,7 @@ class Training:
         model = rkfast.create_model(args.model, fused=fused, **options(args))
         # channels_last for both: the stock model's better layout (80 ms against 105 for 64 images, 2 AVX512 cores).
         self.model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        peak = MAX_LR[is_ho_resnet(args)]
+        peak = MAX_LR[has_its_layout(args)]
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=peak, momentum=0.9, weight_decay=5e-4, nesterov=True
         )
@@ -182,11 +181,12 @@ class Training:
         }
 
 
-def digits(seed: int, device: torch.device) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """scikit-learn's handwritten digits as (images [N, 1, 32, 32], labels [N]), four fifths of them for training."""
+def digits(seed: int, device: torch.device, size: int = SIZE) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """scikit-learn's handwritten digits as (images [N, 1, size, size], labels [N]), four fifths of them for training.
+    They are of 8 x 8 by themselves."""
     data = require("sklearn.datasets", "demo").load_digits()
     images = torch.from_numpy(data.images).float()[:, None]  # [N, 1, 8, 8], 0 to 16
-    images = F.interpolate(images / 16, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
+    images = F.interpolate(images / 16, size=(size, size), mode="bilinear", align_corners=False)
     labels = torch.from_numpy(data.target).long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     train, test = order[: len(order) * 4 // 5], order[len(order) * 4 // 5 :]
@@ -194,6 +194,12 @@ def digits(seed: int, device: torch.device) -> tuple[tuple[Tensor, Tensor], tupl
     images = ((images - mean) / std).to(device)
     labels = labels.to(device)
     return (images[train], labels[train]), (images[test], labels[test])
+
+
+def hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
 
 
 def built(device: str) -> set[str]:
@@ -271,7 +277,7 @@ def _megabytes(value: int | None) -> str:
     return "not measured" if value is None else f"{value / 1e6:.1f}"
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")

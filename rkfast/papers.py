@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rkfast.models import create_model
 from rkfast.nn import Attention, ERKStep, IRKStep, NormPool, RKCNNStep
+from rkfast.tableau import Tableau
 
 
 class Dataset(NamedTuple):
@@ -131,8 +133,71 @@ CLIQUENET = [
     Row("cliquenet-30-abc", {"growth_rate": 150}, "10.48", "10.56", {"cifar10": 5.06, "cifar100": 21.83, "svhn": 1.64}),
 ]
 
+# HO-ResNet: Luo et al., "Rethinking ResNets: Improved Stacking Strategies With High Order Schemes". Printed are
+# accuracies, and parameters of convolutions and linear layer only, so that these rows stand apart from ROWS. The
+# "HO-ResNet-34" of Table 4 has 30 layers: its 93.39 and 94.17 are those of RK8 X1 in Table 2.
+
+
+def _ho_resnet(layers: int, method: str, millions: str | None, accuracy: float, **options: Any) -> Row:
+    errors = {"cifar10": round(100 - accuracy, 2)}
+    return Row(f"ho_resnet-{layers}", {"method": method, **options}, millions, None, errors)
+
+
+HO_RESNET_TABLE_2 = [
+    _ho_resnet(10, "euler", "0.3", 91.72),
+    _ho_resnet(10, "midpoint", "0.3", 91.97),
+    _ho_resnet(10, "rk4", "0.3", 91.51),
+    _ho_resnet(18, "euler", "0.59", 92.68),
+    _ho_resnet(18, "midpoint", "0.59", 92.95),
+    _ho_resnet(18, "rk4", "0.59", 92.98),
+    _ho_resnet(30, "euler", "1.03", 93.02),
+    _ho_resnet(30, "rk8", "1.03", 93.39),
+    _ho_resnet(26, "rk4", "0.89", 93.41),
+    _ho_resnet(30, "rk8", "1.03", 94.17, factor=2.0),
+    _ho_resnet(58, "euler", "2.07", 92.71),
+    _ho_resnet(58, "midpoint", "2.07", 94.08),
+    _ho_resnet(58, "rk4", "2.07", 94.79),
+    _ho_resnet(58, "rk8", "2.07", 94.91),
+]
+HO_RESNET_TABLE_3 = [
+    _ho_resnet(18, "midpoint", "0.59", 92.95),
+    _ho_resnet(18, "midpoint", "0.59", 93.12, nested=1),
+    _ho_resnet(34, "midpoint", "1.18", 93.86),
+    _ho_resnet(34, "midpoint", "1.18", 93.72, nested=1),
+    _ho_resnet(34, "midpoint", "1.18", 93.81, nested=2),
+]
+HO_RESNET_TABLE_4 = [
+    _ho_resnet(30, "rk8", None, accuracy, factor=factor)
+    for factor, accuracy in ((1.0, 93.39), (1.2, 93.56), (2.0, 94.17), (2.5, 94.09), (3.0, 93.67))
+]
+HO_RESNET = [*HO_RESNET_TABLE_2, *HO_RESNET_TABLE_3, *HO_RESNET_TABLE_4]
+
 RKNET = [*RKNET_TABLE_1, *RKNET_TABLE_2, *RKNET_TABLE_3]
 ROWS = [*RKNET, *DENSENET_TABLE_2, *DENSENET_IMAGENET, *CLIQUENET]
+
+
+class Cost(NamedTuple):
+    """What a step adds to its branches (section 3.8 of HO-ResNet).
+
+    shortcuts: feature maps that are kept while branches run; Euler's step keeps its input, 1.
+    operations: multiplications and additions per element of a feature map and per layer, of two layers per branch,
+    beyond those of Euler steps of the same depth.
+    """
+
+    shortcuts: int
+    operations: Fraction
+
+
+def step_cost(tableau: Tableau) -> Cost:
+    """Counted as the paper does: a coefficient of 1 costs no multiplication; slopes of which only the sum y' is still
+    to be made are kept as one running sum, and all of them are kept as soon as a stage reads one that is not the last.
+    """
+    s, rows = tableau.stages, [*tableau.a, tableau.b]
+    read = [(i, j) for i in range(s + 1) for j in range(s) if rows[i][j] != 0]
+    early = any(j < i - 1 for i, j in read if i < s)
+    summed = any(j < s - 1 for i, j in read if i == s)
+    products = sum(rows[i][j] != 1 for i, j in read)
+    return Cost(1 + (s if early else int(summed)), Fraction(products + len(read) - s, 2 * s))
 
 
 def on_meta(name: str, *, fused: bool = False, **options: Any) -> nn.Module:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rkfast
-from rkfast import dispatch
+from rkfast import dispatch, ops
 from tests.ops import test_dense_block
+from tests.ops.tester import CPU_BACKENDS
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo")
 MODELS = {
@@ -170,3 +171,56 @@ def check_blocks(folder: Path, backend: str, dtype: torch.dtype, tolerance: floa
 
 def test_blocks_of_two_processes(tmp_path: Path) -> None:
     check_blocks(tmp_path, "reference", torch.float64, 1e-9)
+
+
+def convolved(x: Tensor, grad: Tensor, group: str = "", eager: bool = False) -> dict[str, Tensor]:
+    """Result, gradients and statistics of a convolution behind BatchNorm and ReLU."""
+    torch.manual_seed(1)
+    conv, weight, bias = torch.randn(17, 16, 3, 3) / 12, 1 + torch.rand(16), torch.randn(16)
+    leaves = [t.to(x.dtype).requires_grad_() for t in (x, conv, weight, bias)]
+    mean, var = torch.zeros(16, dtype=x.dtype), torch.ones(16, dtype=x.dtype)
+    x, conv, weight, bias = leaves
+    if eager:
+        out = F.conv2d(F.relu(F.batch_norm(x, mean, var, weight, bias, True)), conv, padding=1)
+    else:
+        out = ops.bn_relu_conv(x, conv, ops.Norm(weight, bias, mean, var, torch.tensor(0), group=group))
+    gradients = torch.autograd.grad(out, leaves, grad.to(x.dtype))
+    names = ("out", "x", "conv", "weight", "bias", "mean", "var")
+    return dict(zip(names, (out.detach(), *gradients, mean, var), strict=True))
+
+
+def images_and_gradient() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(sum(SIZES), 16, 6, 5, dtype=torch.float64)
+    x[: SIZES[0]] = 2 * x[: SIZES[0]] + 1
+    return x, torch.randn(sum(SIZES), 17, 6, 5, dtype=torch.float64)
+
+
+def convolution_worker(rank: int, folder: str, backend: str, dtype: torch.dtype) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    try:
+        part = slice(0, SIZES[0]) if rank == 0 else slice(SIZES[0], None)
+        x, grad = (t[part] for t in images_and_gradient())
+        x = x.to(dtype, memory_format=torch.channels_last)
+        with dispatch.use(backend):
+            found = convolved(x, grad, dist.group.WORLD.group_name)
+        for key in ("conv", "weight", "bias"):
+            dist.all_reduce(found[key])
+        torch.save(found, Path(folder) / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_convolutions_of_two_processes(backend: str, tmp_path: Path) -> None:
+    dtype, tolerance = (torch.float64, 1e-9) if backend == "reference" else (torch.float32, 1e-3)
+    torch.multiprocessing.spawn(convolution_worker, (str(tmp_path), backend, dtype), nprocs=2)
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    expected = convolved(*images_and_gradient(), eager=True)
+    for key in ("out", "x"):
+        together = torch.cat([part.pop(key) for part in parts])
+        torch.testing.assert_close(together.double(), expected.pop(key), rtol=tolerance, atol=tolerance)
+    for part in parts:
+        for key, value in expected.items():
+            torch.testing.assert_close(part[key].double(), value, rtol=tolerance, atol=tolerance)

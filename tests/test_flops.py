@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import rkfast
-from rkfast.nn import CliqueBlock, DenseBlock, RKCNNStep, Transition
+from rkfast.nn import CliqueBlock, DenseBlock, PreActBranch, RKCNNStep, Transition
 from tests.ops.tester import CPU_BACKENDS
 from tests.package.process import python
 
@@ -58,6 +58,22 @@ def test_fused_counts_as_stock(name: str, options: dict[str, Any], size: int, ba
         assert ours == {"rkfast.dense_block", *(["rkfast.dense_block_backward"] if backward else [])}
         assert not none
         assert found == expected
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("wanted", ("all", "parameters", "input"))
+def test_a_pre_activation_branch_counts_as_stock(wanted: str, backend: str) -> None:
+    def counted(fused: bool) -> tuple[int, set[str]]:
+        branch, x = PreActBranch(16, fused=fused), torch.randn(2, 16, 6, 6, requires_grad=wanted != "parameters")
+        branch.requires_grad_(wanted != "input")
+        with FlopCounterMode(display=False) as counter:
+            branch(x).sum().backward()
+        return counter.get_total_flops(), {str(op) for op in counter.flop_counts["Global"] if "rkfast" in str(op)}
+
+    with rkfast.use(backend):
+        found, ours = counted(True)
+    assert ours == {"rkfast.bn_relu_conv", "rkfast.bn_relu_conv_backward"}
+    assert found == counted(False)[0]
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)

@@ -14,13 +14,14 @@ from rkfast import dispatch
 from .. import contest, gate
 from ..contest import COMPILE, Contender, Contest, Suite, forced
 from ..workload import Case, Function, Inputs, arranged, dense
-from . import bn_rk_sum, channel_moments, dense_block, rk_sum
+from . import bn_relu_conv, bn_rk_sum, channel_moments, dense_block, rk_sum
 
 OPS: dict[str, Callable[[str, str], Iterator[Case]]] = {
     "rk_sum": rk_sum.cases,
     "bn_rk_sum": bn_rk_sum.cases,
     "channel_moments": channel_moments.cases,
     "dense_block": dense_block.cases,
+    "bn_relu_conv": bn_relu_conv.cases,
 }
 PEERS = (
     *("eager", "eager_channels_last", "add_alpha", "in_place", "compile"),

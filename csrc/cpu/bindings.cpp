@@ -92,4 +92,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("dense_block_backward", &rkfast::dense_block_backward, release(), arg("grad"), arg("buffer"), arg("mean"),
         arg("var"), arg("mid_moments"), arg("mids"), arg("conv1"), arg("conv2"), arg("norms"), arg("keeps"),
         arg("keep_scale"), arg("reads"), arg("writes"), arg("eps"), arg("inputs"), arg("summed"));
+  m.def("bn_relu_conv", &rkfast::bn_relu_conv, release(), arg("x"), arg("conv"), arg("weight"), arg("bias"), arg("mean"),
+        arg("var"), arg("channels_last"), arg("eps"), arg("moments"));
+  m.def("bn_relu_conv_backward", &rkfast::bn_relu_conv_backward, release(), arg("grad"), arg("x"), arg("conv"),
+        arg("weight"), arg("bias"), arg("mean"), arg("var"), arg("channels_last"), arg("batch_stats"), arg("eps"),
+        arg("need_x"), arg("need_conv"), arg("need_affine"));
 }

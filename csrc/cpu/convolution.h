@@ -73,9 +73,10 @@ class Moment {  // of some channels, in float as they are kept
   Tensor mean, var;
 };
 
-// Moments of parts, merged in order.
-inline void merge(const Parts& parts, const std::vector<double>& mean, const std::vector<double>& m2, int64_t channels,
-                  float* mean_out, float* var_out) {
+// Moments of parts or bands, merged in order.
+template <typename Pieces>
+void merge(const Pieces& parts, const std::vector<double>& mean, const std::vector<double>& m2, int64_t channels,
+           float* mean_out, float* var_out) {
   for (int64_t c = 0; c < channels; ++c) {
     Welford<double> all;
     for (int64_t p = 0; p < parts.count; ++p)
@@ -85,6 +86,11 @@ inline void merge(const Parts& parts, const std::vector<double>& mean, const std
   }
 }
 
+inline Optional vector(const char* name, const Optional& v, int64_t channels) {
+  if (!v) return v;
+  TORCH_CHECK_VALUE(v->is_cpu() && v->numel() == channels, name, ": expected ", channels, " values on the CPU, got ", v->sizes());
+  return v->to(at::kFloat).contiguous();
+}
 inline const float* data(const Optional& v) { return v ? v->const_data_ptr<float>() : nullptr; }
 
 // `batch` calls back with (moments, first, n) for each range of channels, where the norm has no statistics of its own.
@@ -132,6 +138,9 @@ auto with_type(const Tensor& x, const char* name, Body&& body) {
   TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat, name, ": expected float32 or bfloat16, got ", x.scalar_type());
   return body(float());
 }
+
+// What follows on a band where nothing does.
+constexpr auto kNothing = [](int64_t, int64_t, int64_t) {};
 
 // Over images of one size, float or bfloat16 (T), with memory that its convolutions share.
 template <typename T>
@@ -222,7 +231,7 @@ class Convolutions {
   template <typename Load>
   void convolve_by_tiles(const Tensor& w, int64_t channels, const Load& load, Slot<float> out) {
     const Bands bands(n_, h_, w_, channels + w.size(0), at::get_num_threads());
-    winograd(bands, channels, w.size(0), by_rows(load, channels), tile_weight(w, false), out);
+    winograd(bands, channels, w.size(0), by_rows(load, channels), tile_weight(w, false), out, kNothing);
   }
   // The same by ATen.
   Tensor convolve(const Tensor& w, int64_t channels, T* normalised) const {
@@ -240,20 +249,30 @@ class Convolutions {
   std::pair<Tensor, Tensor> conv_backward(const T* grad, int64_t growth, const Load& load, int64_t channels, const Tensor& w) {
     if constexpr (kFloat) {
       if (by_tiles(w)) {
-        auto rows = [&](int64_t row, int64_t n, Slot<float> out) { std::copy_n(grad + row * growth, n * growth, out.data); };
         Tensor dact = reused(dact_, channels);
         const Bands bands(n_, h_, w_, channels + growth, at::get_num_threads());
-        const Tensor taps = at::empty({3, 3, growth, channels}, w.options().memory_format(std::nullopt));
-        winograd(bands, growth, channels, by_rows(rows, growth), tile_weight(w, true), {dact.data_ptr<float>(), channels});
-        // Bands of its own: its sums do not depend on the threads.
-        winograd_weight(Bands(n_, h_, w_, channels + growth), channels, growth, by_rows(load, channels), {grad, growth}, taps.data_ptr<float>());
-        return {dact, like(taps.permute({2, 3, 0, 1}), w)};
+        data_gradient_by_tiles(bands, grad, w, {dact.data_ptr<float>(), channels}, kNothing);
+        return {dact, weight_gradient_by_tiles(grad, load, w)};
       }
     }
     const int64_t pad = w.size(2) / 2;
     auto [dact, dw, dbias] = at::convolution_backward(nhwc(const_cast<T*>(grad), growth), nhwc(materialise(channels, load), channels), w,
                                                       std::nullopt, {1, 1}, {pad, pad}, {1, 1}, false, {0, 0}, 1, {true, true, false});
     return {dact.contiguous(at::MemoryFormat::ChannelsLast), like(dw, w)};
+  }
+  template <typename Then>
+  void data_gradient_by_tiles(const Bands& bands, const float* grad, const Tensor& w, Slot<float> out, const Then& then) {
+    const int64_t outputs = w.size(0), channels = w.size(1);
+    auto load = [&](int64_t row, int64_t n, Slot<float> to) { std::copy_n(grad + row * outputs, n * outputs, to.data); };
+    winograd(bands, outputs, channels, by_rows(load, outputs), tile_weight(w, true), out, then);
+  }
+  template <typename Load>
+  Tensor weight_gradient_by_tiles(const float* grad, const Load& load, const Tensor& w) {
+    const int64_t outputs = w.size(0), channels = w.size(1);
+    const Tensor taps = at::empty({3, 3, outputs, channels}, w.options().memory_format(std::nullopt));
+    // Bands of its own: its sums do not depend on the threads.
+    winograd_weight(Bands(n_, h_, w_, channels + outputs), channels, outputs, by_rows(load, channels), {grad, outputs}, taps.data_ptr<float>());
+    return like(taps.permute({2, 3, 0, 1}), w);
   }
   Tensor reused(Tensor& kept, int64_t channels) const {
     materialised(kept, channels);
@@ -271,14 +290,14 @@ class Convolutions {
     merge(parts_, mean, m2, channels, mean_out, var_out);
   }
 
-  // Sums of parts [count][2][padded] in order: sum g, and sum g * x_hat.
+  // Sums of pieces [count][2][padded] in order: sum g, and sum g * x_hat.
   struct Sums {
     std::vector<double> grad, product;
   };
-  Sums total(const std::vector<double>& sums, const Read& read, int64_t channels) const {
+  static Sums total(const std::vector<double>& sums, const Read& read, int64_t channels) {
     Sums s{std::vector<double>(channels), std::vector<double>(channels)};
-    const int64_t pad = padded(channels);
-    for (int64_t p = 0; p < parts_.count; ++p)
+    const int64_t pad = padded(channels), count = static_cast<int64_t>(sums.size()) / (2 * pad);
+    for (int64_t p = 0; p < count; ++p)
       for (int64_t c = 0; c < channels; ++c) {
         s.grad[c] += sums[2 * p * pad + c];
         s.product[c] += sums[(2 * p + 1) * pad + c];

@@ -71,8 +71,8 @@ class Block : Convolutions<T> {
       TORCH_CHECK_VALUE(u.conv1.size(1) == u.read() && (!neck || (u.conv2.size(1) == u.width && u.conv1.size(2) == 1 && u.conv1.size(3) == 1)),
                         "conv1, conv2: channels do not fit the slots that are read");
       for (size_t k = 0; k < 4; ++k) {
-        u.norm1[k] = vector(norms[i * norms_each + k], u.read());
-        if (neck) u.norm2[k] = vector(norms[i * norms_each + 4 + k], u.width);
+        u.norm1[k] = vector("norms", norms[i * norms_each + k], u.read());
+        if (neck) u.norm2[k] = vector("norms", norms[i * norms_each + 4 + k], u.width);
       }
       if (!keeps.empty()) {
         u.keep1 = mask(keeps[i * convs], u.conv1.size(0));
@@ -184,11 +184,6 @@ class Block : Convolutions<T> {
                       "conv1, conv2: expected ", kDType, " CPU weights [K, C, n, n], n odd");
     return w;
   }
-  static Optional vector(const Optional& v, int64_t channels) {
-    if (!v) return v;
-    TORCH_CHECK_VALUE(v->is_cpu() && v->numel() == channels, "norms: expected ", channels, " values on the CPU, got ", v->sizes());
-    return v->to(at::kFloat).contiguous();
-  }
   Optional mask(const Optional& m, int64_t channels) const {
     if (!m) return m;
     TORCH_CHECK_VALUE(m->is_cpu() && m->scalar_type() == at::kBool && m->dim() == 4 && m->size(1) == channels && m->numel() == rows_ * channels,
@@ -282,7 +277,7 @@ class Block : Convolutions<T> {
             }
           }
         };
-        winograd(Bands(n_, h_, w_, width + u.growth, at::get_num_threads()), width, u.growth, load, tile_weight(u.conv2, false), slot(u.write));
+        winograd(Bands(n_, h_, w_, width + u.growth, at::get_num_threads()), width, u.growth, load, tile_weight(u.conv2, false), slot(u.write), kNothing);
         return finish_growth(u, {x_ + u.write, channels_}, u.keep2);
       }
     }

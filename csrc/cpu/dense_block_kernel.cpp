@@ -146,12 +146,13 @@ void finish_any(const FinishRows<G, T>& a) {
 template <bool kTotal, typename G, typename T>  // with act and total, or with masked
 void read_backward(const ReadBackwardRows<G, T>& a) {
   constexpr int V = kVecs<T>;
-  constexpr int64_t kBlockRows = 64;  // rows whose sums are taken in float
+  constexpr int64_t kBlockRows = 64, kFewRows = 8;  // whose sums are taken in float, those of few rows at a time
   over_channels<V>(a.channels, [&](int64_t c, auto unroll, auto n) {
     constexpr int U = decltype(unroll)::value;
-    Vec scale[U * V], shift[U * V], center[U * V];
+    Vec scale[U * V], shift[U * V], center[U * V], factor[U * V];
     for (int u = 0; u < U * V; ++u) {
       scale[u] = Vec::loadu(a.scale + c + u * kWidth);
+      factor[u] = a.scaled ? scale[u] : Vec(1.f);
       if constexpr (!kTotal) shift[u] = Vec::loadu(a.shift + c + u * kWidth);
       center[u] = Vec::loadu(a.center + c + u * kWidth);
     }
@@ -165,8 +166,8 @@ void read_backward(const ReadBackwardRows<G, T>& a) {
       const T* x = a.x.data + begin * x_pitch + c;
       float* total = kTotal ? a.total.data + begin * total_pitch + c : nullptr;
       G* masked = !kTotal ? a.masked.data + begin * masked_pitch + c : nullptr;
-      Vec s0[U * V], s1[U * V];
-      for (int u = 0; u < U * V; ++u) s0[u] = s1[u] = zero;
+      Vec s0[U * V], s1[U * V], few0[U * V], few1[U * V];
+      for (int u = 0; u < U * V; ++u) s0[u] = s1[u] = few0[u] = few1[u] = zero;
       for (int64_t i = begin; i < end; ++i) {
         for (int u = 0; u < U; ++u) {
           const int64_t at = u * V * kWidth;
@@ -180,14 +181,15 @@ void read_backward(const ReadBackwardRows<G, T>& a) {
           }
           for (int k = 0; k < V; ++k) {
             g.v[k] = Vec::blendv(g.v[k], zero, r.v[k] <= zero);
-            s0[u * V + k] = s0[u * V + k] + g.v[k];
-            s1[u * V + k] = at::vec::fmadd(g.v[k], v.v[k] - center[u * V + k], s1[u * V + k]);
+            few0[u * V + k] = few0[u * V + k] + g.v[k];
+            few1[u * V + k] = at::vec::fmadd(g.v[k], v.v[k] - center[u * V + k], few1[u * V + k]);
           }
           if constexpr (kTotal) {
             Lanes<V> sum = load_lanes<V>(total + at, n);
             for (int k = 0; k < V; ++k) sum.v[k] = at::vec::fmadd(scale[u * V + k], g.v[k], sum.v[k]);
             store_lanes<V>(sum, total + at, n);
           } else {
+            for (int k = 0; k < V; ++k) g.v[k] = g.v[k] * factor[u * V + k];
             store_lanes<V>(g, masked + at, n);
           }
         }
@@ -196,6 +198,13 @@ void read_backward(const ReadBackwardRows<G, T>& a) {
           act += act_pitch, total += total_pitch;
         } else {
           masked += masked_pitch;
+        }
+        if ((i + 1 - begin) % kFewRows == 0 || i + 1 == end) {
+          for (int u = 0; u < U * V; ++u) {
+            s0[u] = s0[u] + few0[u];
+            s1[u] = s1[u] + few1[u];
+            few0[u] = few1[u] = zero;
+          }
         }
       }
       for (int u = 0; u < U * V; ++u) {

@@ -48,7 +48,7 @@ struct FinishRows {
 };
 
 // With g = grad where act is not <= 0: sums[0] += sum g and sums[1] += sum g * (x - center). With an act also total +=
-// scale * g; without one, where it is scale * x + shift, masked = g.
+// scale * g; without one, where it is scale * x + shift, masked = g, or scale * g where `scaled`.
 template <typename G, typename T>
 struct ReadBackwardRows {
   Slot<const T> act;
@@ -59,6 +59,7 @@ struct ReadBackwardRows {
   double* sums[2];
   Slot<float> total;
   Slot<G> masked;
+  bool scaled = false;
 };
 
 // out[c][i] = x[i][c], of any four bytes.

@@ -29,6 +29,11 @@ struct Bands {
     count = images * per_image;
   }
   int64_t tiles() const { return each * columns; }
+  // Pixels of a band.
+  int64_t size(int64_t band) const {
+    const int64_t first = 2 * (band % per_image) * each;
+    return std::min(2 * each, height - first) * width;
+  }
   // From one transformed value of a tile to the next: not a multiple of a page, or all 16 fall on the same cache lines.
   int64_t plane(int64_t channels) const { return tiles() * channels + 16; }
 };
@@ -61,9 +66,11 @@ void load_band(const Bands& s, int64_t b, bool continues, int64_t channels, cons
   transform_input({strip, wide, channels, rows, s.columns, channels, out, s.plane(channels)});
 }
 
-// out = the convolution of what `load` brings with weights transformed from [9][channels][outputs].
-template <typename Load>
-void winograd(const Bands& s, int64_t channels, int64_t outputs, const Load& load, const float* weights, Slot<float> out) {
+// out = the convolution of what `load` brings with weights transformed from [9][channels][outputs]. then(b, pixel, n) follows on
+// the n pixels that band b has written, while they are in cache.
+template <typename Load, typename Then>
+void winograd(const Bands& s, int64_t channels, int64_t outputs, const Load& load, const float* weights, Slot<float> out,
+              const Then& then) {
   at::parallel_for(0, s.count, 1, [&](int64_t from, int64_t to) {
     float *x = scratch(1, 16 * s.plane(channels)), *m = scratch(2, 16 * s.plane(outputs));
     for (int64_t b = from; b < to; ++b) {
@@ -75,6 +82,7 @@ void winograd(const Bands& s, int64_t channels, int64_t outputs, const Load& loa
       const int64_t pixel = (b / s.per_image * s.height + 2 * first) * s.width;
       transform_output({m, s.plane(outputs), rows, s.columns, outputs, out.row(pixel).data, s.width * out.pitch, out.pitch,
                         s.height - 2 * first, s.width});
+      then(b, pixel, s.size(b));
     }
     at::native::cpublas::brgemm_release(false);
   });

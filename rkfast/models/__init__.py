@@ -79,8 +79,10 @@ def create_model(name: str, *, fused: bool = True, memory: str = "speed", **opti
             a model's ``set_memory`` changes it.
         options: ``num_classes``, ``in_chans=3`` for all;
 
-            ho_resnet: ``method="rk4"|"midpoint"|"euler"`` ("midpoint" for 30 layers, else "rk4"), ``width=64``,
-            ``step=1.0``, ``learn=()`` or some of "a", "b", "h";
+            ho_resnet: ``method``, one of ``rkfast.tableau.names()`` or "rk8" for "verner8" ("midpoint" for 30 layers,
+            else "rk4"), ``width=64``, ``step=1.0`` and ``factor=1.0``, whose product is h, ``nested=0``,
+            ``variant="textbook"|"authors"|"paper"``, ``learn=()`` or some of "a", "b", "h", ``per_channel=False``,
+            ``tol=None`` and ``kappa=0.9`` of adaptive steps;
             revnet, polynet, lm_resnet, hyperbolic: ``width=64``;
             revnet: ``reversible=True``, no activations kept for the backward, which makes them again (fused only);
             hyperbolic: ``step=1.0``, ``symmetric=False`` or True for Ruthotto and Haber's F, -K^T relu(norm(K y));

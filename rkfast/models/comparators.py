@@ -21,6 +21,7 @@ from rkfast.nn import (
     RevPeriod,
     RevStep,
     SymmetricBranch,
+    poly_branches,
 )
 
 
@@ -53,9 +54,9 @@ def revnet(
 def polynet(
     layers: str, *, width: int = 64, num_classes: int = 10, in_chans: int = 3, fused: bool = True
 ) -> OnePeriodNet:
-    """poly-2 steps; a layer that runs twice counts once, as its weights do."""
+    """poly-2 steps; a layer that runs twice counts once, as its weights do. Its BatchNorms are two."""
     steps = _steps(layers, width, num_classes, in_chans, fused)
-    period = Period(*(PolyStep(PreActBranch(width, fused=fused), fused=fused) for _ in range(steps)))
+    period = Period(*(PolyStep(poly_branches(width, fused=fused), fused=fused) for _ in range(steps)))
     return OnePeriodNet(period, width=width, num_classes=num_classes, in_chans=in_chans, fused=fused)
 
 

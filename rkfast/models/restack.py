@@ -17,8 +17,7 @@ from rkfast.nn import Period, RKStep
 from rkfast.nn.branch import slope, takes_moments
 from rkfast.nn.norm import hooked
 from rkfast.nn.step import asks_for_moments, weighted_sum, with_moments
-from rkfast.ops import Moments, rk_sum
-from rkfast.ops.checks import MAX_TERMS
+from rkfast.ops import Moments
 from rkfast.tableau import Tableau
 
 MAX_STEP = 64
@@ -74,8 +73,10 @@ def restack(model: nn.Module, method: Tableau | str, *, step: float | None = Non
         units: list[_Unit] = []
         for form, names in _runs(container):
             whole = len(names) - len(names) % tableau.stages if form else 0
-            units += [_Unit(form, names[i : i + tableau.stages]) for i in range(0, whole, tableau.stages)]
-            units += [_Unit(None, (name,)) for name in names[whole:]]
+            h = step * (getattr(container, names[0]).step if form == _OWN else 1.0)
+            weights = tableau.floats(h) if whole else _NO_WEIGHTS
+            units += [_Unit(form, names[i : i + tableau.stages], weights) for i in range(0, whole, tableau.stages)]
+            units += [_Unit(None, (name,), _NO_WEIGHTS) for name in names[whole:]]
             if form:
                 runs.append(len(names))
                 left += [f"{prefix}.{name}".lstrip(".") for name in names[whole:]]
@@ -132,10 +133,11 @@ class _Form(NamedTuple):
 
 
 class _Unit(NamedTuple):
-    """Children that make one step, or with no form a child that is called as it is."""
+    """Children that make one step, with (h * a, h * b), or with no form a child that is called as it is."""
 
     form: _Form | None
     names: tuple[str, ...]
+    weights: tuple[tuple[tuple[float, ...], ...], tuple[float, ...]]
 
 
 class _Plan(NamedTuple):
@@ -150,6 +152,7 @@ def _form(layers: str, activation: str) -> _Form:
 
 
 _OWN = _Form((), None)
+_NO_WEIGHTS: Any = ((), ())
 _FORMS = (
     # torchvision
     _form("conv1 bn1 relu conv2 bn2", "relu"),
@@ -182,14 +185,15 @@ class Restacked(Period):
             else:
                 for name, block in zip(unit.names, blocks, strict=True):
                     _refuse_hooks(block, f"block {name}", RuntimeError)
-                y, moments = self._step(unit.form, blocks, y, moments, wanted)
+                y, moments = self._step(unit, blocks, y, moments, wanted)
         return y, moments
 
     def _step(
-        self, form: _Form, blocks: list[Any], y: Tensor, moments: Moments | None, return_moments: bool
+        self, unit: _Unit, blocks: list[Any], y: Tensor, moments: Moments | None, return_moments: bool
     ) -> tuple[Tensor, Moments | None]:
+        form, (a, b) = unit.form, unit.weights
+        assert form is not None
         own = form == _OWN
-        a, b = self._plan.tableau.floats(self._plan.step * (blocks[0].step if own else 1.0))
         acts = [None if form.activation is None else getattr(block, form.activation) for block in blocks]
         fused = blocks[0].fused if own else True
         x = y, moments
@@ -217,12 +221,9 @@ def _sum(
     y: Tensor, slopes: Sequence[Tensor], weights: Sequence[float], act: nn.Module | None, fused: bool, moments: bool
 ) -> tuple[Tensor, Moments | None]:
     """``act(y + sum_j weights[j] * slopes[j])``."""
-    if act is None:
-        return weighted_sum(y, slopes, weights, fused=fused, return_moments=moments)
-    used = [(k, w) for k, w in zip(slopes, weights, strict=False) if w]
-    if type(act) is nn.ReLU and not hooked(act) and len(used) < MAX_TERMS:
-        return rk_sum([y, *(k for k, _ in used)], [1.0, *(w for _, w in used)], relu=True), None
-    return act(weighted_sum(y, slopes, weights, fused=True)[0]), None
+    relu = type(act) is nn.ReLU and not hooked(act)
+    total, found = weighted_sum(y, slopes, weights, relu=relu, fused=fused, return_moments=moments and act is None)
+    return (total if act is None or relu else act(total)), found
 
 
 def _f(form: _Form, block: nn.Module, x: Tensor) -> Tensor:
@@ -265,7 +266,8 @@ def _form_of(block: nn.Module) -> _Form | None:
     """The form of a residual block that keeps shape; None for whatever else."""
     if type(block) is RKStep:
         euler = block.tableau.stages == 1 and block.tableau.floats()[1] == (1.0,)
-        return _OWN if euler and block.learned is None else None
+        plain = block.variant == "textbook" and block.learned is None and block.h is None and block.tol is None
+        return _OWN if euler and plain else None
     layers = {name for name, child in block._modules.items() if child is not None}
     for form in _FORMS:
         needed = {name for name in form.layers if name.startswith(("conv", "bn"))} | {form.activation}

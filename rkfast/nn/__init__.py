@@ -14,6 +14,7 @@ from rkfast.nn.multistep import LMStep as LMStep
 from rkfast.nn.multistep import MultistepPeriod as MultistepPeriod
 from rkfast.nn.norm import batch_norm_relu as batch_norm_relu
 from rkfast.nn.poly import PolyStep as PolyStep
+from rkfast.nn.poly import poly_branches as poly_branches
 from rkfast.nn.residual import BasicBlock as BasicBlock
 from rkfast.nn.residual import Bottleneck as Bottleneck
 from rkfast.nn.residual import PadShortcut as PadShortcut
@@ -56,4 +57,5 @@ __all__ = [
     "TimePeriod",
     "Transition",
     "batch_norm_relu",
+    "poly_branches",
 ]

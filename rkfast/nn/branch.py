@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rkfast.nn.norm import batch_norm_relu, reads_moments
+from rkfast.nn.norm import batch_norm_relu, batch_norm_relu_conv, reads_moments
 from rkfast.ops import Moments
 
 
@@ -21,6 +21,7 @@ class PreActBranch(nn.Module):
 
     def __init__(self, channels: int, *, fused: bool = True) -> None:
         super().__init__()
+        self.channels = channels
         self.fused = fused
         self.norm1 = nn.BatchNorm2d(channels)
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
@@ -28,8 +29,9 @@ class PreActBranch(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
 
     def forward(self, x: Tensor, moments: Moments | None = None) -> Tensor:
-        z = self.conv1(batch_norm_relu(self.norm1, x, moments, fused=self.fused))
-        return self.conv2(batch_norm_relu(self.norm2, z, fused=self.fused))
+        wanted = self.fused and reads_moments(self.norm2)
+        z, found = batch_norm_relu_conv(self.norm1, self.conv1, x, moments, fused=self.fused, return_moments=wanted)
+        return batch_norm_relu_conv(self.norm2, self.conv2, z, found, fused=self.fused)[0]
 
     def reads_moments(self) -> bool:
         """Whether forward makes use of its input's moments."""

@@ -104,8 +104,9 @@ class LeapfrogStep(nn.Module):
         """The step, taking y's moments if they are known, and leaving those of the result if asked for (and fused)."""
         f = slope(self.branch, y, moments if self.fused else None)
         h2 = self.step**2
-        terms, weights = ([f], [h2]) if previous is None else ([y, previous, f], [1.0, -1.0, h2])
-        return weighted_sum(y, terms, weights, fused=self.fused, return_moments=return_moments)
+        if previous is None:
+            return weighted_sum(y, [f], [h2], fused=self.fused, return_moments=return_moments)
+        return weighted_sum(y, [previous, f], [-1.0, h2], own=2.0, fused=self.fused, return_moments=return_moments)
 
     def reads_moments(self) -> bool:
         """Whether the branch makes use of its input's moments."""

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from rkfast.ops import Moments, Norm, bn_rk_sum
+from rkfast.ops import Moments, Norm, bn_relu_conv, bn_rk_sum
+from rkfast.ops.bn_relu_conv import kernel_reason
 
 
 def hooked(module: nn.Module) -> bool:
@@ -114,6 +115,30 @@ def recomputed(module: nn.Module, run: Callable[..., Tensor], *args: Tensor | No
 
 def _contexts(module: nn.Module) -> tuple[Any, Any]:
     return contextlib.nullcontext(), statistics_stay(module)
+
+
+def batch_norm_relu_conv(
+    norm: nn.Module,
+    conv: nn.Module,
+    x: Tensor,
+    moments: Moments | None = None,
+    *,
+    fused: bool = True,
+    return_moments: bool = False,
+) -> tuple[Tensor, Moments | None]:
+    """``conv(relu(norm(x)))``, and the moments of that if asked for (and fused).
+
+    One op, which keeps nothing normalised, where norm is as in ``batch_norm_relu``, conv an nn.Conv2d of stride 1
+    without bias and hooks, and a kernel is the better choice; else ``conv(batch_norm_relu(...))``.
+    """
+    whole = fused and fusible(norm) and plain_conv(conv) and x.dim() == 4
+    if not whole or kernel_reason(x, conv.weight) is not None:  # type: ignore[arg-type]  # plain_conv knows what it is
+        return conv(batch_norm_relu(norm, x, moments, fused=fused)), None
+    assert isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)) and isinstance(conv, nn.Conv2d)
+    given = as_norm(norm)
+    moments = None if given.group else moments
+    found = bn_relu_conv(x, conv.weight, given, moments=moments, return_moments=return_moments)
+    return found if return_moments else (found, None)
 
 
 def batch_norm_relu(norm: nn.Module, x: Tensor, moments: Moments | None = None, *, fused: bool = True) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from rkfast import native
+from rkfast import dispatch, native
 from rkfast.ops import layout
 
 MAX_TERMS = 16
@@ -97,6 +97,19 @@ def vector(v: object, x: Tensor, name: str, per_sample: bool = False, channels: 
         raise ValueError(f"{name}: shape {list(shape)} does not fit; expected one value per channel, {wanted}")
     if v.device != x.device:
         raise ValueError(f"{name}: device {v.device} differs from the input's {x.device}; move one of them")
+
+
+def convolution(weight: object, name: str, x: Tensor) -> None:
+    """weight is that of a convolution that keeps the resolution, in x's dtype and on its device."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(weight).__name__}")
+    if weight.dtype != x.dtype:
+        raise TypeError(f"{name}: dtype {weight.dtype} differs from x's {x.dtype}; convert one of them")
+    if weight.device != x.device:
+        raise ValueError(f"{name}: device {weight.device} differs from x's {x.device}; move one of them")
+    shape = list(weight.shape)
+    if len(shape) != 4 or shape[2] != shape[3] or shape[2] % 2 == 0:
+        raise ValueError(f"{name}: expected [k, C, n, n] with n odd, got {shape}")
 
 
 def coefficients(coeffs: Sequence[float], terms: Sequence[object]) -> list[float]:
@@ -236,6 +249,26 @@ def transformed(tensors: Sequence[Tensor | None]) -> bool:
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on for x; of a device that has none, such as meta, torch would not even be asked."""
     return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
+def dtype_of_call(x: Tensor) -> torch.dtype:
+    """The dtype in which an op takes x that autocast's convolutions are part of."""
+    autocast = autocasts(x) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+
+
+def missing(backend: str, device: str, explicit: bool = False) -> str | None:
+    return dispatch.backend_reason(backend, device, explicit)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for products in bfloat16."""
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+# What torch.compiler.assume_constant_result does; to call it would import the compiler.
+missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+multiplies_bfloat16._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def promoted(tensors: list[Tensor]) -> list[Tensor]:

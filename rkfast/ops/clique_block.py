@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from rkfast.ops.channel_moments import Moments
-from rkfast.ops.dense_block import Norm, Slots, checked, run
+from rkfast.ops.dense_block import Slots, checked, run
+from rkfast.ops.norm import Norm
 
 
 class Stages(NamedTuple):

@@ -8,7 +8,7 @@ from pathlib import Path
 SUFFIXES = (".png", ".svg", ".pdf")
 
 
-def partial_beside(out: Path) -> Path:
+def partial_beside(out: Path, argument: str = "--out") -> Path:
     """An empty file beside out, which takes its place when it is whole.
 
     Raises:
@@ -21,5 +21,5 @@ def partial_beside(out: Path) -> Path:
         out.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()
     except OSError as error:
-        raise ValueError(f"--out {out} cannot be written: {error}") from error
+        raise ValueError(f"{argument} {out} cannot be written: {error}") from error
     return partial

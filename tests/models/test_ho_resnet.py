@@ -1,17 +1,20 @@
-"""HO-ResNet: the paper's parameter counts, names and options, and training as in stock PyTorch."""
+"""HO-ResNet: the paper's tables and section 3.8, names and options, and training as in stock PyTorch."""
 
 from __future__ import annotations
 
 import copy
+from fractions import Fraction
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import rkfast
-from tests.models.tester import check_checkpointing, check_interface
+from rkfast import papers, tableau
+from tests.models.tester import check_checkpointing, check_fused, check_interface
 from tests.ops.tester import assert_as_good_as
 
 # layers: (branches, stem + convolutions + linear, the same with BatchNorm)
@@ -24,7 +27,7 @@ COUNTS = {
     58: (28, 2_066_762, 2_074_058),
 }
 PUBLISHED = {10: "0.3", 18: "0.59", 26: "0.89", 30: "1.03", 34: "1.18", 58: "2.07"}  # millions, BatchNorm not counted
-STAGES = {"euler": 1, "midpoint": 2, "rk4": 4}
+STAGES = {"euler": 1, "midpoint": 2, "rk4": 4, "rk8": 14}
 
 
 def test_names() -> None:
@@ -49,6 +52,57 @@ def test_parameters(layers: int, method: str) -> None:
     assert f"{without_norms / 1e6:.{digits}f}" == PUBLISHED[layers]
     assert sum(isinstance(m, rkfast.nn.PreActBranch) for m in model.modules()) == branches
     assert sum(isinstance(m, rkfast.nn.RKStep) for m in model.modules()) == branches // STAGES[method]
+    # As printed: "Euler X4", "RK8 X2".
+    assert len(model.period) == branches // STAGES[method]
+
+
+@pytest.mark.parametrize("row", papers.HO_RESNET, ids=lambda row: f"{row.model}-{row.options}")
+def test_every_row_of_the_tables(row: papers.Row) -> None:
+    """Two 3x3 convolutions of 64 channels per branch, whatever their order; BatchNorm is not counted."""
+    model = papers.on_meta(row.model, **row.options)
+    layers = int(row.model.partition("-")[2])
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
+    assert weights + model.fc.out_features == COUNTS[layers][1]
+    assert row.millions in (PUBLISHED[layers], None)
+    step = model.period[0]
+    assert step.tableau.name == {"rk8": "verner8"}.get(row.options["method"], row.options["method"])
+    assert step.step == row.options.get("factor", 1.0)
+    nested = 0
+    while isinstance(step.branches[0], rkfast.nn.RKStep):
+        nested, step = nested + 1, step.branches[0]
+    assert nested == row.options.get("nested", 0)
+
+
+def test_the_tables_as_the_paper_counts_blocks() -> None:
+    """Table 2's "RK8 X1", Table 3's "Nest-Midpoint x8 twice": 2 x 2 x 2 midpoint steps."""
+    steps = [len(papers.on_meta(row.model, **row.options).period) for row in papers.HO_RESNET]
+    assert steps == [4, 2, 1, 8, 4, 2, 14, 1, 3, 1, 28, 14, 7, 2] + [4, 2, 8, 4, 2] + [1] * 5
+    factors = {row.options.get("factor", 1.0): row.errors["cifar10"] for row in papers.HO_RESNET_TABLE_4}
+    assert factors == {1.0: 6.61, 1.2: 6.44, 2.0: 5.83, 2.5: 5.91, 3.0: 6.33}
+    twice = [row for row in papers.HO_RESNET_TABLE_2 if (row.model, row.options["method"]) == ("ho_resnet-30", "rk8")]
+    assert [row.options.get("factor", 1.0) for row in twice] == [1.0, 2.0]
+    assert all(row.errors["cifar10"] == factors[row.options.get("factor", 1.0)] for row in twice)
+
+
+def test_costs_are_those_of_section_3_8() -> None:
+    cost = {name: papers.step_cost(tableau.get(name)) for name in ("euler", "midpoint", "rk4", "verner8", "verner89")}
+    assert [c.shortcuts for c in cost.values()] == [1, 1, 2, 15, 17]
+    assert [cost[name].operations for name in ("euler", "midpoint", "rk4")] == [0, Fraction(1, 4), Fraction(9, 8)]
+    # One product and one sum for each coefficient, less the 14 sums of Euler's steps, over 28 layers.
+    a, b = tableau.get("verner8").floats()
+    terms = sum(v != 0 for row in (*a, b) for v in row)
+    assert cost["verner8"].operations == Fraction(2 * terms - 14, 28)
+
+
+def test_58_layers_have_the_paper_s_operations() -> None:
+    """Section 3.8's sum over layers of M^2 K^2 C C', at 32 x 32: 2.12e9 whatever the method."""
+    expected = 32 * 32 * 9 * (3 * 64 + 56 * 64 * 64) + 64 * 10
+    for method in STAGES:
+        model = papers.on_meta("ho_resnet-58", method=method)
+        with FlopCounterMode(display=False) as counter:
+            model(torch.empty(1, 3, 32, 32, device="meta"))
+        assert counter.get_total_flops() == 2 * expected
+    assert f"{expected / 1e9:.2f}" == "2.12"
 
 
 def test_keys() -> None:
@@ -80,8 +134,9 @@ def seen(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 def models(method: str, channels_last: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
     torch.manual_seed(0)
-    fused = rkfast.create_model("ho_resnet-10", method=method, width=8, step=0.5)
-    stock = rkfast.create_model("ho_resnet-10", method=method, width=8, step=0.5, fused=False)
+    layers = max(10, 2 + 2 * STAGES[method])
+    fused = rkfast.create_model(f"ho_resnet-{layers}", method=method, width=8, step=0.5)
+    stock = rkfast.create_model(f"ho_resnet-{layers}", method=method, width=8, step=0.5, fused=False)
     stock.load_state_dict(fused.state_dict())
     truth = copy.deepcopy(stock).double()
     if channels_last:
@@ -144,7 +199,62 @@ def test_export() -> None:
 
 def test_interface() -> None:
     check_interface("ho_resnet-10", width=4)
+    check_interface("ho_resnet-18", width=4, method="midpoint", nested=1, factor=0.5)
     check_checkpointing("ho_resnet-18", width=4)
+    check_checkpointing("ho_resnet-18", width=4, nested=1, method="midpoint", variant="authors")
+
+
+@pytest.mark.parametrize(
+    ("layers", "options"),
+    (
+        (18, {"method": "midpoint", "nested": 1, "step": 0.5}),
+        (18, {"method": "rk4", "variant": "authors"}),
+        (10, {"method": "rk4", "variant": "paper"}),
+        (30, {"method": "rk8", "factor": 0.1}),
+        (16, {"method": "dopri5", "tol": 0.1}),
+        (10, {"method": "rk4", "learn": ("h",), "per_channel": True}),
+    ),
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
+)
+def test_options_fused_equal_stock(layers: int, options: dict[str, Any]) -> None:
+    check_fused(f"ho_resnet-{layers}", width=6, **options)
+
+
+def test_a_factor_scales_every_step() -> None:
+    torch.manual_seed(0)
+    model = rkfast.create_model("ho_resnet-18", method="midpoint", nested=1, width=4, step=0.5, factor=1.5)
+    twin = rkfast.create_model("ho_resnet-18", method="midpoint", nested=1, width=4, step=0.75)
+    steps = [m for m in model.modules() if isinstance(m, rkfast.nn.RKStep)]
+    assert [m.step for m in steps] == 6 * [0.75]
+    twin.load_state_dict(model.state_dict())
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(model(x), twin(x))
+    keys = list(model.state_dict())
+    for factor in (2, 0.004, 0.0):  # section 4.6 decays it from 2 to 0
+        model.set_factor(factor)
+        assert [m.step for m in steps] == 6 * [0.5 * factor]
+        assert torch.isfinite(model(x)).all()
+        expected = rkfast.create_model("ho_resnet-18", method="midpoint", nested=1, width=4, step=0.5 * factor or 1e-30)
+        expected.load_state_dict(model.state_dict())
+        torch.testing.assert_close(model.eval()(x), expected.eval()(x))
+        model.train()
+    assert list(model.state_dict()) == keys
+
+
+def test_a_factor_that_cannot_be_set_changes_nothing() -> None:
+    model = rkfast.create_model("ho_resnet-18", width=4)
+    for factor, error in ((float("inf"), ValueError), ("2", TypeError), (True, TypeError)):
+        with pytest.raises(error, match="factor: expected a number"):
+            model.set_factor(factor)
+    assert {m.step for m in model.period} == {1.0} and model.period[0].h is None
+    with pytest.raises(ValueError, match="set_step: h is learned"):
+        rkfast.create_model("ho_resnet-18", width=4, learn=("h",)).set_factor(2)
+
+
+def test_a_step_size_for_each_channel() -> None:
+    model = rkfast.create_model("ho_resnet-10", width=4, learn=("h",), per_channel=True, factor=0.5)
+    assert torch.equal(model.period[0].learned["h"], torch.full((4,), 0.5))
+    assert model.no_weight_decay() == {"period.0.learned.h"}
 
 
 def test_learned_coefficients() -> None:
@@ -185,6 +295,17 @@ def test_hooks_and_replaced_modules() -> None:
         ("ho_resnet-2", {"method": "euler"}, ValueError, "layers: expected 4 to 2050, got 2"),
         ("ho_resnet-999999", {}, ValueError, "layers: expected 4 to 2050, got 999999"),
         ("ho_resnet-18", {"method": "rk5"}, ValueError, "method: 'rk5' is not"),
+        ("ho_resnet-18", {"method": "rk5"}, ValueError, "expected .*midpoint or .* rk4 or .*verner89 or rk8"),
+        ("ho_resnet-18", {"method": "rk8"}, ValueError, "layers: 18 does not fit rk8, which has 14 .*, such as 30"),
+        ("ho_resnet-26", {"method": "midpoint", "nested": 2}, ValueError, "layers: 26 does not fit midpoint nested 2"),
+        ("ho_resnet-18", {"nested": -1}, ValueError, "nested: expected 0 to 8, got -1"),
+        ("ho_resnet-18", {"nested": 1.0}, TypeError, "nested: expected an int, got 1.0"),
+        ("ho_resnet-18", {"factor": 0}, ValueError, r"factor: expected a number in \(0, 16\], got 0"),
+        ("ho_resnet-18", {"factor": 2, "variant": "paper"}, ValueError, 'equations of "paper" have no step size'),
+        ("ho_resnet-30", {"method": "rk8", "variant": "paper"}, ValueError, "none for verner8"),
+        ("ho_resnet-18", {"variant": "code"}, ValueError, "variant: 'code' is not supported"),
+        ("ho_resnet-18", {"tol": 1e-3}, ValueError, "tol: rk4 has no embedded weights"),
+        ("ho_resnet-18", {"per_channel": True}, ValueError, 'per_channel: .* put "h" into learn'),
         ("ho_resnet-18", {"method": ["rk4"]}, TypeError, "method: expected a str"),
         ("ho_resnet-18", {"width": 0}, ValueError, "width: expected 1 to 4096, got 0"),
         ("ho_resnet-18", {"width": 10**9}, ValueError, "width: expected 1 to 4096"),
@@ -202,4 +323,4 @@ def test_hooks_and_replaced_modules() -> None:
 def test_bad_arguments(name: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
     with torch.device("meta"), pytest.raises(error, match=message) as caught:
         rkfast.create_model(name, **options)
-    assert len(str(caught.value)) < 400
+    assert len(str(caught.value)) < 500

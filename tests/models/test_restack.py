@@ -373,8 +373,9 @@ def test_blocks_of_other_shapes_or_activations_are_no_run() -> None:
     ):
         with pytest.raises(ValueError, match="runs of 1, 1 residual blocks of one shape; midpoint takes 2 in a row"):
             rkfast.restack(nn.Sequential(*blocks), "midpoint")
-    learned = rkfast.create_model("ho_resnet-10", method="euler", width=4, learn=("h",))
-    for model in (learned, rkfast.create_model("ho_resnet-10", width=4), rkfast.create_model("polynet-10", width=4)):
+    others = [euler(), euler(learn=("h",)), euler(variant="authors")]
+    others[0].set_factor(0.5)  # type: ignore[operator]
+    for model in (*others, rkfast.create_model("ho_resnet-10", width=4), rkfast.create_model("polynet-10", width=4)):
         with pytest.raises(ValueError, match="no residual blocks"):
             rkfast.restack(model, "midpoint")
         assert type(model.period) is Period

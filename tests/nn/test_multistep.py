@@ -12,7 +12,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rkfast.nn import LeapfrogStep, LMStep, MultistepPeriod, Period, PolyStep, PreActBranch, SymmetricBranch
+from rkfast.nn import (
+    LeapfrogStep,
+    LMStep,
+    MultistepPeriod,
+    Period,
+    PolyStep,
+    PreActBranch,
+    SymmetricBranch,
+    poly_branches,
+)
 from tests.nn.test_step import Decay, calls, trained
 
 both = pytest.mark.parametrize("fused", (True, False), ids=("fused", "stock"))
@@ -51,8 +60,12 @@ def test_linear_two_step_recurrence(fused: bool) -> None:
 def test_poly_is_a_polynomial(fused: bool) -> None:
     step = PolyStep(nn.Linear(4, 4, bias=False), fused=fused).double()
     y = torch.randn(3, 4, dtype=torch.float64)
-    a = step.branch.weight
-    torch.testing.assert_close(step(y), y @ (torch.eye(4, dtype=a.dtype) + a + a @ a).T)
+    a, one = step.branches[0].weight, torch.eye(4, dtype=torch.float64)
+    torch.testing.assert_close(step(y), y @ (one + a + a @ a).T)
+    step = PolyStep([step.branches[0], nn.Linear(4, 4, bias=False).double()], fused=fused)
+    torch.testing.assert_close(step(y), y @ (one + a + step.branches[1].weight @ a).T)
+    with pytest.raises(ValueError, match="branches: expected F, or F and G, got 3 modules"):
+        PolyStep([Decay() for _ in range(3)])
 
 
 def test_jacobian_of_the_symmetric_branch() -> None:
@@ -68,7 +81,7 @@ def test_jacobian_of_the_symmetric_branch() -> None:
 MODULES: dict[str, Callable[[bool], nn.Sequential]] = {
     "lm": lambda fused: MultistepPeriod(*(LMStep(branch(fused), first=i == 0, fused=fused) for i in range(3))),
     "leapfrog": lambda fused: MultistepPeriod(*(LeapfrogStep(branch(fused), step=0.7, fused=fused) for _ in range(3))),
-    "poly": lambda fused: Period(*(PolyStep(branch(fused), fused=fused) for _ in range(3))),
+    "poly": lambda fused: Period(*(PolyStep(poly_branches(4, fused=fused), fused=fused) for _ in range(3))),
 }
 
 
@@ -86,7 +99,8 @@ def test_moments_come_from_the_sums(name: str) -> None:
     module, x = made(name), torch.randn(5, 4, 6, 7)
     heard: list[bool] = []
     for step in module:
-        step.branch.register_forward_pre_hook(lambda _, args: heard.append(len(args) == 2))
+        for f in step.branches if name == "poly" else [step.branch]:
+            f.register_forward_pre_hook(lambda _, args: heard.append(len(args) == 2))
     y, moments = module.forward_with_moments(x, return_moments=True)  # type: ignore[operator]
     expected = [False, False, True, False, True, False] if name == "poly" else [False, True, True]
     assert heard == expected

@@ -50,8 +50,10 @@ def calls(backend: str) -> dict[str, list[str]]:
                 )  # fmt: skip
                 ops.channel_moments(x)
                 joined.sum().backward()
+                weight = torch.rand(2, 6, 1, 1, dtype=dtype, requires_grad=True)
                 with contextlib.suppress(RuntimeError):  # this backend has no kernel for it
-                    weight = torch.rand(2, 6, 1, 1, dtype=dtype, requires_grad=True)
+                    ops.bn_relu_conv(x, weight, ops.Norm(v, v, None, None)).sum().backward()
+                with contextlib.suppress(RuntimeError):
                     ops.dense_block(x, [weight], [ops.Norm(v, v, None, None)]).sum().backward()
             for op, by in dispatch.served() - before:
                 assert by == backend, (op, by)

@@ -183,11 +183,7 @@ def _gradients(
     dx = result.pop(0) if need_x else None
     dweight, dbias = (result.pop(0), result.pop(0)) if need_affine else (None, None)
     if shared and dx is not None and dweight is not None and dbias is not None:
-        count = collective.count(layout.count(x), x, group)
-        slope, offset = collective.mean_terms(weight, var, eps, dweight, dbias, count, group)
-        dx = _forward(
-            x, slope, offset, mean, torch.zeros_like(var), [dx], [1.0], None, channels_last, False, 1.0, False, False
-        )[0]  # fmt: skip
+        dx = with_mean_terms(dx, x, weight, mean, var, dweight, dbias, channels_last, eps, group)
     dstep = result.pop(0) if need_step else None
     return [
         dx,
@@ -199,6 +195,26 @@ def _gradients(
             for c, need in zip(coeffs, need_terms, strict=True)
         ),
     ]
+
+
+def with_mean_terms(
+    dx: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    channels_last: bool,
+    eps: float,
+    group: str,
+) -> Tensor:
+    """dx, to which the dependence of a group's moments on x is added; dweight and dbias are this process's."""
+    count = collective.count(layout.count(x), x, group)
+    slope, offset = collective.mean_terms(weight, var, eps, dweight, dbias, count, group)
+    return _forward(
+        x, slope, offset, mean, torch.zeros_like(var), [dx], [1.0], None, channels_last, False, 1.0, False, False
+    )[0]  # fmt: skip
 
 
 def bn_rk_sum(

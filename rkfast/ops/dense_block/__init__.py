@@ -13,31 +13,9 @@ from torch import Tensor
 from rkfast import dispatch
 from rkfast.ops import checks, collective, layout
 from rkfast.ops.channel_moments import Moments, moments_dtype, update_running_stats
+from rkfast.ops.norm import Norm, check_norm
 
 MEMORY = ("speed", "min")
-
-
-class Norm(NamedTuple):
-    """A BatchNorm: what ``torch.nn.functional.batch_norm`` takes, and the counter of nn.BatchNorm2d.
-
-    weight, bias, running_mean, running_var: [C] of any floating dtype, or None. training: normalise with the batch's
-    own moments, and move the running ones; False takes the running ones. momentum None: the cumulative average. group:
-    the name of a process group whose processes each have a part of the batch (nn.SyncBatchNorm), one for all norms.
-    """
-
-    weight: Tensor | None
-    bias: Tensor | None
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    num_batches_tracked: Tensor | None = None
-    training: bool = True
-    momentum: float | None = 0.1
-    eps: float = 1e-5
-    group: str = ""
-
-    @property
-    def batch(self) -> bool:
-        return self.training or self.running_mean is None
 
 
 class Slots(NamedTuple):
@@ -65,15 +43,11 @@ _ARGS = (
 def _cpu_reason(x: Tensor, dtype: torch.dtype, group: str = "") -> str | None:
     if group:
         return "a group of processes: their sums are shared by the Triton kernels and the reference"
-    if dtype == torch.bfloat16 and not _multiplies_bfloat16():
+    if dtype == torch.bfloat16 and not checks.multiplies_bfloat16():
         return "dtype torch.bfloat16: this processor has no instructions for its products (AVX512-BF16)"
     if dtype not in (torch.float32, torch.bfloat16):
         return f"dtype {dtype}: the C++ kernel serves float32 and bfloat16"
     return _empty_reason(x)
-
-
-def _multiplies_bfloat16() -> bool:
-    return torch.cpu._is_avx512_bf16_supported()
 
 
 def _triton_reason(x: Tensor, dtype: torch.dtype) -> str | None:
@@ -333,18 +307,7 @@ def kernel_reason(x: Tensor, group: str = "") -> str | None:
         return f"there is no kernel for {device} tensors"
     if checks.tracing():
         return "torch.jit.trace records no op of rkfast"
-    autocast = checks.autocasts(x) and x.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-    return _missing(device) or _REASONS[_KERNEL[device]](x, dtype)
-
-
-def _missing(device: str) -> str | None:
-    return dispatch.backend_reason(_KERNEL[device], device)
-
-
-# What torch.compiler.assume_constant_result does; to call it would import the compiler.
-_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_multiplies_bfloat16._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return checks.missing(_KERNEL[device], device) or _REASONS[_KERNEL[device]](x, checks.dtype_of_call(x))
 
 
 def dense_block(
@@ -583,25 +546,13 @@ def checked(
         conv2 = [w.to(dtype) if isinstance(w, Tensor) else w for w in conv2]
     for name, weights in (("conv1", conv1), ("conv2", conv2)):
         for i, weight in enumerate(weights):
-            _conv(weight, f"{name}[{i}]", x)
+            checks.convolution(weight, f"{name}[{i}]", x)
     if moments is not None:
         checks.triple(moments)
         for name, moment in (("mean", moments[0]), ("var", moments[1])):
             checks.vector(moment, x, f"moments.{name}")
         checks.known(moments, x)
     return x, conv1, conv2
-
-
-def _conv(weight: object, name: str, x: Tensor) -> None:
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(weight).__name__}")
-    if weight.dtype != x.dtype:
-        raise TypeError(f"{name}: dtype {weight.dtype} differs from x's {x.dtype}; convert one of them")
-    if weight.device != x.device:
-        raise ValueError(f"{name}: device {weight.device} differs from x's {x.device}; move one of them")
-    shape = list(weight.shape)
-    if len(shape) != 4 or shape[2] != shape[3] or shape[2] % 2 == 0:
-        raise ValueError(f"{name}: expected [k, C, n, n] with n odd, got {shape}")
 
 
 def _fit(
@@ -617,30 +568,8 @@ def _fit(
     if shape[1] != width or (conv2 and shape[2] != 1):
         wanted = f"[B, {width}, 1, 1]" if conv2 else f"[k, {width}, n, n]"
         raise ValueError(f"conv1[{i}]: expected {wanted}, got {shape}")
-    _norm(norm1[i], f"norm1[{i}]", width, x)
+    check_norm(norm1[i], f"norm1[{i}]", width, x)
     if conv2:
-        _norm(norm2[i], f"norm2[{i}]", shape[0], x)
+        check_norm(norm2[i], f"norm2[{i}]", shape[0], x)
         if conv2[i].shape[1] != shape[0]:
             raise ValueError(f"conv2[{i}]: expected [k, {shape[0]}, n, n], got {list(conv2[i].shape)}")
-
-
-def _norm(norm: object, name: str, channels: int, x: Tensor) -> None:
-    if not isinstance(norm, Norm):
-        raise TypeError(f"{name}: expected a Norm, got {type(norm).__name__}")
-    for field in ("weight", "bias", "running_mean", "running_var"):
-        v = getattr(norm, field)
-        if v is None:
-            continue
-        checks.vector(v, x, f"{name}.{field}", channels=channels)
-        checks.resolved(v, f"{name}.{field}")
-    tracked = norm.training and norm.running_mean is not None
-    checks.running(norm.running_mean, f"{name}.running_mean", tracked)
-    checks.running(norm.running_var, f"{name}.running_var", tracked)
-    if tracked:
-        checks.counter(norm.num_batches_tracked, x, f"{name}.num_batches_tracked")
-        if norm.momentum is None and norm.num_batches_tracked is None:
-            raise ValueError(f"{name}.momentum: None (a cumulative average) needs num_batches_tracked")
-    if (norm.running_mean is None) != (norm.running_var is None):
-        raise ValueError(f"{name}: running_mean and running_var come together, or not at all")
-    if norm.batch and layout.count(x) == 1 and not norm.group:
-        raise ValueError(f"{name}: expected more than 1 value per channel when training, got x of {list(x.shape)}")

@@ -23,7 +23,7 @@ from rkfast.ops.channel_moments import triton as moments_triton
 from rkfast.ops.dense_block import triton as dense_block
 from rkfast.ops.rk_sum import reference, triton
 from tests import test_distributed
-from tests.ops import test_clique_block, test_dense_block
+from tests.ops import test_bn_relu_conv, test_clique_block, test_dense_block
 from tests.ops.tester import DTYPES, assert_as_good_as, lay
 
 LAYOUTS = ("contiguous", "channels_last", "slice", "channels_last_slice")
@@ -385,6 +385,23 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 TRITON = ("triton", "cpu")
 
 
+@pytest.mark.parametrize("how", ("contiguous", "channels_last_slice"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", test_bn_relu_conv.TestBnReluConv.CASES)
+def test_bn_relu_convs(name: str, dtype: torch.dtype, how: str) -> None:
+    tester = test_bn_relu_conv.TestBnReluConv()
+    tester.check(tester.CASES[name], (3, 20, 5, 7), dtype, how, TRITON)
+
+
+@pytest.mark.parametrize("n", (1, 3))
+def test_bn_relu_conv_with_moments(n: int) -> None:
+    test_bn_relu_conv.test_moments_come_and_go(n, (3, 18, 9, 7), "channels_last", TRITON)
+
+
+def test_bn_relu_conv_keeps_x_alone() -> None:
+    test_bn_relu_conv.test_what_is_kept(TRITON)
+
+
 DENSE = [(s, n) for s in test_dense_block.SHAPES for n in test_dense_block.NORMS if s != "wide_neck" or n == "batch"]
 
 
@@ -451,6 +468,7 @@ def test_public_functions_are_served(how: str) -> None:
         found = ops.channel_moments(out)
         conv = torch.randn(4, 6, 3, 3, requires_grad=True)
         torch.autograd.grad(ops.dense_block(x, [conv], [ops.Norm(None, None, None, None)]).sum(), conv)
+        torch.autograd.grad(ops.bn_relu_conv(x, conv, ops.Norm(None, None, None, None)).sum(), conv)
     served = dispatch.served() - before
     expected = [op.name for op in dispatch.OPS.values() if any(i.backend == "triton" for i in op.implementations)]
     assert "bn_rk_sum_backward" in expected
