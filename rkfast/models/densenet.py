@@ -16,9 +16,10 @@ from rkfast.models.base import (
     common,
     whole,
 )
-from rkfast.nn import DenseBlock, Transition, batch_norm_relu
+from rkfast.nn import DenseBlock, Transition
+from rkfast.nn.chain import chain
 from rkfast.nn.dense import NormLayer
-from rkfast.nn.norm import hooked, recomputed
+from rkfast.nn.norm import recomputed
 
 # name: growth rate, layers of each block, channels of the stem
 IMAGENET = {
@@ -40,18 +41,16 @@ class Features(nn.Sequential):
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
-        modules = list(self)
-        for i, module in enumerate(modules):
-            follower = modules[i + 1] if i + 1 < len(modules) else None
-            if type(follower) is nn.ReLU and not hooked(follower):
-                x = batch_norm_relu(module, x, fused=self.fused)
-            elif type(module) is nn.ReLU and i and not hooked(module):
-                continue
-            elif isinstance(module, DenseBlock) and self.grad_checkpointing:
-                x = recomputed(module, module, x)
-            else:
-                x = module(x)
+        call = self._call if self.grad_checkpointing else None
+        if self.fused:
+            return chain(list(self), x, call)
+        for module in self:
+            x = module(x) if call is None else call(module, x)
         return x
+
+    @staticmethod
+    def _call(module: nn.Module, x: Tensor) -> Tensor:
+        return recomputed(module, module, x) if isinstance(module, DenseBlock) else module(x)
 
 
 class DenseNet(ImageModel):

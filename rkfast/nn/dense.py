@@ -155,6 +155,17 @@ class DenseBlock(nn.ModuleDict):
         """steps: a factor of each growth's channels before it joins, Tensor [layers, k]; None is 1."""
         return self._block(y, steps=steps) if self._fusible(y) else self._plain(y, steps=steps)
 
+    def forward_with_moments(
+        self, y: Tensor, moments: Moments | None = None, *, return_moments: bool = False
+    ) -> tuple[Tensor, Moments | None]:
+        """The block, taking y's moments if they are known, and leaving those of its result if asked for (and fused)."""
+        if not self._fusible(y):
+            return self._plain(y), None
+        if self._group():
+            return self._block(y), None
+        result = self._block(y, None, moments, return_moments)
+        return result if return_moments else (result, None)
+
     def _fusible(self, y: Tensor) -> bool:
         if not self.fused or self.time_channel or y.dim() != 4 or kernel_reason(y, self._group()) is not None:
             return False

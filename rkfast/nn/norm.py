@@ -29,16 +29,44 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
+def takes_relu(relu: nn.Module) -> bool:
+    """Whether calling ``relu`` is a ReLU and nothing besides."""
+    return type(relu) is nn.ReLU and not hooked(relu)
+
+
 def fusible(norm: nn.Module) -> bool:
     """Whether bn_rk_sum does what calling ``norm`` would do."""
     if type(norm) is nn.SyncBatchNorm:
         return not hooked(norm) and not torch.compiler.is_compiling()
-    return type(norm) is nn.BatchNorm2d and not hooked(norm)
+    return (type(norm) is nn.BatchNorm2d or frozen(norm)) and not hooked(norm)
+
+
+def frozen(norm: nn.Module) -> bool:
+    """Whether norm is the BatchNorm of detection networks (torchvision's and copies of it), which has buffers alone."""
+    return type(norm).__name__ == "FrozenBatchNorm2d" and norm._buffers.keys() == FROZEN and hasattr(norm, "eps")
+
+
+FROZEN = {"weight", "bias", "running_mean", "running_var"}
+
+
+def activated(norm: nn.Module) -> bool:
+    """Whether norm is timm's BatchNorm with a ReLU inside, and calling it does nothing besides."""
+    inside = norm._modules
+    return (
+        type(norm).__name__ == "BatchNormAct2d"
+        and isinstance(norm, nn.BatchNorm2d)
+        and inside.keys() == {"drop", "act"}
+        and type(inside["drop"]) is nn.Identity
+        and takes_relu(inside["act"])  # type: ignore[arg-type]
+        and not hooked(inside["drop"])
+        and not hooked(norm)
+    )
 
 
 def reads_moments(norm: nn.Module) -> bool:
     """Whether ``batch_norm_relu(norm, x, moments)`` would read the moments of x."""
-    return fusible(norm) and (norm.training or norm.running_mean is None) and not group_of(norm)
+    batch = not frozen(norm) and (norm.training or norm.running_mean is None)
+    return batch and (fusible(norm) or activated(norm)) and not group_of(norm)
 
 
 def group_of(norm: nn.Module) -> str:
@@ -71,8 +99,10 @@ def plain_conv(conv: nn.Module) -> bool:
     )
 
 
-def as_norm(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> Norm:
-    """What calling ``norm`` would do, for an op."""
+def as_norm(norm: Any) -> Norm:
+    """What calling ``norm``, an nn.BatchNorm2d, nn.SyncBatchNorm or a frozen one, would do, for an op."""
+    if not isinstance(norm, _BatchNorm):
+        return Norm(norm.weight, norm.bias, norm.running_mean, norm.running_var, None, False, 0.0, norm.eps)
     tracked = not norm.training or norm.track_running_stats
     running_mean = norm.running_mean if tracked else None
     # Without a counter nn.BatchNorm2d leaves a cumulative average where it is.
@@ -131,10 +161,10 @@ def batch_norm_relu_conv(
     One op, which keeps nothing normalised, where norm is as in ``batch_norm_relu``, conv an nn.Conv2d of stride 1
     without bias and hooks, and a kernel is the better choice; else ``conv(batch_norm_relu(...))``.
     """
-    whole = fused and fusible(norm) and plain_conv(conv) and x.dim() == 4
+    whole = fused and (fusible(norm) or activated(norm)) and plain_conv(conv) and x.dim() == 4
     if not whole or kernel_reason(x, conv.weight) is not None:  # type: ignore[arg-type]  # plain_conv knows what it is
         return conv(batch_norm_relu(norm, x, moments, fused=fused)), None
-    assert isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)) and isinstance(conv, nn.Conv2d)
+    assert isinstance(conv, nn.Conv2d)
     given = as_norm(norm)
     moments = None if given.group else moments
     found = bn_relu_conv(x, conv.weight, given, moments=moments, return_moments=return_moments)
@@ -147,7 +177,7 @@ def batch_norm_relu(norm: nn.Module, x: Tensor, moments: Moments | None = None, 
 
     Args:
         norm: usually nn.BatchNorm2d or nn.SyncBatchNorm, in any of its modes (training, frozen by .eval(), without
-            statistics, ...).
+            statistics, ...), or torchvision's frozen one; timm's with a ReLU inside as well.
         x: Tensor [N, C, H, W].
         moments: x's moments, where they are known already.
         fused: False takes the stock path.
@@ -179,7 +209,8 @@ def batch_norm_sum(
     Returns:
         Tensor [N, C, H, W]. Running statistics and counter advance as in ``norm(x)``.
     """
-    if not (fused and fusible(norm)):
+    alone = relu and not terms and step is None
+    if not (fused and (fusible(norm) or (alone and activated(norm)))):
         y = norm(x)
         # In place only on what is certainly norm's own: it may be an Identity, or a hook may keep what it returned.
         own = isinstance(norm, _BatchNorm) and not hooked(norm)
@@ -188,8 +219,8 @@ def batch_norm_sum(
         for term in terms:
             y = y.add_(term) if own and term.dtype == y.dtype else y + term
         return F.relu(y, inplace=own or bool(terms)) if relu else y
-    assert isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm))
-    norm._check_input_dim(x)
+    if isinstance(norm, _BatchNorm):
+        norm._check_input_dim(x)
     given = as_norm(norm)
     return bn_rk_sum(
         x,

@@ -3,14 +3,15 @@ with a gate have timm's."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rkfast.nn.norm import as_norm, batch_norm_relu, batch_norm_sum, fusible, group_of, hooked, recomputed
-from rkfast.ops import Moments, Norm, bn_rk_sum, channel_moments, checks
+from rkfast.nn.norm import as_norm, batch_norm_relu, batch_norm_sum, fusible, group_of, hooked, recomputed, takes_relu
+from rkfast.ops import Moments, Norm, bn_rk_sum, channel_moments, checks, rk_sum
 from rkfast.ops.channel_moments import moments_dtype
 
 
@@ -109,17 +110,9 @@ class _Residual(nn.Module):
         return norm_relu_conv(norm, self.relu, conv, x, fused=self.fused)
 
     def _join(self, norm: nn.Module, y: Tensor, x: Tensor, step: Tensor | None) -> Tensor:
-        moments = None
-        if self.se is not None and self.fused and fusible(norm) and not group_of(norm) and not hooked(self.se):
-            pooled, moments = _normed_mean(norm, y)
-            gate = self.se.gate(pooled)
-            step = gate if step is None else gate * step
-        elif self.se is not None:
-            norm = nn.Sequential(norm, self.se)
-        identity = x if self.downsample is None else self.downsample(x)
-        fuses = takes_relu(self.relu)
-        out = batch_norm_sum(norm, y, terms=[identity], step=step, relu=fuses, moments=moments, fused=self.fused)
-        return out if fuses else self.relu(out)
+        shortcut = x if self.downsample is None else self.downsample(x)
+        behind = [] if self.se is None else [self.se]
+        return join(norm, behind, self.relu, y, shortcut, step, fused=self.fused)
 
     def extra_repr(self) -> str:
         return f"fused={self.fused}"
@@ -221,9 +214,51 @@ class Bottleneck(_Residual):
         return self._join(self.bn3, self._norm_conv(self.bn2, self.conv3, y), x, step)
 
 
-def takes_relu(relu: nn.Module) -> bool:
-    """Whether calling ``relu`` is a ReLU and nothing besides."""
-    return type(relu) is nn.ReLU and not hooked(relu)
+def join(
+    norm: nn.Module,
+    behind: Sequence[nn.Module],
+    act: nn.Module,
+    y: Tensor,
+    shortcut: Tensor,
+    step: Tensor | None = None,
+    *,
+    fused: bool = True,
+) -> Tensor:
+    """``act(shortcut + step * behind(norm(y)))``, one op where act is a ReLU and nothing or a gate is behind norm.
+
+    step: a factor per channel, Tensor [C]; None is 1."""
+    relu = takes_relu(act)
+    moments = None
+    gate = gate_of(behind) if fused and fusible(norm) and not group_of(norm) else None
+    if gate is not None:
+        pooled, moments = _normed_mean(norm, y)
+        factor = gate(pooled)
+        step = factor if step is None else factor * step
+    elif behind:
+        y = norm(y)
+        for layer in behind:
+            y = layer(y)
+        norm = nn.Identity()
+    if fused and isinstance(norm, nn.Identity):
+        out = rk_sum([shortcut, y], [1.0, 1.0], steps=[None, step], relu=relu)
+    else:
+        out = batch_norm_sum(norm, y, terms=[shortcut], step=step, relu=relu, moments=moments, fused=fused)
+    return out if relu else act(out)
+
+
+def gate_of(behind: Sequence[nn.Module]) -> Callable[[Tensor], Tensor] | None:
+    """The factor [N, C] of a squeeze and excitation, ours or timm's, from the mean over H and W, Tensor [N, C]; None
+    where anything else is behind."""
+    if len(behind) != 1 or hooked(behind[0]):
+        return None
+    se: Any = behind[0]
+    if type(se) is SqueezeExcite:
+        return se.gate
+    if type(se).__name__ == "SEModule" and se._modules.keys() == {"fc1", "bn", "act", "fc2", "gate"}:
+        if getattr(se, "add_maxpool", True):
+            return None
+        return lambda mean: se.gate(se.fc2(se.act(se.bn(se.fc1(mean[:, :, None, None])))))[:, :, 0, 0]
+    return None
 
 
 def norm_relu(norm: nn.Module, relu: nn.Module, x: Tensor, *, fused: bool) -> Tensor:

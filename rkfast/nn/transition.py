@@ -52,6 +52,12 @@ class _Pool(torch.autograd.Function):
         return torch.ops.aten.avg_pool2d_backward(grad, like, [2, 2], [2, 2], [0, 0], False, True, None)
 
 
+def average(pool: nn.Module, x: Tensor) -> Tensor:
+    """``pool(x)`` with an nn.AvgPool2d, which where it is one over 2x2 keeps nothing."""
+    given = pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, pool.divisor_override
+    return _Pool.apply(x) if given == (2, 2, 0, False, None) else pool(x)
+
+
 class Transition(nn.Module):
     """From one period to the next, at half the resolution: ``pool(attention(dropout(conv(relu(norm(y))))))``.
 
@@ -91,7 +97,7 @@ class Transition(nn.Module):
     def forward(self, y: Tensor, moments: Moments | None = None) -> Tensor:
         x = batch_norm_relu(self.get_submodule(self.norm_name), y, moments, fused=self.fused)
         if self._pools_first():
-            pooled = self.conv(self._pooled(x))
+            pooled = self.conv(average(self.pool, x))
             if self.attention is None:
                 return pooled
             # The mean of the convolution's result is the convolution of the mean, also where the pool leaves out a row.
@@ -100,11 +106,6 @@ class Transition(nn.Module):
         if self.attention is not None:
             x = self.attention(x)
         return self.pool(x)
-
-    def _pooled(self, x: Tensor) -> Tensor:
-        pool = self.pool
-        usual = (pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode) == (2, 2, 0, False)
-        return _Pool.apply(x) if usual and pool.divisor_override is None else pool(x)
 
     def _pools_first(self) -> bool:
         """Whether the average comes before the 1x1 convolution, with which it commutes: a quarter of the products. Not

@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -16,34 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rkfast.nn import CliqueBlock, DenseBlock
 from rkfast.nn.controller import Controller
-from rkfast.nn.norm import batch_norm_sum, hooked
-from rkfast.ops import rk_sum
-
-
-class Form(NamedTuple):
-    """How a residual block is written, ``act(shortcut(x) + behind(norm(inner(x))))``: names of layers, of which some
-    may be missing; ``reads`` are the convolutions that a controller reads."""
-
-    inner: tuple[str, ...]
-    norm: str
-    behind: tuple[str, ...]
-    activation: str
-    reads: tuple[str, ...]
-
-
-def _form(inner: str, norm: str, behind: str, activation: str, reads: str) -> Form:
-    return Form(tuple(inner.split()), norm, tuple(behind.split()), activation, tuple(reads.split()))
-
-
-# With bottleneck the paper reads the 1x1 convolutions alone.
-FORMS = (
-    # torchvision and rkfast, whose gate has timm's name
-    _form("conv1 bn1 relu conv2", "bn2", "se", "relu", "conv1 conv2"),
-    _form("conv1 bn1 relu conv2 bn2 relu conv3", "bn3", "se", "relu", "conv1 conv3"),
-    # timm
-    _form("conv1 bn1 drop_block act1 aa conv2", "bn2", "se drop_path", "act2", "conv1 conv2"),
-    _form("conv1 bn1 act1 conv2 bn2 drop_block act2 aa conv3", "bn3", "se drop_path", "act3", "conv1 conv3"),
-)
+from rkfast.nn.form import Form, form_of, residual
 
 
 class Stage(NamedTuple):
@@ -173,24 +146,7 @@ class SteppedBlock(nn.Module):
                 "this block has a step size, which its container gives it; call the container (and do not checkpoint "
                 "single blocks), or call rkfast.tsc.detach(model) or rkfast.tsc.fold(model) first"
             )
-        form = self._tsc_form
-        y = x
-        for layer in _present(self, form.inner):
-            y = layer(y)
-        norm, act = getattr(self, form.norm), getattr(self, form.activation)
-        behind = _present(self, form.behind)
-        relu = type(act) is nn.ReLU and not hooked(act)
-        if behind:
-            y = norm(y)
-            for layer in behind:
-                y = layer(y)
-        downsample = getattr(self, "downsample", None)
-        shortcut = x if downsample is None else downsample(x)
-        if behind:
-            out = rk_sum([shortcut, y], [1.0, 1.0], steps=[None, step], relu=relu)
-        else:
-            out = batch_norm_sum(norm, y, terms=[shortcut], step=step, relu=relu)
-        return out if relu else act(out)
+        return residual(self._tsc_form, self, x, step)
 
 
 class SteppedDenseBlock(Stepped, DenseBlock):
@@ -280,29 +236,9 @@ def stepped(model: nn.Module) -> Iterator[tuple[str, Stepped]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, Stepped))
 
 
-def form_of(block: nn.Module) -> Form | None:
-    """The form of a residual block, by the names of its layers; None for whatever else."""
-    layers = _children(block)
-    for form in FORMS:
-        known = {*form.inner, form.norm, *form.behind, form.activation}
-        needed = {name for name in known if name.startswith(("conv", "bn"))} | {form.activation}
-        if needed <= layers <= known | {"downsample"}:
-            return form
-    return None
-
-
 def takes_step(block: nn.Module) -> bool:
     """Whether a block's forward takes the step size, as those of rkfast do."""
     return not isinstance(block, SteppedBlock) and "step" in inspect.signature(block.forward).parameters
-
-
-def _children(block: nn.Module) -> frozenset[str]:
-    return frozenset(name for name, child in block._modules.items() if child is not None)
-
-
-def _present(block: nn.Module, names: Sequence[str]) -> list[nn.Module]:
-    layers = [block._modules.get(name) for name in names]
-    return [layer for layer in layers if layer is not None and not (type(layer) is nn.Identity and not hooked(layer))]
 
 
 def _agrees(block: nn.Module, form: Form) -> bool:

@@ -1,0 +1,87 @@
+"""Residual blocks of any library, by the names of their layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rkfast.nn.chain import chain
+from rkfast.nn.norm import hooked, recomputed
+from rkfast.nn.residual import join
+
+
+class Form(NamedTuple):
+    """How a residual block is written, ``act(shortcut(x) + behind(norm(inner(x))))``: names of layers, of which some
+    may be missing; ``reads`` are the convolutions that a controller reads."""
+
+    inner: tuple[str, ...]
+    norm: str
+    behind: tuple[str, ...]
+    activation: str
+    reads: tuple[str, ...]
+
+
+def _form(inner: str, norm: str, behind: str, activation: str, reads: str) -> Form:
+    return Form(tuple(inner.split()), norm, tuple(behind.split()), activation, tuple(reads.split()))
+
+
+# With bottleneck the paper reads the 1x1 convolutions alone.
+FORMS = (
+    # torchvision and rkfast, whose gate has timm's name
+    _form("conv1 bn1 relu conv2", "bn2", "se", "relu", "conv1 conv2"),
+    _form("conv1 bn1 relu conv2 bn2 relu conv3", "bn3", "se", "relu", "conv1 conv3"),
+    # timm
+    _form("conv1 bn1 drop_block act1 aa conv2", "bn2", "se drop_path", "act2", "conv1 conv2"),
+    _form("conv1 bn1 act1 conv2 bn2 drop_block act2 aa conv3", "bn3", "se drop_path", "act3", "conv1 conv3"),
+)
+
+
+def residual(form: Form, block: Any, x: Tensor, step: Tensor | None = None, memory: str = "speed") -> Tensor:
+    """``act(shortcut(x) + step * behind(norm(inner(x))))``, as few ops as its layers allow.
+
+    step: Tensor [C], or None for 1. memory: as in BasicBlock."""
+    inner = present(block, form.inner)
+
+    def rest(y: Tensor, x: Tensor, step: Tensor | None) -> Tensor:
+        y = chain(inner[cut:], y)
+        downsample = block._modules.get("downsample")
+        shortcut = x if downsample is None else shortcut_of(downsample, x)
+        behind = present(block, form.behind)
+        return join(getattr(block, form.norm), behind, getattr(block, form.activation), y, shortcut, step)
+
+    cut = max(i for i, layer in enumerate(inner) if isinstance(layer, nn.modules.batchnorm._BatchNorm) or not i)
+    y = chain(inner[:cut], x)
+    if memory == "min" and not torch.compiler.is_compiling():
+        return recomputed(block, rest, y, x, step)
+    return rest(y, x, step)
+
+
+def shortcut_of(downsample: nn.Module, x: Tensor) -> Tensor:
+    """``downsample(x)``, its BatchNorm as one op where it is an nn.Sequential without hooks."""
+    plain = type(downsample) is nn.Sequential and not hooked(downsample)
+    return chain(list(downsample), x) if plain else downsample(x)  # type: ignore[arg-type]
+
+
+def form_of(block: nn.Module) -> Form | None:
+    """The form of a residual block, by the names of its layers; None for whatever else."""
+    layers = children(block)
+    for form in FORMS:
+        known = {*form.inner, form.norm, *form.behind, form.activation}
+        needed = {name for name in known if name.startswith(("conv", "bn"))} | {form.activation}
+        if needed <= layers <= known | {"downsample"}:
+            return form
+    return None
+
+
+def children(block: nn.Module) -> frozenset[str]:
+    return frozenset(name for name, child in block._modules.items() if child is not None)
+
+
+def present(block: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    layers = [block._modules.get(name) for name in names]
+    return [layer for layer in layers if layer is not None and not (type(layer) is nn.Identity and not hooked(layer))]
+
+
