@@ -62,7 +62,7 @@ def residual(form: Form, block: Any, x: Tensor, step: Tensor | None = None, memo
 def shortcut_of(downsample: nn.Module, x: Tensor) -> Tensor:
     """``downsample(x)``, its BatchNorm as one op where it is an nn.Sequential without hooks."""
     plain = type(downsample) is nn.Sequential and not hooked(downsample)
-    return chain(list(downsample), x) if plain else downsample(x)  # type: ignore[arg-type]
+    return chain(list(downsample.children()), x) if plain else downsample(x)
 
 
 def form_of(block: nn.Module) -> Form | None:
@@ -83,5 +83,3 @@ def children(block: nn.Module) -> frozenset[str]:
 def present(block: nn.Module, names: Sequence[str]) -> list[nn.Module]:
     layers = [block._modules.get(name) for name in names]
     return [layer for layer in layers if layer is not None and not (type(layer) is nn.Identity and not hooked(layer))]
-
-

@@ -40,10 +40,15 @@ class Attention(nn.Module):
 class _Pool(torch.autograd.Function):
     """nn.AvgPool2d(2), which keeps all of its input for the backward to know its size."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.given = (x.shape, x.stride())
+    def forward(x: Tensor) -> Tensor:
         return F.avg_pool2d(x, 2)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.given = (inputs[0].shape, inputs[0].stride())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:

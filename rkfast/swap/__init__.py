@@ -3,3 +3,5 @@
 from rkfast.swap.fuse import fuse as fuse
 from rkfast.swap.fuse import fused as fused
 from rkfast.swap.fuse import unfuse as unfuse
+from rkfast.swap.report import Report as Report
+from rkfast.swap.report import report as report

@@ -19,7 +19,7 @@ from rkfast.nn.norm import (
     takes_relu,
 )
 from rkfast.nn.transition import average
-from rkfast.ops import Moments, dense_block
+from rkfast.ops import Moments, checks, dense_block
 from rkfast.ops.dense_block import kernel_reason
 from rkfast.swap.kind import Kind, leaves
 
@@ -35,7 +35,7 @@ def layer_of(module: nn.Module) -> Layer | str | None:
     """A dense block's layer, why it is none that can be served, or None where it looks like something else."""
     parts = leaves(module)
     dropped = [name for name, part in parts.items() if isinstance(part, nn.modules.dropout._DropoutNd)]
-    rates = [getattr(module, "drop_rate", 0.0), *(parts.pop(name).p for name in dropped)]  # type: ignore[union-attr]
+    rates: list[Any] = [getattr(module, "drop_rate", 0.0), *(parts.pop(name).p for name in dropped)]
     convs = {name: part for name, part in parts.items() if isinstance(part, nn.modules.conv._ConvNd)}
     if len(convs) not in (1, 2) or len(parts) != len(convs) * (2 if len(parts) == 2 * len(convs) else 3):
         return None
@@ -124,7 +124,11 @@ class FusedDenseBlock(Kind):
         return (2, found[0].convs[0].in_channels, 4, 4)
 
     def refuses(self, found: list[Layer], x: Tensor) -> str | None:
-        return "it is not [N, C, H, W]" if x.dim() != 4 else kernel_reason(x, group_of(found[0].norms[0]))
+        if x.dim() != 4:
+            return f"an input of {x.dim()} dimensions"
+        if checks.transformed((x, found[0].convs[0].weight)):
+            return "torch.func and forward-mode AD"
+        return kernel_reason(x, group_of(found[0].norms[0]))
 
     def fused(self, found: list[Layer], x: Tensor) -> Tensor:
         return self._block(found, x)

@@ -1,10 +1,10 @@
-"""Swap fused blocks into a network, take them out again, and tell what is fused and what is not."""
+"""Swap fused blocks into a network, and take them out again."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
@@ -19,21 +19,6 @@ BY_CLASS = (FusedResNet, FusedSequential)
 """Kinds whose forward is known from the class."""
 
 
-class Candidate(NamedTuple):
-    """A module that looks like one that is served.
-
-    name: its path in the network; "" is the network itself. kind: what it is. layers: how many layers of a dense block
-    it has, else 1. fused: whether its class is swapped. reason: why stock PyTorch serves it; None where it is fused, or
-    would be by ``fuse``.
-    """
-
-    name: str
-    kind: str
-    layers: int
-    fused: bool
-    reason: str | None
-
-
 def fuse(
     model: nn.Module,
     *,
@@ -43,11 +28,11 @@ def fuse(
 ) -> nn.Module:
     """Let fused kernels do the work of a network's blocks, in place.
 
-    Served are dense blocks and transitions of DenseNet, residual blocks and the stem of ResNet, Wide ResNet, ResNeXt and
-    SE-ResNet, by torchvision and timm and alike, also with torchvision's FrozenBatchNorm2d or nn.SyncBatchNorm; BatchNorm
-    with a ReLU (and a 1x1 or 3x3 convolution) behind it in an nn.Sequential; and rkfast's own modules that were made
-    with ``fused=False``. A block is known by its layers, and swapped where a small copy of it computes in float64 what
-    the fused one does.
+    Served are dense blocks and transitions of DenseNet, residual blocks and the stem of ResNet, Wide ResNet, ResNeXt
+    and SE-ResNet, by torchvision and timm and alike, also with torchvision's FrozenBatchNorm2d or nn.SyncBatchNorm;
+    BatchNorm with a ReLU (and a 1x1 or 3x3 convolution) behind it in an nn.Sequential; and rkfast's own modules that
+    were made with ``fused=False``. A block is known by its layers, and swapped where a small copy of it computes in
+    float64 what the fused one does.
 
     Only the class of these modules changes, to a subclass of what it was: parameters, keys of the state_dict,
     optimizers, hooks, copies and wrappers are what they were. What a call cannot serve (a hook on a layer inside, a
@@ -66,7 +51,7 @@ def fuse(
         TypeError, ValueError: an argument is of a wrong type or value.
         RuntimeError: strict, and not all candidates are served. The model is as before.
     """
-    _module(model)
+    check_model(model)
     if memory not in MEMORY:
         raise ValueError(f"memory: expected one of {', '.join(MEMORY)}, got {memory!r}")
     if filter_fn is not None and not callable(filter_fn):
@@ -104,7 +89,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: model is no module.
     """
-    _module(model)
+    check_model(model)
     for module in model.modules():
         _unfuse(module)
     return model
@@ -126,7 +111,7 @@ def fused(model: nn.Module, **options: Any) -> Iterator[nn.Module]:
     Raises:
         TypeError, ValueError, RuntimeError: as in ``fuse``.
     """
-    _module(model)
+    check_model(model)
     before = {module for module in model.modules() if isinstance(module, Kind) or "_rkfast_own" in module.__dict__}
     kept = {module: module._rkfast.memory for module in before if isinstance(module, Kind)}
     try:
@@ -136,7 +121,7 @@ def fused(model: nn.Module, **options: Any) -> Iterator[nn.Module]:
             if module not in before:
                 _unfuse(module)
             elif module in kept:
-                module._rkfast.memory = kept[module]  # type: ignore[union-attr, assignment]
+                module._rkfast.memory = kept[module]
 
 
 def survey(model: nn.Module) -> Iterator[tuple[str, nn.Module, type[Kind] | None, str | None]]:
@@ -161,10 +146,12 @@ def survey(model: nn.Module) -> Iterator[tuple[str, nn.Module, type[Kind] | None
                 reason = found
             if reason is None and kind not in BY_CLASS and not isinstance(module, Kind) and not agrees(module, kind):
                 reason = f"{stock_class(module).__name__}.forward computes something else"
+            if kind is FusedDenseBlock and reason is None:
+                opaque = (*opaque, f"{name}." if name else "")  # a layer that concatenates would be a block itself
             yield name, module, kind, reason
             break
 
 
-def _module(model: object) -> None:
+def check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")

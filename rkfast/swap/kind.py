@@ -77,7 +77,7 @@ def _kind(cls: type[Kind]) -> type[Kind]:
 
 
 def _new(kind: type[Kind], stock: type[nn.Module]) -> nn.Module:
-    cls = swapped(kind, stock)
+    cls = swapped(kind, stock)  # type: ignore[arg-type]  # classes are hashable
     return cls.__new__(cls)
 
 
@@ -90,7 +90,7 @@ def swapped(kind: type[Kind], stock: type[nn.Module]) -> type[nn.Module]:
 
 def swap(module: nn.Module, kind: type[Kind], options: Options) -> None:
     module.__dict__["_rkfast"] = options
-    module.__class__ = swapped(kind, type(module))
+    module.__class__ = swapped(kind, type(module))  # type: ignore[arg-type]
 
 
 def restore(module: Kind) -> None:
@@ -107,7 +107,7 @@ def leaves(module: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
     """Modules that compute, by name: children, and those of an nn.Sequential among them."""
     found: dict[str, nn.Module] = {}
     for name, child in module._modules.items():
-        if stock_class(child) is nn.Sequential and not hooked(child):
+        if isinstance(child, nn.Sequential) and stock_class(child) is nn.Sequential and not hooked(child):
             found |= leaves(child, f"{prefix}{name}.")
         elif child is not None and not (type(child) is nn.Identity and not hooked(child)):
             found[prefix + name] = child
@@ -202,7 +202,8 @@ def _computes(module: nn.Module, kind: type[Kind]) -> bool:
                 x = torch.randn(kind.sample(ours, found), dtype=torch.double)
                 if not torch.allclose(ours.fused(found, x.clone()), twin(x.clone()), rtol=1e-9, atol=1e-9):
                     return False
-                if not all(torch.allclose(a, b, rtol=1e-9) for a, b in zip(ours.buffers(), twin.buffers(), strict=True)):
+                pairs = zip(ours.buffers(), twin.buffers(), strict=True)
+                if not all(torch.allclose(a, b, rtol=1e-9) for a, b in pairs):
                     return False
     except Exception:  # whatever it is, it is no such module
         return False

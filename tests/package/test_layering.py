@@ -25,6 +25,7 @@ LAYERS = {
     "models": 4,
     "ode": 4,
     "tsc": 4,
+    "swap": 4,
     "__init__": 5,
     "papers": 5,
     "info": 6,

@@ -1,0 +1,40 @@
+"""torchvision and timm, where they are installed."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+
+
+@functools.cache
+def _without_operators() -> torch.library.Library:
+    """PyPI's torchvision is built for CUDA, and beside a CPU build of PyTorch its import asks for operators that its
+    library then does not register. Networks do not call them."""
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
+
+
+def library(name: str) -> Any:
+    """The module, or a skipped test."""
+    for needed in ("torchvision", name.partition(".")[0]):
+        if importlib.util.find_spec(needed) is None:
+            pytest.skip(f"{needed} is not installed")
+    if torch.version.cuda is None:
+        _without_operators()
+    return importlib.import_module(name)
+
+
+def network(address: str, **options: Any) -> torch.nn.Module:
+    """Such as "torchvision.resnet18" or "timm.seresnet50"."""
+    home, _, name = address.partition(".")
+    if home == "timm":
+        made: torch.nn.Module = library("timm").create_model(name, **options)
+        return made
+    return getattr(library("torchvision.models"), name)(**options)
