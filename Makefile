@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-# The one that goes with this torch.
+# Those that go with this torch.
 TRITON ?= triton==3.7.1
+TORCHVISION ?= torchvision==0.28.0
 # A test run without compiled kernels would say little; `make test RKFAST_CPU=auto` allows it.
 RKFAST_CPU ?= 1
 DEMO ?=
@@ -41,7 +42,7 @@ $(VENV)/.demo: $(VENV)/.torch $(BUILT_FROM)
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch $(BUILT_FROM)
-	RKFAST_CPU=$(RKFAST_CPU) $(BIN)/python -m pip install -e '.[dev,demo,bench,train]' $(TRITON)
+	RKFAST_CPU=$(RKFAST_CPU) $(BIN)/python -m pip install -e '.[dev,demo,bench,train]' $(TRITON) $(TORCHVISION)
 	touch $@
 
 clean:

@@ -108,7 +108,8 @@ class FusedDenseBlock(Kind):
             if layer is None:
                 return None
             if isinstance(layer, str):
-                return f"{name}: {layer}"
+                called_dense = "dense" in type(module).__name__.lower() or "denselayer" in name
+                return f"{name}: {layer}" if called_dense else None
             found.append(layer)
         first, k = found[0], found[0].convs[-1].out_channels
         for i, layer in enumerate(found):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -50,9 +51,9 @@ class Kind(nn.Module):
         """The shape of a small input; of kinds that are known by their class there is none."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
-        found = self.found(x)
-        return super().forward(x) if found is None else self.fused(found, x)
+    def forward(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
+        found = None if others or named else self.found(x)
+        return super().forward(x, *others, **named) if found is None else self.fused(found, x)
 
     def found(self, x: Tensor) -> Any:
         """What ``fused`` takes, or None where stock PyTorch serves x."""
@@ -122,9 +123,16 @@ def unserved(module: nn.Module) -> str | None:
         return "it is a traced graph"
     if "forward" in module.__dict__:
         return "its forward is replaced on the instance"
+    if _inputs(stock_class(module)) > 1:
+        return f"{type(module).__name__}.forward takes more than one input"
     if any(type(p).__name__ == "DTensor" for p in module.parameters()):  # importing it takes most of a second
         return "its parameters are sharded"
     return None
+
+
+def _inputs(cls: type[nn.Module]) -> int:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in kinds for p in inspect.signature(cls.forward).parameters.values()) - 1
 
 
 KNOWN = ("torchvision", "timm")

@@ -12,6 +12,7 @@ from torch import nn
 import rkfast
 from rkfast import measure, native, papers
 from rkfast.nn import DenseBlock
+from tests.libraries import library
 from tests.models.tester import (
     check_checkpointing,
     check_dropout,
@@ -69,12 +70,8 @@ def test_torchvision_keys(name: str) -> None:
 
 def test_torchvision_itself() -> None:
     """Its state_dict as it is, and its output."""
-    try:
-        from torchvision.models import DenseNet
-    except (ImportError, RuntimeError) as error:  # RuntimeError: its operators were built for another torch
-        pytest.skip(f"torchvision: {error}")
     torch.manual_seed(0)
-    theirs = DenseNet(4, (4, 3), 8, num_classes=10).eval()
+    theirs = library("torchvision.models").DenseNet(4, (4, 3), 8, num_classes=10).eval()
     x = torch.randn(2, 3, 64, 64)
     for fused in (True, False):
         ours = rkfast.models.DenseNet(4, (4, 3), 8, num_classes=10, fused=fused).eval()

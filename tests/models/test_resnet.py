@@ -13,6 +13,7 @@ import rkfast
 from rkfast import measure, native
 from rkfast.models import ResNet
 from rkfast.nn import BasicBlock, Bottleneck
+from tests.libraries import network
 from tests.models.tester import (
     check_checkpointing,
     check_fused,
@@ -133,22 +134,13 @@ def small(block: type[BasicBlock] | type[Bottleneck], fused: bool = True, **opti
 @pytest.mark.parametrize("name", ("resnet18", "resnext50_32x4d"))
 def test_torchvision_itself(name: str) -> None:
     """Its state_dict as it is, and its output."""
-    try:
-        from torchvision.models import resnet
-    except (ImportError, RuntimeError) as error:  # RuntimeError: its operators were built for another torch
-        pytest.skip(f"torchvision: {error}")
     torch.manual_seed(0)
-    theirs = getattr(resnet, name)(num_classes=10).eval()
-    check_as_theirs(theirs, name, num_classes=10)
+    check_as_theirs(network(f"torchvision.{name}", num_classes=10).eval(), name, num_classes=10)
 
 
 def test_timm_itself() -> None:
-    try:
-        import timm
-    except (ImportError, RuntimeError) as error:
-        pytest.skip(f"timm: {error}")
     torch.manual_seed(0)
-    check_as_theirs(timm.create_model("seresnet50", num_classes=10).eval(), "seresnet50", num_classes=10)
+    check_as_theirs(network("timm.seresnet50", num_classes=10).eval(), "seresnet50", num_classes=10)
 
 
 def check_as_theirs(theirs: nn.Module, name: str, **options: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import io
 import pickle
 import warnings
@@ -19,6 +18,7 @@ import rkfast
 from rkfast import tableau
 from rkfast.models.restack import Restacked
 from rkfast.nn import Period, PreActBranch
+from tests.libraries import network
 from tests.models.tester import seen
 from tests.nn.test_step import calls
 
@@ -435,31 +435,18 @@ def test_what_is_refused() -> None:
     assert not any(isinstance(module, Restacked) for module in model.modules())
 
 
-def torchvision_and_timm() -> dict[str, Callable[[], nn.Module]]:
-    """The factories that can be imported, and None for those that cannot."""
-    found: dict[str, Callable[[], nn.Module]] = {}
-    try:
-        import torchvision
-
-        found["torchvision.resnet18"] = torchvision.models.resnet18
-        found["torchvision.resnet50"] = torchvision.models.resnet50
-        import timm
-    except (ImportError, RuntimeError):  # RuntimeError: torchvision's operators were built for another torch
-        return found
-    found["timm.resnet18"] = lambda: timm.create_model("resnet18", zero_init_last=False)
-    found["timm.seresnet50"] = lambda: timm.create_model("seresnet50", zero_init_last=False, drop_path_rate=0.2)
-    return found
+LIBRARIES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("torchvision.resnet18", {}),
+    ("torchvision.resnet50", {}),
+    ("timm.resnet18", {"zero_init_last": False}),
+    ("timm.seresnet50", {"zero_init_last": False, "drop_path_rate": 0.2}),
+)
 
 
-@pytest.mark.parametrize("name", ("torchvision.resnet18", "torchvision.resnet50", "timm.resnet18", "timm.seresnet50"))
-def test_torchvision_and_timm(name: str) -> None:
-    if importlib.util.find_spec(name.split(".")[0]) is None:
-        pytest.skip(f"{name.split('.')[0]} is not installed")
-    factory = torchvision_and_timm().get(name)
-    if factory is None:
-        pytest.skip(f"{name.split('.')[0]} was built for another torch")
+@pytest.mark.parametrize(("address", "options"), LIBRARIES)
+def test_torchvision_and_timm(address: str, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    model = factory()
+    model = network(address, **options)
     twin = copy.deepcopy(model)
     keys = list(model.state_dict())
     x = torch.randn(2, 3, 64, 64)
@@ -477,7 +464,7 @@ def test_torchvision_and_timm(name: str) -> None:
     blocks = [model.layer1[int(i)] for i in unit.names]
     k1 = f_of(blocks[0], y)
     k2 = f_of(blocks[1], torch.relu(y + k1))
-    ours = model.layer1._step(unit.form, blocks, y, None, False)[0]
+    ours = model.layer1._step(unit, blocks, y, None, False)[0]
     torch.testing.assert_close(ours, torch.relu(y + 2 * k2), rtol=1e-4, atol=1e-5)
     assert torch.equal(rkfast.unstack(model)(x), twin(x))
 

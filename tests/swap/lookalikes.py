@@ -216,6 +216,16 @@ class Scaled(BasicBlock):
         return self.relu(0.5 * out + (x if self.downsample is None else self.downsample(x)))
 
 
+class Extended(BasicBlock):
+    """Which may be called with the shortcut."""
+
+    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        if shortcut is None:
+            shortcut = x if self.downsample is None else self.downsample(x)
+        return self.relu(out + shortcut)
+
+
 class ResNet(nn.Module):
     def __init__(self, block: Callable[..., nn.Module] = BasicBlock, **options: Any) -> None:
         super().__init__()

@@ -173,11 +173,18 @@ def test_a_dense_look_alike_is_left_alone(block: type[nn.Module]) -> None:
     assert rows["features.denseblock1"].reason == f"{block.__name__}.forward computes something else"
 
 
-def test_a_residual_look_alike_is_left_alone() -> None:
-    model = ResNet(lookalikes.Scaled)
+@pytest.mark.parametrize(
+    ("block", "reason"),
+    (
+        (lookalikes.Scaled, "Scaled.forward computes something else"),
+        (lookalikes.Extended, "Extended.forward takes more than one input"),
+    ),
+)
+def test_a_residual_look_alike_is_left_alone(block: type[nn.Module], reason: str) -> None:
+    model = ResNet(block)
     rkfast.fuse(model)
     assert fused_kinds(model) == {"sequence": 1}
-    assert "Scaled.forward computes something else" in str(rkfast.report(model))
+    assert reason in str(rkfast.report(model))
 
 
 def test_filter_and_strict() -> None:

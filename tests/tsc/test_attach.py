@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import io
 import pickle
 import re
@@ -20,6 +19,7 @@ import rkfast
 from rkfast import tsc
 from rkfast.nn.controller import CONTROLLERS, Controller
 from rkfast.tsc.stepped import SteppedBlock, SteppedSequential
+from tests.libraries import network
 from tests.models.test_restack import Basic
 from tests.models.tester import difference, seen
 from tests.tsc.nets import NETS, ResNet, SqueezeExcite, attached, made, plain
@@ -365,22 +365,6 @@ def test_part_of_a_larger_network() -> None:
     assert not hasattr(net[0], "tsc")
 
 
-def factories() -> dict[str, Callable[[], nn.Module]]:
-    """Those that can be imported."""
-    found: dict[str, Callable[[], nn.Module]] = {}
-    try:
-        import torchvision
-
-        for name in ("resnet18", "resnet50", "wide_resnet50_2", "resnext50_32x4d"):
-            found[f"torchvision.{name}"] = getattr(torchvision.models, name)
-        import timm
-    except (ImportError, RuntimeError):  # RuntimeError: torchvision's operators were built for another torch
-        return found
-    for name in ("resnet18", "resnet50d", "seresnet50", "resnext50_32x4d", "wide_resnet50_2"):
-        found[f"timm.{name}"] = lambda name=name: timm.create_model(name, zero_init_last=False)
-    return found
-
-
 @pytest.mark.parametrize(
     ("name", "added"),
     (
@@ -397,13 +381,8 @@ def factories() -> dict[str, Callable[[], nn.Module]]:
     ),
 )
 def test_torchvision_and_timm(name: str, added: int) -> None:
-    if importlib.util.find_spec(name.split(".")[0]) is None:
-        pytest.skip(f"{name.split('.')[0]} is not installed")
-    factory = factories().get(name)
-    if factory is None:
-        pytest.skip(f"{name.split('.')[0]} was built for another torch")
     torch.manual_seed(0)
-    model = factory().eval()
+    model = network(name, **({"zero_init_last": False} if name.startswith("timm") else {})).eval()
     stock = copy.deepcopy(model)
     x = torch.randn(2, 3, 64, 64)
     assert sum(p.numel() for p in tsc.attach(model, preserve=True)) == added
