@@ -32,8 +32,9 @@ def test_runs_and_writes(tmp_path: Path) -> None:
         assert 0 <= result["test_accuracy"] <= 1
         low, high = result["step_ms_quartiles"]
         assert 0 < low <= result["step_ms"] <= high
-        # At least the input of each of five convolutions and norms of 16 channels is kept.
-        assert result["saved_bytes"] > 5 * demo.BATCH * demo.WIDTH * demo.SIZE**2 * 4
+        # Of 16 channels are the inputs of five convolutions and norms; three of them are read by both in one op.
+        kept = 5 if name == "stock" or native.cpu_reason() else 3
+        assert result["saved_bytes"] > kept * demo.BATCH * demo.WIDTH * demo.SIZE**2 * 4
         assert result["losses"][-1] < result["losses"][0]
         assert f"{result['test_accuracy']:.4f}" in text
     assert report["stock"]["losses"][0] == pytest.approx(report["fused"]["losses"][0], rel=1e-5)
@@ -62,7 +63,7 @@ def test_other_families(model: str, tmp_path: Path) -> None:
 def test_fails_where_the_reference_stands_in_for_a_kernel(tmp_path: Path) -> None:
     arguments = ("-m", "rkfast", "demo", *SMALL, "--out", str(tmp_path))
     text = run(sys.executable, *arguments, status=1, RKFAST_BACKEND="reference")
-    assert "the reference served bn_rk_sum, bn_rk_sum_backward, rk_sum" in text
+    assert "the reference served bn_relu_conv, " in text
     assert json.loads((tmp_path / "demo.json").read_text())["failure"]
 
 

@@ -169,9 +169,9 @@ class Convolutions {
   bool by_tiles(const Tensor& w) const {
     return kFloat && w.size(2) == 3 && w.size(0) >= 16 && w.size(1) >= 16 && h_ >= 4 && w_ >= 4;
   }
-  // [columns][rows] of a matrix [rows][columns].
-  const float* transposed(const float* matrix, int64_t rows, int64_t columns) {
-    float* out = room<float>(transposed_, rows * columns);
+  // [columns][rows] of a matrix [rows][columns], in memory that stays until the next of its kind is made there.
+  const float* transposed(Tensor& kept, const float* matrix, int64_t rows, int64_t columns) const {
+    float* out = room<float>(kept, rows * columns);
     constexpr int64_t kEach = 64;
     at::parallel_for(0, (columns + kEach - 1) / kEach, 4, [&](int64_t from, int64_t to) {
       const int64_t first = from * kEach, n = std::min(columns, to * kEach) - first;
@@ -183,11 +183,11 @@ class Convolutions {
   const T* turned(const Tensor& w) {
     const int64_t outputs = w.size(0), channels = w.size(1);
     if constexpr (kFloat) {
-      return transposed(w.contiguous().template const_data_ptr<T>(), outputs, channels);
+      return transposed(turned_, w.contiguous().template const_data_ptr<T>(), outputs, channels);
     } else {
       const Tensor pairs = at::constant_pad_nd(w.reshape({outputs, channels}), {0, channels % 2}).contiguous();
       return reinterpret_cast<const T*>(
-          transposed(reinterpret_cast<const float*>(pairs.template const_data_ptr<T>()), outputs, even(channels) / 2));
+          transposed(turned_, reinterpret_cast<const float*>(pairs.template const_data_ptr<T>()), outputs, even(channels) / 2));
     }
   }
   // [9][channels][outputs] of w [outputs, channels, 3, 3] in tiles' form, or [9][outputs][channels] of the convolution that
@@ -207,7 +207,7 @@ class Convolutions {
       transform_weight({taps.const_data_ptr<float>(), size, size, tiles, size, false});
     } else {
       const Tensor dense = taps_first ? w : w.contiguous();
-      const float* taps = transposed(dense.const_data_ptr<float>(), outputs, 9 * channels);
+      const float* taps = transposed(taps_, dense.const_data_ptr<float>(), outputs, 9 * channels);
       at::parallel_for(0, channels, 16, [&](int64_t from, int64_t to) {
         if (taps_first) {
           transform_weight({taps + from * outputs, size, (to - from) * outputs, tiles + from * outputs, size, false});
@@ -316,7 +316,7 @@ class Convolutions {
   const int64_t n_, h_, w_, rows_;
   const Parts parts_;
   const at::TensorOptions options_;
-  Tensor normalised_, dact_, transposed_, tiles_;
+  Tensor normalised_, dact_, turned_, taps_, tiles_;
 };
 
 }  // namespace rkfast

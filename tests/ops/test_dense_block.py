@@ -163,6 +163,24 @@ def compare(
             assert torch.equal(found[name], truth[name]), name
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("norms", ("batch", "frozen"))
+@pytest.mark.parametrize("memory", ("speed", "min"))
+def test_evaluation_without_gradients(memory: str, norms: str, shape: str, target: Target) -> None:
+    """Where nothing is kept, with norms that have statistics of their own: all, or some."""
+    backend, device = target
+    torch.manual_seed(0)
+    exact = Block(shape, norms).to(torch.float64, device)
+    exact = exact.evaluated() if norms == "batch" else exact
+    x = torch.randn(3, exact.inputs, 9, 7, dtype=torch.float64, device=device)
+    own, plain = (exact.to(torch.float32, device) for _ in range(2))
+    with torch.no_grad():
+        truth = exact.to(torch.float64, device).plain(x)
+        with dispatch.use(backend):
+            ours = own.ours(x.float(), memory=memory)
+        assert_as_good_as(ours, plain.plain(x.float()), truth, "out")
+
+
 @pytest.mark.parametrize("norms", NORMS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_against_float64(shape: str, norms: str, target: Target) -> None:

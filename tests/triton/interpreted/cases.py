@@ -429,7 +429,7 @@ def test_dense_block_sizes(size: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_dense_block_reduced_precision(dtype: torch.dtype) -> None:
-    test_dense_block.test_reduced_precision(dtype, TRITON)
+    test_dense_block.test_reduced_precision(dtype, "batch", "plain", TRITON)
 
 
 def test_dense_block_with_dropout() -> None:
