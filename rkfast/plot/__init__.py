@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from rkfast.extras import require
-from rkfast.plot import figure4, increments, order, region, stacking, trajectory
+from rkfast.plot import figure4, increments, order, region, stacking, steps, trajectory
 from rkfast.plot.output import SUFFIXES, partial_beside
 
 FIGURES = {
@@ -23,6 +23,7 @@ FIGURES = {
     "region": region,
     "increments": increments,
     "trajectory": trajectory,
+    "steps": steps,
     "stacking": stacking,
 }
 

@@ -43,7 +43,7 @@ def test_every_figure_is_written(figure: str, tmp_path: Path, capsys: pytest.Cap
         (["trajectory", "--steps", "1e-6"], "h: 1e-06 makes 3.3e+06 steps from 0 to 3.3; take a larger h"),
         (["trajectory", "--end", "30000", "--steps", "5"], "h: with steps of 5 y is no longer finite at t ="),
         (["increments", "--model", "densenet-7"], "model: DenseNet has no RKStep"),
-        (["increments", "--model", "resnet18"], "name: 'resnet18' is not a model"),
+        (["increments", "--model", "vgg16"], "name: 'vgg16' is not a model"),
         (["increments", "--options", "width=3"], "--options 'width=3' is no JSON: Expecting"),
         (["increments", "--options", "[3]"], "--options '[3]': expected an object"),
         (["increments", "--options", '{"wide": 3}'], "wide: not an option of ho_resnet"),
@@ -67,4 +67,5 @@ def test_help_lists_the_figures(capsys: pytest.CaptureFixture[str]) -> None:
     assert end.value.code == 0
     printed = capsys.readouterr().out
     assert all(f"\n    {name}" in printed for name in plot.FIGURES)
-    assert [*ARGUMENTS, "stacking"] == list(plot.FIGURES)  # which trains, in a file of its own
+    # Those that read a file or train have files of their own.
+    assert [*ARGUMENTS, "steps", "stacking"] == list(plot.FIGURES)
