@@ -175,10 +175,10 @@ class SteppedBlock(nn.Module):
             )
         form = self._tsc_form
         y = x
-        for layer in _present(self, form.inner):
+        for layer in present(self, form.inner):
             y = layer(y)
         norm, act = getattr(self, form.norm), getattr(self, form.activation)
-        behind = _present(self, form.behind)
+        behind = present(self, form.behind)
         relu = type(act) is nn.ReLU and not hooked(act)
         if behind:
             y = norm(y)
@@ -280,6 +280,51 @@ def stepped(model: nn.Module) -> Iterator[tuple[str, Stepped]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, Stepped))
 
 
+class Residual(NamedTuple):
+    """A residual block; ``step`` is a Tensor [C], None where it is 1."""
+
+    name: str
+    block: nn.Module
+    form: Form
+    step: Tensor | None
+
+
+def residual_blocks(model: nn.Module) -> list[Residual]:
+    """The residual blocks that can have or have step sizes.
+
+    Raises:
+        ValueError: there are none, or some blocks are no residual ones.
+    """
+    found: list[Residual] = []
+    uses = Counter(child for module in model.modules() for child in module._modules.values())
+    known: dict[Any, bool] = {}
+    for prefix, module in model.named_modules():
+        pairs: list[tuple[Stage, Sequence[Tensor | None]]] = []
+        if isinstance(module, Stepped):
+            with torch.no_grad():
+                pairs = [(run.stage, module.step_sizes(run).unbind()) for run in module._tsc_runs]
+        else:
+            of = stages(module, uses, known)
+            pairs = [] if of is None else [(stage, [None] * len(stage.names)) for stage in of[1]]
+        for stage, sizes in pairs:
+            if stage.form is None:
+                kind = "DenseBlock" if isinstance(module, DenseBlock) else "CliqueBlock"
+                raise ValueError(
+                    f"model: {prefix} is a {kind}, whose layers do not add to the state what they make, so that "
+                    "y' = y + dt F(y) is not its formula; expected a network of residual blocks"
+                )
+            for name, size in zip(stage.names, sizes, strict=True):
+                block = module._modules[name]
+                assert block is not None
+                found.append(Residual(f"{prefix}.{name}".lstrip("."), block, stage.form, size))
+    if not found:
+        raise ValueError(
+            f"model: {type(model).__name__} has no residual blocks; expected BasicBlock or Bottleneck of torchvision, "
+            "timm or rkfast in an nn.Sequential"
+        )
+    return found
+
+
 def form_of(block: nn.Module) -> Form | None:
     """The form of a residual block, by the names of its layers; None for whatever else."""
     layers = _children(block)
@@ -300,7 +345,8 @@ def _children(block: nn.Module) -> frozenset[str]:
     return frozenset(name for name, child in block._modules.items() if child is not None)
 
 
-def _present(block: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+def present(block: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """Those of the layers that do something."""
     layers = [block._modules.get(name) for name in names]
     return [layer for layer in layers if layer is not None and not (type(layer) is nn.Identity and not hooked(layer))]
 
