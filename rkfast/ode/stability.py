@@ -121,9 +121,10 @@ def stability(
     The eigenvalues are those of the Jacobian of dt F at the first image, where ReLUs are on or off; the act behind the
     sum is none of F, in the paper neither.
 
-    Norms and eigenvalues are Ritz values of Arnoldi's method, which is power iteration that keeps all of its vectors,
-    with products of the map and its adjoint (of its Jacobian and vectors), at most ``iterations`` of them: plain power
-    iteration finds no complex pairs. Where they do not suffice, norms and radii come out too small, by little.
+    Norms and eigenvalues are Ritz values of Arnoldi's method, which is power iteration that keeps all of its vectors
+    (plain power iteration does not settle on a complex pair), of products of the map and its adjoint, and of the
+    Jacobian's transpose and vectors. Where ``iterations`` of them do not suffice, norms come out too small, by little,
+    and radii are estimates.
 
     The work is done on a copy of the model in eval mode, in float64 (float32 where a device has none); the model and
     the global random numbers are left as they are.

@@ -114,8 +114,7 @@ def table(records: list[dict[str, Any]], target: float) -> str:
                 *("" if seconds is None else f"{seconds:.1f}" for seconds in times),
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return look.columns(rows)
 
 
 def _share(text: str) -> float:

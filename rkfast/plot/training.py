@@ -174,7 +174,7 @@ class Training:
     def __init__(self, settings: dict[str, Any], device: torch.device) -> None:
         torch.manual_seed(settings["seed"])
         options = {key: value for key, value in settings.items() if key not in SETTINGS}
-        model = rkfast.create_model(settings["model"], in_chans=1, **options).to(device)
+        model = rkfast.create_model(settings["model"], **{"in_chans": 1, **options}).to(device)
         self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=settings["lr"], momentum=0.9, weight_decay=1e-4)
         milestones = [round(share * settings["epochs"]) for share in MILESTONES]

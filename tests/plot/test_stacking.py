@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from rkfast import cli, demo
+from rkfast import cli
 from rkfast.plot import stacking, training
+from tests.plot.digits import made_few
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -31,13 +32,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stacking, "METHODS", {"euler": "Euler", "rk8": "RK8"})
     monkeypatch.setattr(stacking, "LAYERS", 30)
     monkeypatch.setattr(stacking, "WIDTH", 4)
-    digits = demo.digits
-
-    def few(*args: Any) -> Any:
-        (images, labels), test = digits(*args)
-        return (images[:320], labels[:320]), (test[0][:64], test[1][:64])
-
-    monkeypatch.setattr(demo, "digits", few)
+    made_few(monkeypatch)
 
 
 def plotted(folder: Path, *arguments: str, status: int = 0) -> list[dict[str, Any]]:
