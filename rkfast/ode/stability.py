@@ -378,8 +378,9 @@ def _run(
 
 @contextmanager
 def _apart(model: nn.Module) -> Iterator[None]:
-    """With gradients, whatever the caller has. (Autocast leaves float64 as it is.)"""
-    with torch.inference_mode(False), torch.enable_grad(), as_it_was(model):
+    """With gradients, whatever the caller has: inference_mode(False) enables them too. (Autocast leaves float64 as it
+    is.)"""
+    with torch.inference_mode(False), as_it_was(model):
         yield
 
 

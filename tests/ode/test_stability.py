@@ -270,7 +270,7 @@ def test_the_model_is_as_it_was(name: str, training: bool) -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), random)
-    with tsc.accumulate(model):
+    with tsc.accumulate(model), torch.no_grad():
         inside = ode.stability(model, x)
     assert (
         first == inside == ode.stability(model, x, generator=seeded(0)) != ode.stability(model, x, generator=seeded(1))
