@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rkfast.nn import RKStep
+from rkfast.ode.untouched import as_it_was
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def probe(model: nn.Module, *inputs: Any) -> Probe:
             handles.append(step.register_forward_hook(_closes(open_), prepend=True))
             # One hook, also where a branch serves several stages.
             handles += [branch.register_forward_hook(_records(open_, step)) for branch in dict.fromkeys(step.branches)]
-        with _as_it_was(model), torch.no_grad():
+        with as_it_was(model), torch.no_grad():
             model(*inputs)
     finally:
         for handle in handles:
@@ -160,25 +160,6 @@ def _records(open_: list[_Record], step: RKStep) -> Callable[..., None]:
             open_[-1].add(inputs[0], k)
 
     return hook
-
-
-@contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Buffers and random numbers, whatever happens between."""
-    modules = list(model.modules())
-    buffers = [
-        (module, name, b, None if b is None else b.clone()) for module in modules for name, b in module._buffers.items()
-    ]
-    devices = {t.device.index for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
-    try:
-        with torch.random.fork_rng(sorted(devices)):
-            yield
-    finally:
-        with torch.no_grad():
-            for module, name, buffer, before in buffers:
-                if buffer is not None and before is not None:
-                    buffer.copy_(before)
-                module._buffers[name] = buffer
 
 
 def _rms(x: Tensor) -> float:

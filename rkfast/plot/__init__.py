@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from rkfast.extras import require
-from rkfast.plot import figure4, increments, order, region, stacking, trajectory
+from rkfast.plot import depth, figure4, increments, noise, order, region, stability, stacking, steps, trajectory
 from rkfast.plot.output import SUFFIXES, partial_beside
 
 FIGURES = {
@@ -23,7 +23,11 @@ FIGURES = {
     "region": region,
     "increments": increments,
     "trajectory": trajectory,
+    "stability": stability,
+    "steps": steps,
     "stacking": stacking,
+    "noise": noise,
+    "depth": depth,
 }
 
 

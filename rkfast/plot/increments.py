@@ -3,66 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from rkfast.models import create_model
 from rkfast.ode import Probe, probe
-from rkfast.plot import look
+from rkfast.plot import look, network
 
 SUMMARY = "the sizes of h b_i k_i in the steps of a network, their local errors and step sizes"
-IMAGES = ("random", "digits")
-BATCH, SIZE = 32, 32
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="ho_resnet-58", help="of RKSteps, as create_model names it (%(default)s)")
-    parser.add_argument(
-        "--options", default="{}", metavar="JSON", help='of create_model, such as \'{"method": "dopri5", "width": 16}\''
-    )
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="a state_dict that torch.save wrote (fresh ones)")
-    parser.add_argument("--images", choices=IMAGES, default=IMAGES[0], help="(%(default)s); digits are scikit-learn's")
+    network.add_model(parser, "ho_resnet-58", "of RKSteps, ")
+    network.add_images(parser)
     parser.add_argument("--eval", action="store_true", help="running statistics in place of those of the images")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and images (%(default)s)")
 
 
 def data(args: argparse.Namespace) -> tuple[str, Probe]:
-    try:
-        options = json.loads(args.options)
-    except ValueError as error:
-        raise ValueError(f"--options {args.options!r} is no JSON: {error}") from error
-    if not isinstance(options, dict):
-        raise ValueError(f'--options {args.options!r}: expected an object, such as {{"width": 16}}')
-    with torch.random.fork_rng([]):
-        torch.manual_seed(args.seed)
-        images = _images(args, options)
-        try:
-            model = create_model(args.model, **{"in_chans": images.shape[1], **options})
-        except TypeError as error:
-            raise ValueError(f"--model {args.model}: {error}") from error
-    if args.weights is not None:
-        _load(model, args.weights)
+    model, images = network.made(args)
     return args.model, probe(model.train(not args.eval), images)
-
-
-def _images(args: argparse.Namespace, options: dict[str, Any]) -> Tensor:
-    """Tensor [BATCH, in_chans, SIZE, SIZE]"""
-    if args.images == "random":
-        return torch.randn(BATCH, options.get("in_chans", 3), SIZE, SIZE)
-    from rkfast.demo import digits
-
-    return digits(args.seed, torch.device("cpu"))[1][0][:BATCH]
-
-
-def _load(model: nn.Module, file: Path) -> None:
-    try:
-        model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-    except Exception as error:  # what a file that is no state_dict makes of the unpickler can be any
-        raise ValueError(f"--weights {file} cannot be loaded: {error}") from error
 
 
 def draw(name: str, found: Probe) -> Any:

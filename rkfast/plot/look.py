@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 from rkfast.extras import require
@@ -37,3 +39,9 @@ def legend(axes: Any, *, beside: bool = False) -> None:
     handles, names = axes.get_legend_handles_labels()
     owner, place = (axes.figure, "outside right upper") if beside else (axes, "best")
     owner.legend(handles, names, loc=place, frameon=False, fontsize=8)
+
+
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """A table in text, of rows that may end early."""
+    widths = [max(map(len, column)) for column in itertools.zip_longest(*rows, fillvalue="")]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=False)).rstrip() for row in rows)

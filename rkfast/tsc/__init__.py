@@ -9,5 +9,6 @@ from rkfast.tsc.attach import detach as detach
 from rkfast.tsc.attach import fold as fold
 from rkfast.tsc.attach import freeze as freeze
 from rkfast.tsc.attach import steps as steps
+from rkfast.tsc.history import StepHistory as StepHistory
 
-__all__ = ["BlockSteps", "StepSizes", "accumulate", "attach", "detach", "fold", "freeze", "steps"]
+__all__ = ["BlockSteps", "StepHistory", "StepSizes", "accumulate", "attach", "detach", "fold", "freeze", "steps"]

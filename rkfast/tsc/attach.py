@@ -22,12 +22,21 @@ class BlockSteps(NamedTuple):
     max: float
     sizes: Tensor
 
+    @classmethod
+    def of(cls, name: str, sizes: Tensor) -> BlockSteps:
+        wide = sizes.double()
+        return cls(name, wide.mean().item(), wide.min().item(), wide.max().item(), sizes)
+
 
 class StepSizes(NamedTuple):
     """Step sizes of a network; ``evolution_time`` is T, the sum of all blocks' means (Yang et al., equation 9)."""
 
     blocks: list[BlockSteps]
     evolution_time: float
+
+    @classmethod
+    def of(cls, blocks: list[BlockSteps]) -> StepSizes:
+        return cls(blocks, sum(block.mean for block in blocks))
 
     def __str__(self) -> str:
         width = max(len(block.name) for block in self.blocks)
@@ -199,10 +208,8 @@ def steps(model: nn.Module) -> StepSizes:
         with torch.no_grad():
             sizes = module.step_sizes(run).clone()
         for name, block in zip(run.stage.names, sizes.unbind(), strict=True):
-            wide = block.double()
-            numbers = wide.mean().item(), wide.min().item(), wide.max().item()
-            blocks.append(BlockSteps(f"{prefix}.{name}".lstrip("."), *numbers, block))
-    return StepSizes(blocks, sum(block.mean for block in blocks))
+            blocks.append(BlockSteps.of(f"{prefix}.{name}".lstrip("."), block))
+    return StepSizes.of(blocks)
 
 
 def _module(model: object) -> None:

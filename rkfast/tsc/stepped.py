@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -234,6 +234,51 @@ def _swap_block(block: nn.Module, form: Form) -> None:
 def stepped(model: nn.Module) -> Iterator[tuple[str, Stepped]]:
     """The names and modules that ``swap`` made."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, Stepped))
+
+
+class Residual(NamedTuple):
+    """A residual block; ``step`` is a Tensor [C], None where it is 1."""
+
+    name: str
+    block: nn.Module
+    form: Form
+    step: Tensor | None
+
+
+def residual_blocks(model: nn.Module) -> list[Residual]:
+    """The residual blocks that can have or have step sizes.
+
+    Raises:
+        ValueError: there are none, or some blocks are no residual ones.
+    """
+    found: list[Residual] = []
+    uses = Counter(child for module in model.modules() for child in module._modules.values())
+    known: dict[Any, bool] = {}
+    for prefix, module in model.named_modules():
+        pairs: list[tuple[Stage, Sequence[Tensor | None]]] = []
+        if isinstance(module, Stepped):
+            with torch.no_grad():
+                pairs = [(run.stage, module.step_sizes(run).unbind()) for run in module._tsc_runs]
+        else:
+            of = stages(module, uses, known)
+            pairs = [] if of is None else [(stage, [None] * len(stage.names)) for stage in of[1]]
+        for stage, sizes in pairs:
+            if stage.form is None:
+                kind = "DenseBlock" if isinstance(module, DenseBlock) else "CliqueBlock"
+                raise ValueError(
+                    f"model: {prefix} is a {kind}, whose layers do not add to the state what they make, so that "
+                    "y' = y + dt F(y) is not its formula; expected a network of residual blocks"
+                )
+            for name, size in zip(stage.names, sizes, strict=True):
+                block = module._modules[name]
+                assert block is not None
+                found.append(Residual(f"{prefix}.{name}".lstrip("."), block, stage.form, size))
+    if not found:
+        raise ValueError(
+            f"model: {type(model).__name__} has no residual blocks; expected BasicBlock or Bottleneck of torchvision, "
+            "timm or rkfast in an nn.Sequential"
+        )
+    return found
 
 
 def takes_step(block: nn.Module) -> bool:

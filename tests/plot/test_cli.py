@@ -15,6 +15,7 @@ ARGUMENTS = {
     "region": ["--methods", "dopri5"],
     "increments": ["--model", "ho_resnet-26", "--options", '{"method": "fehlberg45", "width": 4}', "--eval"],
     "trajectory": ["--method", "rk4", "--steps", "0.1", "--pair", "dopri5", "--tol", "1e-4", "--end", "1"],
+    "stability": ["--model", "resnet-8", "--images", "digits", "--options", '{"in_chans": 1}'],
 }
 
 
@@ -43,11 +44,17 @@ def test_every_figure_is_written(figure: str, tmp_path: Path, capsys: pytest.Cap
         (["trajectory", "--steps", "1e-6"], "h: 1e-06 makes 3.3e+06 steps from 0 to 3.3; take a larger h"),
         (["trajectory", "--end", "30000", "--steps", "5"], "h: with steps of 5 y is no longer finite at t ="),
         (["increments", "--model", "densenet-7"], "model: DenseNet has no RKStep"),
-        (["increments", "--model", "resnet18"], "name: 'resnet18' is not a model"),
+        (["increments", "--model", "vgg16"], "name: 'vgg16' is not a model"),
         (["increments", "--options", "width=3"], "--options 'width=3' is no JSON: Expecting"),
         (["increments", "--options", "[3]"], "--options '[3]': expected an object"),
         (["increments", "--options", '{"wide": 3}'], "wide: not an option of ho_resnet"),
         (["increments", "--options", '{"width": "3"}'], "--model ho_resnet-58: width: expected an int"),
+        (["stability", "--model", "densenet-7"], "block1 is a DenseBlock, whose layers do not add"),
+        (["stability", "--model", "ho_resnet-18"], "model: HOResNet has no residual blocks"),
+        (["noise", "--options", "3"], "--options '3': expected an object"),
+        (["noise", "--weights", "none.pt"], "--weights none.pt cannot be loaded: [Errno 2] No such file"),
+        (["noise", "--model", "resnet-8"], "--model resnet-8: controller: not an option of resnet"),
+        (["noise", "--model", "tsc_resnet-9"], "name: depth: expected 2 + 6 * blocks"),
         (["increments", "--weights", "none.pt"], "--weights none.pt cannot be loaded: [Errno 2] No such file"),
     ),
 )
@@ -67,4 +74,5 @@ def test_help_lists_the_figures(capsys: pytest.CaptureFixture[str]) -> None:
     assert end.value.code == 0
     printed = capsys.readouterr().out
     assert all(f"\n    {name}" in printed for name in plot.FIGURES)
-    assert [*ARGUMENTS, "stacking"] == list(plot.FIGURES)  # which trains, in a file of its own
+    # Those that read a file or train have files of their own.
+    assert [*ARGUMENTS, "steps", "stacking", "noise", "depth"] == list(plot.FIGURES)

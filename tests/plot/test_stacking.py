@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from rkfast import cli, demo
-from rkfast.plot import stacking
+from rkfast import cli
+from rkfast.plot import stacking, training
+from tests.plot.digits import made_few
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -31,13 +32,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stacking, "METHODS", {"euler": "Euler", "rk8": "RK8"})
     monkeypatch.setattr(stacking, "LAYERS", 30)
     monkeypatch.setattr(stacking, "WIDTH", 4)
-    digits = demo.digits
-
-    def few(*args: Any) -> Any:
-        (images, labels), test = digits(*args)
-        return (images[:320], labels[:320]), (test[0][:64], test[1][:64])
-
-    monkeypatch.setattr(demo, "digits", few)
+    made_few(monkeypatch)
 
 
 def plotted(folder: Path, *arguments: str, status: int = 0) -> list[dict[str, Any]]:
@@ -78,7 +73,7 @@ def test_seeds_decide_weights_and_order() -> None:
     args = argparse.Namespace(epochs=1, device="cpu")
     curves = []
     for args.seed in (0, 0, 1):
-        (found,) = stacking.train([stacking.settings("euler", 0.1, args)], torch.device("cpu"), Bar())
+        (found,) = training.train([stacking.settings("euler", 0.1, args)], torch.device("cpu"), Bar())
         (epoch,) = found["epochs"]
         curves.append([epoch[curve] for curve in stacking.CURVES])
     assert curves[0] == curves[1] != curves[2]
@@ -121,19 +116,19 @@ def test_draws_what_was_recorded() -> None:
 
 def test_a_training_that_diverges_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the other goes on."""
-    step = stacking.Training.step
+    step = training.Training.step
     steps: list[str] = []
 
-    def broken(self: stacking.Training, *args: torch.Tensor) -> None:
+    def broken(self: training.Training, *args: torch.Tensor) -> None:
         before = self.seconds
         step(self, *args)
         steps.extend([self.settings["method"]] * (self.seconds > before))
         if self.settings["method"] == "euler" and len(self.epochs) == 1:
             self.model.fc.bias.data.fill_(math.nan)
 
-    monkeypatch.setattr(stacking.Training, "step", broken)
+    monkeypatch.setattr(training.Training, "step", broken)
     args, bar = argparse.Namespace(epochs=4, seed=0, device="cpu"), Bar()
-    found = stacking.train([stacking.settings(m, 0.1, args) for m in ("euler", "rk8")], torch.device("cpu"), bar)
+    found = training.train([stacking.settings(m, 0.1, args) for m in ("euler", "rk8")], torch.device("cpu"), bar)
     assert [len(record["epochs"]) for record in found] == [1, 4] and bar.n == 4
     assert steps[:4] == ["euler", "rk8", "rk8", "euler"]
     assert steps.count("euler") == steps.count("rk8") // 2  # the second epoch, and no more
