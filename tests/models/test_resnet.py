@@ -255,16 +255,26 @@ def test_bad_arguments(name: str, options: dict[str, Any], error: type[Exception
 
 
 @pytest.mark.skipif(native.cpu_reason() is not None, reason="the C++ kernels are not built")
+@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last))
 @pytest.mark.parametrize(
-    ("name", "speed", "least"),
-    (("resnet18", 0.72, 0.6), ("resnet50", 0.82, 0.55), ("seresnet50", 0.75, 0.55)),
+    ("name", "size", "speed", "least"),
+    (
+        ("resnet18", 128, 0.74, 0.6),
+        ("resnet50", 128, 0.87, 0.55),
+        ("seresnet50", 128, 0.7, 0.45),
+        ("tsc_resnet50", 128, 0.68, 0.4),
+        ("tsc_resnet-20", 32, 0.65, 0.45),
+    ),
 )
-def test_bytes_saved_for_backward(name: str, speed: float, least: float) -> None:
-    """At 128x128, batch 2, as shares of stock PyTorch's: by saved-tensor hooks, without parameters."""
-    x = torch.randn(2, 3, 128, 128)
+def test_bytes_saved_for_backward(
+    name: str, size: int, speed: float, least: float, layout: torch.memory_format
+) -> None:
+    """At batch 2, as shares of stock PyTorch's: by saved-tensor hooks, without parameters."""
+    x = torch.randn(2, 3, size, size).contiguous(memory_format=layout)
     saved = {}
     for fused, memory in ((False, "speed"), (True, "speed"), (True, "min")):
-        model = rkfast.create_model(name, fused=fused, memory=memory, num_classes=10)
+        model: Any = rkfast.create_model(name, fused=fused, memory=memory, num_classes=10)
+        model.to(memory_format=layout)
         saved[fused, memory] = measure.saved_bytes(lambda m=model: m(x), [*model.parameters(), *model.buffers()])
     assert saved[True, "speed"] <= speed * saved[False, "speed"]
     assert saved[True, "min"] <= least * saved[False, "speed"]

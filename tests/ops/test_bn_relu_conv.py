@@ -329,6 +329,9 @@ def test_gradient_of_torch_func_knows_where_moments_come_from() -> None:
 
 
 def test_why_not() -> None:
+    def image_of(channels: int) -> Tensor:
+        return torch.randn(2, channels, 4, 4).to(memory_format=torch.channels_last)
+
     x = torch.randn(2, 16, 4, 4, dtype=torch.float64).to(memory_format=torch.channels_last)
     conv = torch.randn(16, 16, 3, 3)
     ops.bn_relu_conv(x, conv.double(), Norm(None, None, None, None))
@@ -344,6 +347,12 @@ def test_why_not() -> None:
         assert "contiguous" in str(kernel_reason(x.float().contiguous(), conv))
         for image, weight in ((x[:, :, :3], conv), (x, conv[:15]), (x, torch.randn(16, 16, 5, 5))):
             assert "gains nothing" in str(kernel_reason(image.float(), weight))
+        few, wide = image_of(64), torch.randn(80, 64, 3, 3)  # 32 pixels
+        assert kernel_reason(few, wide[:64]) is None
+        assert "too few pixels" in str(kernel_reason(few, wide))
+        narrow = torch.randn(257, 256, 1, 1)
+        assert kernel_reason(image_of(256), narrow[:256]) is None
+        assert "second-level cache" in str(kernel_reason(image_of(256), narrow))
         with dispatch.use("cpu"):
             assert kernel_reason(x.float().contiguous(), conv) is None
     with dispatch.use("reference"):
