@@ -81,6 +81,12 @@ class TestBnReluConv(OpTester):
         few = shape[1] == 1 and target != ("triton", "cpu")  # a gradient of one number
         self.check(case, shape, torch.float32, how, target, seeds=32 if few else 4)
 
+    def test_bands_of_several_images(self, case: dict[str, Any], target: Target) -> None:
+        """Whose tiles are multiplied together, the last ones fewer than the others."""
+        if target[0] != "cpu":
+            pytest.skip("only the C++ kernels have bands")
+        self.check(case, (9, 16, 8, 7), torch.float32, "channels_last", target)
+
     @pytest.mark.parametrize("how", ("contiguous", "channels_last", "channels_last_slice"))
     def test_large(self, case: dict[str, Any], how: str, target: Target) -> None:
         if target == ("triton", "cpu"):
