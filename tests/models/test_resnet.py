@@ -216,6 +216,22 @@ def test_three_steps_of_training() -> None:
     torch.testing.assert_close(stock(images[0]).double(), ours, rtol=1e-4, atol=1e-4)
 
 
+def test_gradients_of_each_sample() -> None:
+    """By torch.func, which knows no memory format."""
+    torch.manual_seed(0)
+    model = rkfast.create_model("resnet-8").eval()
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, parameters, (x[None],)).square().sum()
+
+    x = torch.randn(2, 3, 8, 8)
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    model(x).square().sum().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(each[name].sum(0), p.grad, rtol=1e-3, atol=1e-4)
+
+
 def test_initialisation() -> None:
     torch.manual_seed(0)
     model = rkfast.create_model("resnet18", num_classes=10)
