@@ -320,12 +320,14 @@ FULL: dict[str, dict[str, list[Network]]] = {
         "erknet": [Network("erknet-7x1_7x1_7x1", 32, (7, 16, 32), 16, ERK)],
         "irknet": [Network("irknet-5x1_5x1_5x1-ab", 32, (7, 16, 32), 16, IRK)],
         "ho_resnet": [ho_resnet("rk4", 8), ho_resnet("rk8", 8)],
+        "tsc": [Network("tsc_resnet50", 224, (4,), 4), Network("tsc_resnet-56", 32, (16,), 16)],
     },
     "cuda": {
         "densenet": [Network("densenet121", 224, (256,), 256)],
         "erknet": [Network("erknet-7x1_7x1_7x1", 32, (64,), 64, ERK)],
         "irknet": [Network("irknet-5x1_5x1_5x1-ab", 32, (64,), 64, IRK)],
         "ho_resnet": [ho_resnet("rk4", 128), ho_resnet("rk8", 128)],
+        "tsc": [Network("tsc_resnet50", 224, (256,), 256), Network("tsc_resnet-110", 32, (64,), 64)],
     },
 }
 TINY = {
@@ -333,6 +335,7 @@ TINY = {
     "erknet": Network("erknet-2x1_1x1", 8, (2,), 2, (("growth_rate", 6),)),
     "irknet": Network("irknet-2x1_2x1-ab", 8, (2,), 2, (("growth_rate", 6),)),
     "ho_resnet": Network("ho_resnet-10", 8, (2,), 2, (("width", 8),), memory=("speed",)),
+    "tsc": Network("tsc_resnet-8", 8, (2,), 2),
 }
 
 

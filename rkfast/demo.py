@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import re
 import statistics
 import sys
 import tempfile
@@ -21,16 +22,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import rkfast
-from rkfast import dispatch, measure, native
+from rkfast import dispatch, measure, native, tsc
 from rkfast.extras import require
+from rkfast.plot import steps as steps_plot
 
 VARIANTS = {"stock": False, "fused": True}
 WIDTH = 16  # of an HO-ResNet, and of those in its layout
 ITS_LAYOUT = ("ho_resnet", "revnet", "polynet", "lm_resnet", "hyperbolic")
+RESIDUAL = re.compile(r"(tsc_|se|wide_)?resne[tx]")  # of which a name says all
 GROWTH_RATE = 12  # of the others
 BATCH = 32
 SIZE = 32
-MAX_LR = {True: 0.1, False: 0.03}  # of these; of the others, some of which end below 97 % with more
+MAX_LR, OTHERS_MAX_LR = 0.1, 0.03  # of both kinds; of the others, some of which end below 97 % with more
 WARMUP = 3  # steps that are not timed
 
 
@@ -40,22 +43,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=positive, default=16, help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of split, weights and order of the images (%(default)s)")
     parser.add_argument("--device", default="cpu", help="such as cpu or cuda (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("."), help="folder for demo.json and demo.png (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("."), help="folder for the report and figures (%(default)s)")
 
 
 def has_its_layout(args: argparse.Namespace) -> bool:
     return args.model.lower().split("-")[0] in ITS_LAYOUT
 
 
+def is_residual(args: argparse.Namespace) -> bool:
+    return RESIDUAL.match(args.model.lower()) is not None
+
+
 def options(args: argparse.Namespace) -> dict[str, Any]:
     """What the model is made with: small enough for a laptop's CPU."""
     method = args.method or ("rk4" if args.model.lower().startswith("ho_resnet") else None)
-    size = {"width": WIDTH} if has_its_layout(args) else {"growth_rate": GROWTH_RATE}
+    size = {"width": WIDTH} if has_its_layout(args) else {} if is_residual(args) else {"growth_rate": GROWTH_RATE}
     return {**({"method": method} if method else {}), **size, "in_chans": 1}
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, compare, write demo.json and demo.png. Returns 1 where the reference stood in for a kernel."""
+    """Train, compare, write demo.json and demo.png; steps.png too, of a network with step sizes. Returns 1 where the
+    reference stood in for a kernel."""
     tqdm = require("tqdm", "demo").tqdm
     require("matplotlib", "demo")
     before = dispatch.served()
@@ -75,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
         return 2
     order = torch.Generator().manual_seed(args.seed)
     steps = args.epochs * trainings["stock"].steps_per_epoch
+    fused = trainings["fused"].model
+    sizes = [tsc.steps(fused)] if hasattr(fused, "tsc") else []
     with tqdm(total=steps, desc=args.model, unit="step", file=sys.stderr) as bar:
         for _ in range(args.epochs):
             # The last, smaller batch is left out: every step does the same work.
@@ -87,6 +97,8 @@ def run(args: argparse.Namespace) -> int:
                     trainings[name].step(images, labels)
                 bar.set_postfix({name: f"{t.losses[-1]:.4f}" for name, t in trainings.items()}, refresh=False)
                 bar.update()
+            if sizes:
+                sizes.append(tsc.steps(fused))
     batch = train[0][:BATCH], train[1][:BATCH]
     results = {name: training.results(batch, test) for name, training in trainings.items()}
     calls = dispatch.served() - before
@@ -105,12 +117,17 @@ def run(args: argparse.Namespace) -> int:
         "fused / stock step time": results["fused"]["step_ms"] / results["stock"]["step_ms"],
         "served": {f"{op} by {backend}": count for (op, backend), count in sorted(calls.items())},
         "failure": failure(calls, device.type),
+        **({"step sizes": {block.name: block.mean for block in sizes[-1].blocks}} if sizes else {}),
         **{name: {**result, "losses": trainings[name].losses} for name, result in results.items()},
     }
     (args.out / "demo.json").write_text(json.dumps(report, indent=1) + "\n")
     plot(report, args.out / "demo.png")
     print(table(report))
-    print(f"wrote {args.out / 'demo.json'} and {args.out / 'demo.png'}")
+    if sizes:
+        print(f"step sizes of the fused model:\n{sizes[-1]}")
+        steps_plot.draw(sizes).savefig(args.out / "steps.png", dpi=120)
+    written = ["demo.json", "demo.png", *(["steps.png"] if sizes else [])]
+    print(f"wrote {', '.join(str(args.out / name) for name in written)}")
     if not built(device.type):
         reason = native.cpu_reason() if device.type == "cpu" else native.cuda_reason()
         print(f"no kernels here, so the reference computed the fused model: {reason}")
@@ -128,7 +145,7 @@ class Training:
         model = rkfast.create_model(args.model, fused=fused, **options(args))
         # channels_last for both: the stock model's better layout (80 ms against 105 for 64 images, 2 AVX512 cores).
         self.model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        peak = MAX_LR[has_its_layout(args)]
+        peak = MAX_LR if has_its_layout(args) or is_residual(args) else OTHERS_MAX_LR
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=peak, momentum=0.9, weight_decay=5e-4, nesterov=True
         )

@@ -44,6 +44,7 @@ def test_runs_and_writes(tmp_path: Path) -> None:
     assert {key.split(" by ")[1] for key in report["served"]} == {backend}
     if backend == "reference":
         assert "no kernels here" in text
+    assert not (out / "steps.png").exists()
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert "step/s" in text
 
@@ -57,6 +58,18 @@ def test_other_families(model: str, tmp_path: Path) -> None:
         assert report[name]["losses"][-1] < report[name]["losses"][0]
     op = "dense_block" if native.cpu_reason() is None else "bn_rk_sum"
     assert any(key.startswith(f"{op} by") for key in report["served"])
+
+
+def test_step_sizes(tmp_path: Path) -> None:
+    arguments = ("demo", "--epochs", "1", "--model", "tsc_resnet-8", "--out", str(tmp_path))
+    text = run(sys.executable, "-m", "rkfast", *arguments)
+    report = json.loads((tmp_path / "demo.json").read_text())
+    assert report["options"] == {"in_chans": 1}
+    assert list(report["step sizes"]) == ["layer1.0", "layer2.0", "layer3.0"]
+    assert all(0 < size < 1 for size in report["step sizes"].values())
+    assert f"evolution time T = {sum(report['step sizes'].values()):.3f}" in text
+    assert f"wrote {tmp_path / 'demo.json'}, {tmp_path / 'demo.png'}, {tmp_path / 'steps.png'}" in text
+    assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
 @pytest.mark.skipif(native.cpu_reason() is not None, reason="the C++ kernels are not built")

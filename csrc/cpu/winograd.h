@@ -29,13 +29,21 @@ struct Bands {
     count = images * per_image;
   }
   int64_t tiles() const { return each * columns; }
+  int64_t tiles(int64_t band) const { return std::min(each, rows - band % per_image * each) * columns; }
+  int64_t first_pixel(int64_t band) const { return (band / per_image * height + 2 * (band % per_image) * each) * width; }
+  // Bands whose tiles are multiplied together: until a weight that is larger than a cache is read for enough of them, but no
+  // fewer than there are of `among`.
+  int64_t together(int64_t among) const {
+    constexpr int64_t kTiles = 64;
+    return std::clamp<int64_t>(kTiles / tiles(), 1, std::max<int64_t>(count / among, 1));
+  }
   // Pixels of a band.
   int64_t size(int64_t band) const {
     const int64_t first = 2 * (band % per_image) * each;
     return std::min(2 * each, height - first) * width;
   }
   // From one transformed value of a tile to the next: not a multiple of a page, or all 16 fall on the same cache lines.
-  int64_t plane(int64_t channels) const { return tiles() * channels + 16; }
+  int64_t plane(int64_t channels, int64_t bands = 1) const { return bands * tiles() * channels + 16; }
 };
 
 // Memory of a thread that outlives the call: fresh pages cost more than the arithmetic on them.
@@ -49,7 +57,7 @@ T* scratch(int which, int64_t size) {
 // The pixels under band `b`, with a border, transformed. load(pixel, rows, out, pitch) brings rows of the image from
 // `pixel` on. Two of them are there already where this thread has just done the band before.
 template <typename Load>
-void load_band(const Bands& s, int64_t b, bool continues, int64_t channels, const Load& load, float* out) {
+void load_band(const Bands& s, int64_t b, bool continues, int64_t channels, const Load& load, float* out, int64_t plane) {
   const int64_t image = b / s.per_image, first = b % s.per_image * s.each;
   const int64_t rows = std::min(s.each, s.rows - first), wide = (2 * s.columns + 2) * channels, top = 2 * first - 1;
   float* strip = scratch(0, (2 * s.each + 2) * wide);
@@ -63,7 +71,7 @@ void load_band(const Bands& s, int64_t b, bool continues, int64_t channels, cons
     if (inside) std::fill_n(row + (s.width + 1) * channels, wide - (s.width + 1) * channels, 0.f);
   }
   if (begin < end) load((image * s.height + begin) * s.width, end - begin, strip + (begin - top) * wide + channels, wide);
-  transform_input({strip, wide, channels, rows, s.columns, channels, out, s.plane(channels)});
+  transform_input({strip, wide, channels, rows, s.columns, channels, out, plane});
 }
 
 // out = the convolution of what `load` brings with weights transformed from [9][channels][outputs]. then(b, pixel, n) follows on
@@ -71,18 +79,28 @@ void load_band(const Bands& s, int64_t b, bool continues, int64_t channels, cons
 template <typename Load, typename Then>
 void winograd(const Bands& s, int64_t channels, int64_t outputs, const Load& load, const float* weights, Slot<float> out,
               const Then& then) {
-  at::parallel_for(0, s.count, 1, [&](int64_t from, int64_t to) {
-    float *x = scratch(1, 16 * s.plane(channels)), *m = scratch(2, 16 * s.plane(outputs));
-    for (int64_t b = from; b < to; ++b) {
-      load_band(s, b, b > from, channels, load, x);
-      const int64_t first = b % s.per_image * s.each, rows = std::min(s.each, s.rows - first), tiles = rows * s.columns;
+  const int64_t each = s.together(at::get_num_threads()), groups = (s.count + each - 1) / each;
+  const int64_t read = s.plane(channels, each), written = s.plane(outputs, each);
+  at::parallel_for(0, groups, 1, [&](int64_t from, int64_t to) {
+    float *x = scratch(1, 16 * read), *m = scratch(2, 16 * written);
+    for (int64_t group = from; group < to; ++group) {
+      const int64_t begin = group * each, end = std::min(s.count, begin + each);
+      int64_t tiles = 0;
+      for (int64_t b = begin; b < end; ++b) {
+        load_band(s, b, b > from * each, channels, load, x + tiles * channels, read);
+        tiles += s.tiles(b);
+      }
       for (int q = 0; q < 16; ++q)
-        at::native::cpublas::brgemm(tiles, outputs, channels, channels, outputs, outputs, false, x + q * s.plane(channels),
-                                    weights + q * channels * outputs, m + q * s.plane(outputs));
-      const int64_t pixel = (b / s.per_image * s.height + 2 * first) * s.width;
-      transform_output({m, s.plane(outputs), rows, s.columns, outputs, out.row(pixel).data, s.width * out.pitch, out.pitch,
-                        s.height - 2 * first, s.width});
-      then(b, pixel, s.size(b));
+        at::native::cpublas::brgemm(tiles, outputs, channels, channels, outputs, outputs, false, x + q * read,
+                                    weights + q * channels * outputs, m + q * written);
+      tiles = 0;
+      for (int64_t b = begin; b < end; ++b) {
+        const int64_t pixel = s.first_pixel(b), rows = s.tiles(b) / s.columns;
+        transform_output({m + tiles * outputs, written, rows, s.columns, outputs, out.row(pixel).data, s.width * out.pitch,
+                          out.pitch, s.size(b) / s.width, s.width});
+        tiles += s.tiles(b);
+        then(b, pixel, s.size(b));
+      }
     }
     at::native::cpublas::brgemm_release(false);
   });
@@ -91,31 +109,39 @@ void winograd(const Bands& s, int64_t channels, int64_t outputs, const Load& loa
 // The gradient of weights [9][outputs][channels]; its sums are taken in `parts` that depend on the shape alone.
 template <typename Load>
 void winograd_weight(const Bands& s, int64_t channels, int64_t outputs, const Load& load, Slot<const float> grad, float* out) {
-  const int64_t parts = std::clamp<int64_t>(s.count / 4, 1, 8), size = outputs * channels;
+  constexpr int64_t kSums = 4 << 20;  // at most, or to write and add them up costs more than the products
+  const int64_t size = outputs * channels;
+  const int64_t parts = std::clamp<int64_t>(std::min(s.count / 4, std::max<int64_t>(kSums / (16 * size), 2)), 1, 8);
   std::vector<float> sums(parts * 16 * size);
   at::parallel_for(0, parts, 1, [&](int64_t from, int64_t to) {
-    const int64_t plane = s.plane(outputs);
-    float *x = scratch(1, 16 * s.plane(channels)), *g = scratch(2, 16 * plane), *turned = scratch(3, plane);
+    const int64_t each = s.together(2 * parts), most = each * s.tiles();
+    const int64_t read = s.plane(channels, each), plane = s.plane(outputs, each);
+    float *x = scratch(1, 16 * read), *g = scratch(2, 16 * plane), *turned = scratch(3, plane);
     for (int64_t part = from; part < to; ++part) {
       float* sum = sums.data() + part * 16 * size;
-      const int64_t begin = part * s.count / parts;
-      for (int64_t b = begin; b < (part + 1) * s.count / parts; ++b) {
-        load_band(s, b, b > begin, channels, load, x);
-        const int64_t first = b % s.per_image * s.each, rows = std::min(s.each, s.rows - first), tiles = rows * s.columns;
-        const int64_t pixel = (b / s.per_image * s.height + 2 * first) * s.width;
-        transform_gradient({grad.row(pixel).data, s.width * grad.pitch, grad.pitch, s.height - 2 * first, s.width, rows,
-                            s.columns, outputs, g, plane});
+      const int64_t begin = part * s.count / parts, end = (part + 1) * s.count / parts;
+      for (int64_t first = begin; first < end; first += each) {
+        int64_t tiles = 0;
+        for (int64_t b = first; b < std::min(end, first + each); ++b) {
+          load_band(s, b, b > begin, channels, load, x + tiles * channels, read);
+          transform_gradient({grad.row(s.first_pixel(b)).data, s.width * grad.pitch, grad.pitch, s.size(b) / s.width,
+                              s.width, s.tiles(b) / s.columns, s.columns, outputs, g + tiles * outputs, plane});
+          tiles += s.tiles(b);
+        }
         for (int q = 0; q < 16; ++q) {
-          transpose_rows({{g + q * plane, outputs}, tiles, outputs, {turned, s.tiles()}});
-          at::native::cpublas::brgemm(outputs, channels, tiles, s.tiles(), channels, channels, true, turned,
-                                      x + q * s.plane(channels), sum + q * size);
+          transpose_rows({{g + q * plane, outputs}, tiles, outputs, {turned, most}});
+          at::native::cpublas::brgemm(outputs, channels, tiles, most, channels, channels, true, turned, x + q * read,
+                                      sum + q * size);
         }
       }
     }
     at::native::cpublas::brgemm_release(false);
   });
-  for (int64_t part = 1; part < parts; ++part)
-    for (int64_t i = 0; i < 16 * size; ++i) sums[i] += sums[part * 16 * size + i];
+  if (parts > 1)
+    at::parallel_for(0, 16 * size, 1 << 15, [&](int64_t from, int64_t to) {
+      for (int64_t part = 1; part < parts; ++part)
+        for (int64_t i = from; i < to; ++i) sums[i] += sums[part * 16 * size + i];
+    });
   transform_weight({sums.data(), size, size, out, size, true});
 }
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rkfast.models.base import MAX_LAYERS, Family, ImageModel, common, flag, one_of, whole
 from rkfast.nn import BasicBlock, Bottleneck, PadShortcut, Projection
 from rkfast.nn.residual import max_pool, norm_relu
+from rkfast.ops import checks, layout
 
 # layers: block, how many in each stage
 IMAGENET: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
@@ -101,6 +102,8 @@ class ResNet(ImageModel):
         linear.reset_parameters()
 
     def forward_features(self, x: Tensor) -> Tensor:
+        if self.fused and x.device.type == "cpu" and x.dim() == 4 and not checks.transformed((x,)):
+            x = layout.conform(x, True)  # in which everything behind is faster, and keeps less
         y = norm_relu(self.bn1, self.relu, self.conv1(x), fused=self.fused)
         if self.maxpool is not None:
             y = max_pool(self.maxpool, y, fused=self.fused)

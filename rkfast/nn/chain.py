@@ -39,33 +39,42 @@ def chain(modules: Sequence[nn.Module], x: Tensor, call: Callable[[nn.Module, Te
 
     call: runs a module that is no part of a fused op; None calls it, with moments where both sides know them.
     """
-    moments: Moments | None = None
+    return chain_with_moments(modules, x, call=call)[0]
+
+
+def chain_with_moments(
+    modules: Sequence[nn.Module],
+    x: Tensor,
+    moments: Moments | None = None,
+    *,
+    return_moments: bool = False,
+    call: Callable[[nn.Module, Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Moments | None]:
+    """``chain``, taking x's moments if they are known, and leaving those of the result if asked for (and known)."""
     while modules:
         head = modules[0]
-        if length := fused_length(modules):
-            ends_in_conv = isinstance(modules[length - 1], nn.Conv2d)
-            if ends_in_conv:
-                x, moments = batch_norm_relu_conv(head, modules[length - 1], x, moments)
-            else:
-                x, moments = batch_norm_relu(head, x, moments), None
+        length = fused_length(modules)
+        rest = modules[max(length, 1) :]
+        wanted = reads(rest) if rest else return_moments
+        if length and isinstance(modules[length - 1], nn.Conv2d):
+            x, moments = batch_norm_relu_conv(head, modules[length - 1], x, moments, return_moments=wanted)
+        elif length:
+            x, moments = batch_norm_relu(head, x, moments), None
+        elif type(head) is nn.MaxPool2d:
+            x, moments = max_pool(head, x, fused=True), None
+        elif fusible(head):
+            x, moments = batch_norm_sum(head, x, moments=moments), None
+        elif call is not None:
+            x, moments = call(head, x), None
+        elif moments is not None and asks_for_moments(head) and not hasattr(head, "forward_with_moments"):
+            x, moments = head(x, moments), None
         else:
-            length = 1
-            wanted = len(modules) > 1 and _reads(modules[1:])
-            if type(head) is nn.MaxPool2d:
-                x, moments = max_pool(head, x, fused=True), None
-            elif fusible(head):
-                x, moments = batch_norm_sum(head, x, moments=moments), None
-            elif call is not None:
-                x, moments = call(head, x), None
-            elif moments is not None and asks_for_moments(head) and not hasattr(head, "forward_with_moments"):
-                x, moments = head(x, moments), None
-            else:
-                x, moments = with_moments(head, x, moments, return_moments=wanted)
-        modules = modules[length:]
-    return x
+            x, moments = with_moments(head, x, moments, return_moments=wanted)
+        modules = rest
+    return x, moments
 
 
-def _reads(modules: Sequence[nn.Module]) -> bool:
+def reads(modules: Sequence[nn.Module]) -> bool:
     """Whether the first of them makes use of its input's moments."""
     if fused_length(modules) or fusible(modules[0]):
         return reads_moments(modules[0])

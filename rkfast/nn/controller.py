@@ -203,7 +203,8 @@ def averaged(weights: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> Tensor:
     columns = []
     for conv in zip(*weights, strict=True):
         runs = [list(run) for _, run in itertools.groupby(conv, key=_shape)]
-        columns.append(torch.cat([torch.stack(run).mean(2).flatten(1) for run in runs]))
+        # The gradient of a sum is a view; mean would write one as large as the weights.
+        columns.append(torch.cat([torch.stack(run).sum(2).flatten(1) / run[0].shape[1] for run in runs]))
     return torch.cat(columns, 1).to(dtype)
 
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rkfast.nn.chain import chain
-from rkfast.nn.norm import hooked, recomputed
+from rkfast.nn.chain import chain, chain_with_moments, reads
+from rkfast.nn.norm import hooked, reads_moments, recomputed
 from rkfast.nn.residual import join
 
 
@@ -43,17 +43,16 @@ def residual(form: Form, block: Any, x: Tensor, step: Tensor | None = None, memo
     """``act(shortcut(x) + step * behind(norm(inner(x))))``, as few ops as its layers allow.
 
     step: Tensor [C], or None for 1. memory: as in BasicBlock."""
-    inner = present(block, form.inner)
+    inner, norm = present(block, form.inner), getattr(block, form.norm)
 
     def rest(y: Tensor, x: Tensor, step: Tensor | None) -> Tensor:
-        y = chain(inner[cut:], y)
+        z, found = chain_with_moments(inner[cut:], y, moments, return_moments=reads_moments(norm))
         downsample = block._modules.get("downsample")
         shortcut = x if downsample is None else shortcut_of(downsample, x)
-        behind = present(block, form.behind)
-        return join(getattr(block, form.norm), behind, getattr(block, form.activation), y, shortcut, step)
+        return join(norm, present(block, form.behind), getattr(block, form.activation), z, shortcut, step, found)
 
     cut = max(i for i, layer in enumerate(inner) if isinstance(layer, nn.modules.batchnorm._BatchNorm) or not i)
-    y = chain(inner[:cut], x)
+    y, moments = chain_with_moments(inner[:cut], x, return_moments=reads(inner[cut:]))
     if memory == "min" and not torch.compiler.is_compiling():
         return recomputed(block, rest, y, x, step)
     return rest(y, x, step)

@@ -3,6 +3,7 @@ with a gate have timm's."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,8 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rkfast.nn.norm import as_norm, batch_norm_relu, batch_norm_sum, fusible, group_of, hooked, recomputed, takes_relu
-from rkfast.ops import Moments, Norm, bn_rk_sum, channel_moments, checks, rk_sum
+from rkfast.nn.norm import (
+    as_norm,
+    batch_norm_relu,
+    batch_norm_relu_conv,
+    batch_norm_sum,
+    fusible,
+    group_of,
+    hooked,
+    reads_moments,
+    recomputed,
+    takes_relu,
+)
+from rkfast.ops import Moments, channel_moments, rk_sum
 from rkfast.ops.channel_moments import moments_dtype
 
 
@@ -97,22 +109,28 @@ class _Residual(nn.Module):
         self.fused = fused
         self.memory = "speed"
 
-    def _last(self, y: Tensor, x: Tensor, step: Tensor | None) -> Tensor:
-        """The block from the input y of its last but one BatchNorm to its end."""
+    def _last(self, y: Tensor, x: Tensor, step: Tensor | None, moments: Moments | None) -> Tensor:
+        """The block from the input y, with its moments if known, of its last but one BatchNorm to its end."""
         raise NotImplementedError
 
-    def _behind(self, y: Tensor, x: Tensor, step: Tensor | None) -> Tensor:
+    def _behind(self, y: Tensor, x: Tensor, step: Tensor | None, moments: Moments | None = None) -> Tensor:
         if self.memory == "min" and self.fused and not torch.compiler.is_compiling():
-            return recomputed(self, self._last, y, x, step)
-        return self._last(y, x, step)
+            return recomputed(self, functools.partial(self._last, moments=moments), y, x, step)
+        return self._last(y, x, step, moments)
 
-    def _norm_conv(self, norm: nn.Module, conv: nn.Module, x: Tensor) -> Tensor:
-        return norm_relu_conv(norm, self.relu, conv, x, fused=self.fused)
+    def _norm_conv(
+        self, norm: nn.Module, conv: nn.Module, x: Tensor, moments: Moments | None, reader: nn.Module
+    ) -> tuple[Tensor, Moments | None]:
+        """``conv(relu(norm(x)))``, and its moments where the BatchNorm that reads it takes them."""
+        if not takes_relu(self.relu):
+            return conv(self.relu(batch_norm_sum(norm, x, moments=moments, fused=self.fused))), None
+        wanted = self.fused and reads_moments(reader)
+        return batch_norm_relu_conv(norm, conv, x, moments, fused=self.fused, return_moments=wanted)
 
-    def _join(self, norm: nn.Module, y: Tensor, x: Tensor, step: Tensor | None) -> Tensor:
+    def _join(self, norm: nn.Module, y: Tensor, x: Tensor, step: Tensor | None, moments: Moments | None) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
         behind = [] if self.se is None else [self.se]
-        return join(norm, behind, self.relu, y, shortcut, step, fused=self.fused)
+        return join(norm, behind, self.relu, y, shortcut, step, moments, fused=self.fused)
 
     def extra_repr(self) -> str:
         return f"fused={self.fused}"
@@ -157,8 +175,9 @@ class BasicBlock(_Residual):
         """step: a factor of F per channel, Tensor [C]; None is 1."""
         return self._behind(self.conv1(x), x, step)
 
-    def _last(self, y: Tensor, x: Tensor, step: Tensor | None) -> Tensor:
-        return self._join(self.bn2, self._norm_conv(self.bn1, self.conv2, y), x, step)
+    def _last(self, y: Tensor, x: Tensor, step: Tensor | None, moments: Moments | None) -> Tensor:
+        z, found = self._norm_conv(self.bn1, self.conv2, y, moments, self.bn2)
+        return self._join(self.bn2, z, x, step, found)
 
 
 class Bottleneck(_Residual):
@@ -208,10 +227,12 @@ class Bottleneck(_Residual):
 
     def forward(self, x: Tensor, step: Tensor | None = None) -> Tensor:
         """step: a factor of F per channel, Tensor [C]; None is 1."""
-        return self._behind(self._norm_conv(self.bn1, self.conv2, self.conv1(x)), x, step)
+        y, moments = self._norm_conv(self.bn1, self.conv2, self.conv1(x), None, self.bn2)
+        return self._behind(y, x, step, moments)
 
-    def _last(self, y: Tensor, x: Tensor, step: Tensor | None) -> Tensor:
-        return self._join(self.bn3, self._norm_conv(self.bn2, self.conv3, y), x, step)
+    def _last(self, y: Tensor, x: Tensor, step: Tensor | None, moments: Moments | None) -> Tensor:
+        z, found = self._norm_conv(self.bn2, self.conv3, y, moments, self.bn3)
+        return self._join(self.bn3, z, x, step, found)
 
 
 def join(
@@ -221,17 +242,17 @@ def join(
     y: Tensor,
     shortcut: Tensor,
     step: Tensor | None = None,
+    moments: Moments | None = None,
     *,
     fused: bool = True,
 ) -> Tensor:
     """``act(shortcut + step * behind(norm(y)))``, one op where act is a ReLU and nothing or a gate is behind norm.
 
-    step: a factor per channel, Tensor [C]; None is 1."""
+    step: a factor per channel, Tensor [C]; None is 1. moments: y's, if they are known."""
     relu = takes_relu(act)
-    moments = None
     gate = gate_of(behind) if fused and fusible(norm) and not group_of(norm) else None
     if gate is not None:
-        pooled, moments = _normed_mean(norm, y)
+        pooled, moments = _normed_mean(norm, y, moments)
         factor = gate(pooled)
         step = factor if step is None else factor * step
     elif behind:
@@ -266,95 +287,6 @@ def norm_relu(norm: nn.Module, relu: nn.Module, x: Tensor, *, fused: bool) -> Te
     if takes_relu(relu):
         return batch_norm_relu(norm, x, fused=fused)
     return relu(batch_norm_sum(norm, x, fused=fused))
-
-
-class _NormReluConv(torch.autograd.Function):
-    """``conv(relu(norm(x)))``, which keeps x alone and makes what the convolution reads again in backward: one pass for
-    a tensor that need not be kept."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, given: Norm, window: tuple[Any, ...], x: Tensor, weight: Tensor, bias: Tensor, kernel: Tensor
-    ) -> Tensor:
-        moments = channel_moments(x) if given.training else None
-        mean, var = (given.running_mean, given.running_var) if moments is None else moments[:2]
-        read = bn_rk_sum(
-            x,
-            weight,
-            bias,
-            given.running_mean,
-            given.running_var,
-            relu=True,
-            training=given.training,
-            momentum=given.momentum,
-            eps=given.eps,
-            num_batches_tracked=given.num_batches_tracked,
-            moments=moments,
-        )
-        ctx.call = given.training, given.eps, window
-        ctx.save_for_backward(x, weight, bias, kernel, mean, var)
-        return F.conv2d(read, kernel, None, *window)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        training, eps, window = ctx.call
-        *inputs, kernel, mean, var = ctx.saved_tensors
-        need_kernel, needed = ctx.needs_input_grad[5], ctx.needs_input_grad[2:5]
-        again = torch.is_grad_enabled()  # create_graph
-        with torch.enable_grad():
-            # An alias of its own for each, of which the others are no functions.
-            x, weight, bias = (
-                t if t is None else t.view_as(t) if again else t.detach().requires_grad_(need)
-                for t, need in zip(inputs, needed, strict=True)
-            )
-            read = bn_rk_sum(
-                x,
-                weight,
-                bias,
-                None if training else mean,
-                None if training else var,
-                relu=True,
-                training=training,
-                momentum=None,
-                eps=eps,
-                moments=Moments(mean, var, x.numel() // x.shape[1]) if training else None,
-            )
-        stride, padding, dilation, groups = window
-        dread, dkernel, _ = torch.ops.aten.convolution_backward(
-            grad, read if again else read.detach(), kernel, None, stride, padding, dilation, False, [0, 0], groups,
-            [any(needed), need_kernel, False],
-        )  # fmt: skip
-        sources = [t for t, need in zip((x, weight, bias), needed, strict=True) if need]
-        found = iter(torch.autograd.grad(read, sources, dread, create_graph=again) if sources else ())
-        return (None, None, *(next(found) if need else None for need in needed), dkernel)
-
-
-def norm_relu_conv(norm: nn.Module, relu: nn.Module, conv: nn.Module, x: Tensor, *, fused: bool) -> Tensor:
-    """``conv(relu(norm(x)))``, of which with a gradient only x is kept where all three are plain and nobody listens."""
-    if not (fused and takes_relu(relu) and fusible(norm) and not group_of(norm) and _recomputes(conv, x)):
-        return conv(norm_relu(norm, relu, x, fused=fused))
-    given = as_norm(norm)  # type: ignore[arg-type]  # fusible
-    assert isinstance(conv, nn.Conv2d)
-    window = conv.stride, conv.padding, conv.dilation, conv.groups
-    return _NormReluConv.apply(given, window, x, given.weight, given.bias, conv.weight)
-
-
-def _recomputes(conv: nn.Module, x: Tensor) -> bool:
-    """Whether a gradient is wanted, and conv can be run without calling it. A compiler finds out by itself what to make
-    again; under autocast the convolution would keep another copy."""
-    return (
-        type(conv) is nn.Conv2d
-        and conv.bias is None
-        and conv.padding_mode == "zeros"
-        and not isinstance(conv.padding, str)
-        and not hooked(conv)
-        and x.dtype == conv.weight.dtype
-        and torch.is_grad_enabled()
-        and x.requires_grad
-        and not torch.compiler.is_compiling()
-        and not checks.autocasts(x)
-        and not checks.transformed((x, conv.weight))
-    )
 
 
 class _NormedMean(torch.autograd.Function):
@@ -415,10 +347,13 @@ def _hat(x: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
     return (x.mean((2, 3), dtype=mean.dtype) - mean) * torch.rsqrt(var + eps)
 
 
-def _normed_mean(norm: nn.Module, x: Tensor) -> tuple[Tensor, Moments | None]:
+def _normed_mean(norm: nn.Module, x: Tensor, moments: Moments | None) -> tuple[Tensor, Moments | None]:
     """Mean of ``norm(x)`` over H and W, Tensor [N, C], and x's moments where norm takes the batch's."""
-    given = as_norm(norm)  # type: ignore[arg-type]  # fusible
-    moments = channel_moments(x.detach()) if given.training else None
+    given = as_norm(norm)
+    if not given.training:
+        moments = None
+    elif moments is None:
+        moments = channel_moments(x.detach())
     mean, var = (given.running_mean, given.running_var) if moments is None else moments[:2]
     assert mean is not None and var is not None  # as_norm trains without them
     dtype = moments_dtype(x.dtype)

@@ -180,12 +180,12 @@ def test_sizes() -> None:
         size: python(script, "models", "--list", "--device", "cpu", "--size", size).split()
         for size in ("quick", "full")
     }
-    assert len(listed["quick"]) == 10
+    assert len(listed["quick"]) == 14
     assert set(listed["quick"]) < set(listed["full"])
     assert [name for name in listed["full"] if name in listed["quick"]] == listed["quick"]
     assert "densenet121/4x3x224x224/train" in listed["quick"]
     assert "irknet-5x1_5x1_5x1-ab/32x3x32x32/inference" in listed["full"]
-    assert "'resnet' is no family of models; there are densenet, erknet, irknet, ho_resnet" in python(
+    assert "'resnet' is no family of models; there are densenet, erknet, irknet, ho_resnet, tsc" in python(
         script, "models", "resnet", status=1
     )
 

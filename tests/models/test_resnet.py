@@ -208,6 +208,22 @@ def test_three_steps_of_training() -> None:
     torch.testing.assert_close(stock(images[0]).double(), ours, rtol=1e-4, atol=1e-4)
 
 
+def test_gradients_of_each_sample() -> None:
+    """By torch.func, which knows no memory format."""
+    torch.manual_seed(0)
+    model = rkfast.create_model("resnet-8").eval()
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, parameters, (x[None],)).square().sum()
+
+    x = torch.randn(2, 3, 8, 8)
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    model(x).square().sum().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(each[name].sum(0), p.grad, rtol=1e-3, atol=1e-4)
+
+
 def test_initialisation() -> None:
     torch.manual_seed(0)
     model = rkfast.create_model("resnet18", num_classes=10)
@@ -247,16 +263,26 @@ def test_bad_arguments(name: str, options: dict[str, Any], error: type[Exception
 
 
 @pytest.mark.skipif(native.cpu_reason() is not None, reason="the C++ kernels are not built")
+@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last))
 @pytest.mark.parametrize(
-    ("name", "speed", "least"),
-    (("resnet18", 0.72, 0.6), ("resnet50", 0.82, 0.55), ("seresnet50", 0.75, 0.55)),
+    ("name", "size", "speed", "least"),
+    (
+        ("resnet18", 128, 0.74, 0.6),
+        ("resnet50", 128, 0.87, 0.55),
+        ("seresnet50", 128, 0.7, 0.45),
+        ("tsc_resnet50", 128, 0.68, 0.4),
+        ("tsc_resnet-20", 32, 0.65, 0.45),
+    ),
 )
-def test_bytes_saved_for_backward(name: str, speed: float, least: float) -> None:
-    """At 128x128, batch 2, as shares of stock PyTorch's: by saved-tensor hooks, without parameters."""
-    x = torch.randn(2, 3, 128, 128)
+def test_bytes_saved_for_backward(
+    name: str, size: int, speed: float, least: float, layout: torch.memory_format
+) -> None:
+    """At batch 2, as shares of stock PyTorch's: by saved-tensor hooks, without parameters."""
+    x = torch.randn(2, 3, size, size).contiguous(memory_format=layout)
     saved = {}
     for fused, memory in ((False, "speed"), (True, "speed"), (True, "min")):
-        model = rkfast.create_model(name, fused=fused, memory=memory, num_classes=10)
+        model: Any = rkfast.create_model(name, fused=fused, memory=memory, num_classes=10)
+        model.to(memory_format=layout)
         saved[fused, memory] = measure.saved_bytes(lambda m=model: m(x), [*model.parameters(), *model.buffers()])
     assert saved[True, "speed"] <= speed * saved[False, "speed"]
     assert saved[True, "min"] <= least * saved[False, "speed"]

@@ -114,7 +114,7 @@ SMALL: list[tuple[str, dict[str, Any]]] = [
     ("tsc_resnet-8", {"controller": "2fc", "shortcut": "a"}),
     ("tsc_resnet-8", {"controller": "indp"}),
     ("tsc_densenet-10", {"growth_rate": 4}),
-    ("tsc_cliquenet-6", {"growth_rate": 4}),
+    ("tsc_cliquenet-6", {"growth_rate": 4, "init_channels": 6}),
 ]
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rkfast import dispatch, measure
-from rkfast.nn import BasicBlock, Bottleneck, PadShortcut, Projection
+from rkfast import dispatch, measure, native
+from rkfast.nn import BasicBlock, Bottleneck, PadShortcut, Projection, norm
 from rkfast.nn.residual import max_pool
 from tests.models.tester import difference
 
@@ -193,16 +193,37 @@ def test_padding_keeps_the_layout() -> None:
     assert PadShortcut(2, 2)(x).is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.skipif(native.cpu_reason() is not None, reason="the C++ kernels are not built")
 def test_what_is_normalised_is_not_kept() -> None:
-    """Of a Bottleneck stay what its BatchNorms read, and bits."""
+    """Of a Bottleneck stay what its BatchNorms and its first convolution read, and bits; with memory "min" its last
+    convolution is made again."""
     kept = {}
-    for fused in (True, False):
-        block = bottleneck(fused)
-        x = torch.randn(4, 8, 16, 16)
+    for fused, memory in ((False, "speed"), (True, "speed"), (True, "min")):
+        block = Bottleneck(64, 16, fused=fused).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        block.memory = memory
+        x = torch.randn(4, 64, 16, 16).contiguous(memory_format=torch.channels_last)
         tensors = [*block.parameters(), *block.buffers(), x]
-        kept[fused] = measure.saved_bytes(lambda block=block, x=x: block(x), tensors) / (4 * 4 * 16 * 16)
-    assert kept[False] == pytest.approx(2 + 2 + 2 + 2 + 8 + 8, abs=0.2)
-    assert kept[True] == pytest.approx(2 + 2 + 8 + 8 / 32, abs=0.2)
+        kept[fused, memory] = measure.saved_bytes(lambda block=block, x=x: block(x), tensors) / (4 * 4 * 16 * 16)
+    assert kept[False, "speed"] == pytest.approx(16 + 16 + 16 + 16 + 64 + 64, abs=1)
+    assert kept[True, "speed"] == pytest.approx(16 + 16 + 64 + 64 / 32, abs=1)
+    assert kept[True, "min"] == pytest.approx(16 + 16, abs=1)
+
+
+@pytest.mark.skipif(native.cpu_reason() is not None, reason="the C++ kernels are not built")
+@pytest.mark.parametrize("make", (BasicBlock, Bottleneck))
+def test_convolutions_leave_the_moments_of_their_result(make: type[Block], monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+
+    def spied(name: str) -> Any:
+        op = getattr(norm, name)
+        return lambda *args, **options: given.append((name, options["moments"] is not None)) or op(*args, **options)
+
+    for name in ("bn_relu_conv", "bn_rk_sum"):
+        monkeypatch.setattr(norm, name, spied(name))
+    block = make(64, 64 // make.expansion).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    block(torch.randn(2, 64, 8, 8).contiguous(memory_format=torch.channels_last))
+    more = [] if make is BasicBlock else [("bn_relu_conv", True)]
+    assert given == [("bn_relu_conv", False), *more, ("bn_rk_sum", True)]
 
 
 @pytest.mark.parametrize("training", (True, False))

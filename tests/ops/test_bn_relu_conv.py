@@ -81,6 +81,12 @@ class TestBnReluConv(OpTester):
         few = shape[1] == 1 and target != ("triton", "cpu")  # a gradient of one number
         self.check(case, shape, torch.float32, how, target, seeds=32 if few else 4)
 
+    def test_bands_of_several_images(self, case: dict[str, Any], target: Target) -> None:
+        """Whose tiles are multiplied together, the last ones fewer than the others."""
+        if target[0] != "cpu":
+            pytest.skip("only the C++ kernels have bands")
+        self.check(case, (9, 16, 8, 7), torch.float32, "channels_last", target)
+
     @pytest.mark.parametrize("how", ("contiguous", "channels_last", "channels_last_slice"))
     def test_large(self, case: dict[str, Any], how: str, target: Target) -> None:
         if target == ("triton", "cpu"):
@@ -329,6 +335,9 @@ def test_gradient_of_torch_func_knows_where_moments_come_from() -> None:
 
 
 def test_why_not() -> None:
+    def image_of(channels: int) -> Tensor:
+        return torch.randn(2, channels, 4, 4).to(memory_format=torch.channels_last)
+
     x = torch.randn(2, 16, 4, 4, dtype=torch.float64).to(memory_format=torch.channels_last)
     conv = torch.randn(16, 16, 3, 3)
     ops.bn_relu_conv(x, conv.double(), Norm(None, None, None, None))
@@ -344,6 +353,12 @@ def test_why_not() -> None:
         assert "contiguous" in str(kernel_reason(x.float().contiguous(), conv))
         for image, weight in ((x[:, :, :3], conv), (x, conv[:15]), (x, torch.randn(16, 16, 5, 5))):
             assert "gains nothing" in str(kernel_reason(image.float(), weight))
+        few, wide = image_of(64), torch.randn(80, 64, 3, 3)  # 32 pixels
+        assert kernel_reason(few, wide[:64]) is None
+        assert "too few pixels" in str(kernel_reason(few, wide))
+        narrow = torch.randn(257, 256, 1, 1)
+        assert kernel_reason(image_of(256), narrow[:256]) is None
+        assert "second-level cache" in str(kernel_reason(image_of(256), narrow))
         with dispatch.use("cpu"):
             assert kernel_reason(x.float().contiguous(), conv) is None
     with dispatch.use("reference"):

@@ -101,6 +101,10 @@ def _count_backward(grad: Shape, x: Shape, conv: Shape, *rest: Any, **__: Any) -
     return ((need_x or need_affine) + need_conv) * _products(x, conv)
 
 
+# Where the C++ kernel beats BatchNorm, ReLU and oneDNN's convolution (training, two cores with AVX512).
+LARGEST_1X1 = 2**16  # elements of the weight, at most
+LEAST_3X3 = 0.5  # pixels, at least, for each channel of the wider side
+
 _ARGS = "Tensor x, Tensor conv, Tensor? weight, Tensor? bias"
 # Normalises with the given mean and variance, else with those of x. Returns [out], then x's mean and variance where
 # they were not given, then those of out where asked for.
@@ -223,8 +227,13 @@ def _slow_reason(x: Tensor, conv: Tensor) -> str | None:
     """Where the C++ kernel gains nothing on PyTorch."""
     if not layout.is_channels_last(x):
         return "a contiguous tensor is copied: the C++ kernel works channels_last"
+    if conv.shape[2] == 1:
+        return None if conv.numel() <= LARGEST_1X1 else "a weight beyond the second-level cache is read for every tile"
     tiles = conv.shape[2] == 3 and min(conv.shape[:2]) >= 16 and min(x.shape[2:]) >= 4  # as csrc/cpu/convolution.h
-    return None if tiles or conv.shape[2] == 1 else "the convolution would be PyTorch's, which gains nothing"
+    if not tiles:
+        return "the convolution would be PyTorch's, which gains nothing"
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    return None if pixels >= LEAST_3X3 * max(conv.shape[:2]) else "too few pixels pay for the transform of the weight"
 
 
 def bn_relu_conv(
