@@ -129,8 +129,7 @@ class BnReluConv : Convolutions<float> {
   // The 1x1 convolution as a product, tile by tile; then(part, pixel, n) follows on each part.
   template <typename Load, typename Then>
   void product(const Load& load, float* out, const Then& then) {
-    const Tensor w = conv_.reshape({outputs_, channels_}).contiguous();
-    const float* weights = transposed(w.const_data_ptr<float>(), outputs_, channels_);
+    const float* weights = turned(conv_);
     parts_.run([&](int64_t part, int64_t from, int64_t to) {
       float* act = scratch(0, parts_.tile * channels_);
       parts_.tiles(from, to, [&](int64_t i, int64_t n) {

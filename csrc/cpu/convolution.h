@@ -183,6 +183,7 @@ class Convolutions {
   const T* turned(const Tensor& w) {
     const int64_t outputs = w.size(0), channels = w.size(1);
     if constexpr (kFloat) {
+      if (w.permute({2, 3, 1, 0}).is_contiguous()) return w.const_data_ptr<float>();  // as rkfast.fold lays it
       return transposed(w.contiguous().template const_data_ptr<T>(), outputs, channels);
     } else {
       const Tensor pairs = at::constant_pad_nd(w.reshape({outputs, channels}), {0, channels % 2}).contiguous();
@@ -205,6 +206,11 @@ class Convolutions {
     } else if (gradient) {
       const Tensor taps = w.flip({2, 3}).permute({2, 3, 0, 1}).contiguous();
       transform_weight({taps.const_data_ptr<float>(), size, size, tiles, size, false});
+    } else if (w.permute({2, 3, 1, 0}).is_contiguous()) {  // as rkfast.fold lays it
+      at::parallel_for(0, channels, 16, [&](int64_t from, int64_t to) {
+        const int64_t first = from * outputs;
+        transform_weight({w.const_data_ptr<float>() + first, size, to * outputs - first, tiles + first, size, false});
+      });
     } else {
       const Tensor dense = taps_first ? w : w.contiguous();
       const float* taps = transposed(dense.const_data_ptr<float>(), outputs, 9 * channels);
