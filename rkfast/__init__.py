@@ -11,6 +11,7 @@ from rkfast.models import create_model as create_model
 from rkfast.models import list_models as list_models
 from rkfast.models import restack as restack
 from rkfast.models import unstack as unstack
+from rkfast.swap import export as export
 from rkfast.swap import fold as fold
 from rkfast.swap import fuse as fuse
 from rkfast.swap import fused as fused

@@ -110,11 +110,16 @@ def _lay(module: nn.Module) -> None:
 
 def evaluated(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode, of stock classes, without step sizes and dropout; no parameter needs a gradient."""
-    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or hasattr(model, "_orig_mod"):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # type: ignore[assignment]
-    net = unfuse(copy.deepcopy(model).eval().requires_grad_(False))
+    net = unfuse(copy.deepcopy(bare(model)).eval().requires_grad_(False))
     _without_steps(net)
     return _replaced(net, {module: nn.Identity() for module in net.modules() if _drops(module)}).eval()
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """What a wrapper wraps."""
+    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or hasattr(model, "_orig_mod"):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # type: ignore[assignment]
+    return model
 
 
 def _without_steps(net: nn.Module) -> None:
