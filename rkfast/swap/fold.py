@@ -20,6 +20,7 @@ from rkfast.nn import BasicBlock, Bottleneck, DenseBlock, DenseLayer, PreActBran
 from rkfast.nn.folded import FoldedBlock, FoldedConv, folded
 from rkfast.nn.form import Form, present
 from rkfast.nn.norm import hooked, plain_conv
+from rkfast.ops import layout
 from rkfast.swap.dense import FusedDenseBlock
 from rkfast.swap.fuse import check_model, fuse, unfuse
 from rkfast.swap.kind import agrees, unserved
@@ -101,11 +102,10 @@ def _replaced(net: nn.Module, new: dict[nn.Module, nn.Module]) -> nn.Module:
 
 
 def _lay(module: nn.Module) -> None:
-    """Convolutions of a module whose op turns them by channels in every call, turned in memory."""
+    """Weights of a module that an op serves, as its C++ kernels want them."""
     for conv in module.modules():
-        if isinstance(conv, nn.Conv2d) and plain_conv(conv) and conv.weight.dtype == torch.float32:
-            turned = conv.weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
-            conv.weight = nn.Parameter(turned, requires_grad=False)
+        if plain_conv(conv) and conv.weight.dtype == torch.float32:
+            conv.weight = nn.Parameter(layout.outputs_last(conv.weight), requires_grad=False)  # type: ignore[arg-type]
 
 
 def evaluated(model: nn.Module) -> nn.Module:

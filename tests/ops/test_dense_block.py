@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from rkfast import dispatch, native, ops
-from rkfast.ops import Norm, dense_block
+from rkfast.ops import Norm, dense_block, layout
 from tests.ops.tester import LAYOUTS, assert_as_good_as, assert_gradients_as_good_as, lay
 
 SERVED = ("reference", "cpu", "triton")
@@ -183,6 +183,8 @@ def test_evaluation(shape: str, target: Target) -> None:
         own, x = block.to(torch.float32, device), x.float().to(device)
         with dispatch.use(backend):
             assert_as_good_as(own.ours(x), own.plain(x), truth, shape)
+            own.conv1, own.conv2 = ([layout.outputs_last(w) for w in ws] for ws in (own.conv1, own.conv2))
+            assert_as_good_as(own.ours(x), own.plain(x), truth, f"{shape}, weights with their outputs last")
 
 
 @pytest.mark.parametrize("how", LAYOUTS)
