@@ -8,9 +8,13 @@ from rkfast import tableau as tableau
 from rkfast.dispatch import explain as explain
 from rkfast.dispatch import use as use
 from rkfast.models import create_model as create_model
+from rkfast.models import from_pretrained as from_pretrained
 from rkfast.models import list_models as list_models
 from rkfast.models import restack as restack
+from rkfast.models import save_pretrained as save_pretrained
 from rkfast.models import unstack as unstack
+from rkfast.swap import export as export
+from rkfast.swap import fold as fold
 from rkfast.swap import fuse as fuse
 from rkfast.swap import fused as fused
 from rkfast.swap import report as report

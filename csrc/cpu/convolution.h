@@ -121,6 +121,13 @@ Read fold(const Optional* norm, int64_t channels, double eps, Batch&& batch) {
   return r;
 }
 
+// Whether a weight lies as [n][m][channels][outputs], as the products read it; rkfast.fold lays it so.
+inline bool outputs_last(const Tensor& w) {
+  const int64_t matrix = w.size(0) * w.size(1);
+  return w.stride(0) == 1 && w.stride(1) == w.size(0) && (w.size(3) == 1 || w.stride(3) == matrix) &&
+         (w.size(2) == 1 || w.stride(2) == w.size(3) * matrix);
+}
+
 inline int64_t even(int64_t n) { return n + n % 2; }
 
 // c [m, n] = or += a [m, k] b, the right side as Convolutions<T>::turned or pair_rows leave it. k is even in bfloat16.
@@ -183,6 +190,7 @@ class Convolutions {
   const T* turned(const Tensor& w) {
     const int64_t outputs = w.size(0), channels = w.size(1);
     if constexpr (kFloat) {
+      if (outputs_last(w)) return w.const_data_ptr<float>();
       return transposed(turned_, w.contiguous().template const_data_ptr<T>(), outputs, channels);
     } else {
       const Tensor pairs = at::constant_pad_nd(w.reshape({outputs, channels}), {0, channels % 2}).contiguous();
@@ -205,6 +213,11 @@ class Convolutions {
     } else if (gradient) {
       const Tensor taps = w.flip({2, 3}).permute({2, 3, 0, 1}).contiguous();
       transform_weight({taps.const_data_ptr<float>(), size, size, tiles, size, false});
+    } else if (outputs_last(w)) {
+      at::parallel_for(0, channels, 16, [&](int64_t from, int64_t to) {
+        const int64_t first = from * outputs;
+        transform_weight({w.const_data_ptr<float>() + first, size, to * outputs - first, tiles + first, size, false});
+      });
     } else {
       const Tensor dense = taps_first ? w : w.contiguous();
       const float* taps = transposed(taps_, dense.const_data_ptr<float>(), outputs, 9 * channels);

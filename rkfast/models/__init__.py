@@ -17,6 +17,8 @@ from rkfast.models.convert import irknet_from_cliquenet as irknet_from_cliquenet
 from rkfast.models.densenet import DenseNet as DenseNet
 from rkfast.models.ho_resnet import HOResNet as HOResNet
 from rkfast.models.one_period import OnePeriodNet as OnePeriodNet
+from rkfast.models.pretrained import from_pretrained as from_pretrained
+from rkfast.models.pretrained import save_pretrained as save_pretrained
 from rkfast.models.resnet import ResNet as ResNet
 from rkfast.models.restack import restack as restack
 from rkfast.models.restack import unstack as unstack
@@ -34,9 +36,11 @@ __all__ = [
     "ResNet",
     "create_model",
     "erknet_from_densenet",
+    "from_pretrained",
     "irknet_from_cliquenet",
     "list_models",
     "restack",
+    "save_pretrained",
     "unstack",
 ]
 
@@ -126,4 +130,6 @@ def create_model(name: str, *, fused: bool = True, memory: str = "speed", **opti
     for option in options:
         if option not in supported:
             raise TypeError(f"{option}: not an option of {word[0]}; supported are {', '.join(supported)}")
-    return family.build(**parts, **family.fixed, fused=fused, **options).set_memory(memory)
+    model = family.build(**parts, **family.fixed, fused=fused, **options).set_memory(memory)
+    model.config = {"name": known, "options": options}
+    return model

@@ -45,6 +45,7 @@ class ImageModel(nn.Module):
         feature_info: of each period or block a dict with ``num_chs``, ``reduction`` (of H and W) and ``module``, the
             name of the module that makes them.
         fused: whether the model takes fused operations.
+        config: name and options that ``create_model`` made it of, else None.
     """
 
     _classifier = "fc"
@@ -55,6 +56,7 @@ class ImageModel(nn.Module):
         self.num_features = 0
         self.feature_info: list[dict[str, Any]] = []
         self.fused = fused
+        self.config: dict[str, Any] | None = None
         self.grad_checkpointing = False
 
     def forward_features(self, x: Tensor) -> Tensor | list[Tensor]:
@@ -87,6 +89,8 @@ class ImageModel(nn.Module):
             self.init_classifier(fresh)
         setattr(self.get_submodule(home), name, fresh)
         self.num_classes = num_classes
+        if self.config is not None:
+            self.config = self.config | {"options": self.config["options"] | {"num_classes": num_classes}}
 
     def init_classifier(self, linear: nn.Linear) -> None:
         """Xavier-uniform weights, no bias."""

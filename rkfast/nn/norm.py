@@ -65,8 +65,9 @@ def activated(norm: nn.Module) -> bool:
 
 def reads_moments(norm: nn.Module) -> bool:
     """Whether ``batch_norm_relu(norm, x, moments)`` would read the moments of x."""
-    batch = not frozen(norm) and (norm.training or norm.running_mean is None)
-    return batch and (fusible(norm) or activated(norm)) and not group_of(norm)
+    if frozen(norm) or not (fusible(norm) or activated(norm)):
+        return False
+    return (norm.training or norm.running_mean is None) and not group_of(norm)
 
 
 def group_of(norm: nn.Module) -> str:

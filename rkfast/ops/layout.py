@@ -131,3 +131,9 @@ def overlaps(out: Tensor, x: Tensor, channels_last: bool) -> bool:
         apart = abs(apart) % span
         return not (width <= apart <= span - width)
     return True
+
+
+def outputs_last(weight: Tensor) -> Tensor:
+    """A convolution's weight [K, C, n, m] that lies in memory as [n, m, C, K], as the C++ kernels multiply by it;
+    others they turn in every call."""
+    return weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)

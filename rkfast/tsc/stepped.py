@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rkfast.nn import CliqueBlock, DenseBlock
 from rkfast.nn.controller import Controller
 from rkfast.nn.form import Form, form_of, residual
+from rkfast.ops import Moments
 
 
 class Stage(NamedTuple):
@@ -154,6 +155,15 @@ class SteppedDenseBlock(Stepped, DenseBlock):
 
     def forward(self, y: Tensor, steps: Tensor | None = None) -> Tensor:
         return super().forward(y, self.step_sizes(self._tsc_runs[0]) if steps is None else steps)
+
+    def forward_with_moments(
+        self, y: Tensor, moments: Moments | None = None, *, return_moments: bool = False
+    ) -> tuple[Tensor, Moments | None]:
+        if self._group() or not self._fusible(y):
+            return self.forward(y), None
+        steps = self.step_sizes(self._tsc_runs[0])
+        result = self._block(y, None, moments, return_moments, steps=steps)
+        return result if return_moments else (result, None)
 
     @staticmethod
     def weights(module: Any, stage: Stage) -> list[list[Tensor]]:

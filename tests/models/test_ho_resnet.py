@@ -286,7 +286,7 @@ def test_hooks_and_replaced_modules() -> None:
         ("ho_resnet-18-x", {}, ValueError, "is not a model"),
         ("ho_resnet-１８", {}, ValueError, "is not a model"),
         ("ho_resnet-18\n", {}, ValueError, "is not a model"),
-        ("resnet-18", {}, ValueError, "name: 'resnet-18' .* one of the families ho_resnet, .* such as ho_resnet-10"),
+        ("net-18", {}, ValueError, "name: 'net-18' .* one of the families ho_resnet, .* such as ho_resnet-10"),
         ("x" * 10_000, {}, ValueError, "is not a model"),
         (18, {}, TypeError, "name: expected a str, got int"),
         ("ho_resnet-11", {}, ValueError, "layers: 11 does not fit rk4"),

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rkfast import dispatch, native, ops
-from rkfast.ops import Norm
+from rkfast.ops import Norm, layout
 from rkfast.ops.bn_relu_conv import kernel_reason
 from tests.ops.tester import DTYPES, LARGE, LAYOUTS, Inputs, OpTester, lay
 
@@ -189,15 +189,18 @@ def test_moments_come_and_go(n: int, shape: tuple[int, ...], how: str, target: T
     torch.testing.assert_close(shifted, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("conv_format", (torch.contiguous_format, torch.channels_last))
+@pytest.mark.parametrize("conv_format", ("contiguous", "channels_last", "outputs_last"))
 @pytest.mark.parametrize(("outputs", "n"), ((24, 3), (3, 3), (24, 1), (40, 5)))
-def test_other_outputs_and_weights_channels_last(
-    outputs: int, n: int, conv_format: torch.memory_format, target: Target
-) -> None:
+def test_other_outputs_and_layouts_of_weights(outputs: int, n: int, conv_format: str, target: Target) -> None:
     backend, device = target
     torch.manual_seed(0)
     x = lay(torch.randn(3, 17, 6, 7), "channels_last", 0, device).requires_grad_()
-    conv = torch.randn(outputs, 17, n, n, device=device).to(memory_format=conv_format).requires_grad_()
+    conv = torch.randn(outputs, 17, n, n, device=device)
+    if conv_format == "outputs_last":
+        conv = layout.outputs_last(conv)
+    elif conv_format == "channels_last":
+        conv = conv.to(memory_format=torch.channels_last)
+    conv.requires_grad_()
     with dispatch.use(backend):
         out = ops.bn_relu_conv(x, conv, Norm(None, None, None, None))
         grad = torch.randn_like(out)

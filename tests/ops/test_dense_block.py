@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from rkfast import dispatch, native, ops
-from rkfast.ops import Norm, dense_block
+from rkfast.ops import Norm, dense_block, layout
 from tests.ops.tester import LAYOUTS, assert_as_good_as, assert_gradients_as_good_as, lay
 
 SERVED = ("reference", "cpu", "triton")
@@ -187,6 +187,22 @@ def test_against_float64(shape: str, norms: str, target: Target) -> None:
     torch.manual_seed(0)
     for memory in MEMORY.get(shape, ("speed", "min")):
         compare(shape, norms, target, torch.float32, "channels_last", memory=memory)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_evaluation(shape: str, target: Target) -> None:
+    """Without gradients nothing is kept, and a kernel may go another way."""
+    torch.manual_seed(6)
+    block = Block(shape).evaluated()
+    x = torch.randn(3, block.inputs, 5, 6, dtype=torch.float64)
+    backend, device = target
+    with torch.no_grad():
+        truth = block.to(torch.float64, device).plain(x.float().double().to(device))
+        own, x = block.to(torch.float32, device), x.float().to(device)
+        with dispatch.use(backend):
+            assert_as_good_as(own.ours(x), own.plain(x), truth, shape)
+            own.conv1, own.conv2 = ([layout.outputs_last(w) for w in ws] for ws in (own.conv1, own.conv2))
+            assert_as_good_as(own.ours(x), own.plain(x), truth, f"{shape}, weights with their outputs last")
 
 
 @pytest.mark.parametrize("how", LAYOUTS)

@@ -16,6 +16,7 @@ PACKAGE = ROOT / "rkfast"
 LAYERS = {
     "native": 0,
     "extras": 0,
+    "files": 0,
     "flops": 0,
     "tableau": 0,
     "measure": 0,

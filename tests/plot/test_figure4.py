@@ -132,7 +132,7 @@ def test_options_are_those_of_create_model(tmp_path: Path) -> None:
         ([GOOD | {"error": -1}], r"\[0\].error: expected per cent"),
         ([GOOD | {"dataset": "mnist"}], r"\[0\].dataset: 'mnist' is none of imagenet, cifar10,"),
         ([GOOD | {"dataset": "svhn"}], r"\[0\].dataset: 'svhn', and this figure is of cifar10; take --dataset svhn"),
-        ([GOOD | {"model": "resnet18"}], r"\[0\].model: name: 'resnet18' is not a model"),
+        ([GOOD | {"model": "net18"}], r"\[0\].model: name: 'net18' is not a model"),
         ([GOOD | {"options": {"width": 3}}], r"\[0\].model: width: not an option of irknet"),
         ([GOOD | {"options": [1]}], r"\[0\].options: expected an object, got a list"),
         ([GOOD | {"options": {"fused": True}}], r"\[0\].options.fused: not an option of a published network"),

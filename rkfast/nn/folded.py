@@ -1,0 +1,293 @@
+"""Layers of a network that is only evaluated any more: convolutions with a BatchNorm in their weights."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable, without the import of the compiler
+
+from rkfast.nn.norm import as_norm, frozen, hooked, takes_relu
+from rkfast.nn.residual import gate_of, join
+from rkfast.ops import checks, rk_sum
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def takes_norm(conv: nn.Module, norm: nn.Module) -> bool:
+    """Whether ``norm(conv(x))`` in evaluation is one convolution, and nobody listens between the two."""
+    known = type(norm) in NORMS or frozen(norm) or _inside(norm) is not None
+    if type(conv) not in CONVS or not known or hooked(conv) or hooked(norm):
+        return False
+    mean: Any = norm.running_mean
+    weight: Any = conv.weight
+    return mean is not None and len(mean) == weight.shape[0] and mean.dtype == weight.dtype
+
+
+def take_norm(conv: Any, norm: Any) -> nn.Module:
+    """Multiply norm into conv, in place, in float64 and rounded once: ``w' = a * w`` and ``b' = a * (b - mean) + beta``
+    with ``a = gamma / sqrt(var + eps)``.
+
+    Returns:
+        What is left of norm: nothing, or the activation inside it.
+    """
+    given = as_norm(norm)
+    weight = conv.weight.detach().to(torch.float64, copy=True)
+    assert given.running_mean is not None and given.running_var is not None  # takes_norm
+    scale = torch.rsqrt(given.running_var.double() + given.eps)
+    if given.weight is not None:
+        scale = scale * given.weight.detach().double()
+    bias = -given.running_mean.double() if conv.bias is None else conv.bias.detach().double() - given.running_mean
+    bias = scale * bias
+    if given.bias is not None:
+        bias = bias + given.bias.detach()
+    weight *= scale.view(-1, *[1] * (weight.dim() - 1))
+    conv.weight, conv.bias = (nn.Parameter(t.to(conv.weight.dtype), requires_grad=False) for t in (weight, bias))
+    inside = _inside(norm)
+    return nn.Identity() if inside is None else inside
+
+
+def _inside(norm: nn.Module) -> nn.Module | None:
+    """The activation of timm's BatchNorm with one inside."""
+    inside = norm._modules
+    if type(norm).__name__ != "BatchNormAct2d" or not isinstance(norm, nn.BatchNorm2d):
+        return None
+    return inside["act"] if inside.keys() == {"drop", "act"} and nothing(inside["drop"]) else None
+
+
+def nothing(module: nn.Module | None) -> bool:
+    """Whether calling module does nothing."""
+    return isinstance(module, nn.Identity) and type(module) is nn.Identity and not hooked(module)
+
+
+_SIZES = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+
+
+class FoldedConv(nn.Module):
+    """``act(conv(x))`` for inference, one oneDNN kernel on a CPU, which works channels_last.
+
+    The weight is kept as that kernel wants it, and nowhere else, so that it cannot be another than the one in use:
+    ``weight`` is a copy, and so are those of the state_dict. Copies, pickles and files hold it as a plain tensor.
+
+    Args:
+        conv: what it is made of; an nn.Conv2d.
+        relu: whether act is a ReLU, else nothing.
+
+    Shape: Tensor [N, C, H, W] -> [N, K, H', W'].
+    """
+
+    bias: Tensor | None
+    stride: Any
+    padding: Any
+    dilation: Any
+    groups: int
+    padding_mode: str
+
+    def __init__(self, conv: nn.Conv2d, relu: bool = False) -> None:
+        super().__init__()
+        for name in _SIZES:
+            setattr(self, name, getattr(conv, name))
+        self.relu = relu
+        self._zeros = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+        self.register_buffer("bias", None if conv.bias is None else conv.bias.detach())
+        self._weight = conv.weight.detach()
+        self._is_packed = False  # for compilers, to which a packed tensor looks like any other
+        self._padding = conv._reversed_padding_repeated_twice
+
+    @property
+    def weight(self) -> Tensor:
+        """A copy, Tensor [K, C / groups, n, m]."""
+        return self._weight.to_dense() if self._weight.is_mkldnn else self._weight.clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or not self._served(x):
+            y = self._stock(x)
+            return torch.relu_(y) if self.relu else y
+        x = x.contiguous(memory_format=torch.channels_last)
+        return _ops().unary(x, self._packed(x), self.bias, *self._window(), "relu" if self.relu else "none", [], "")
+
+    def added(self, x: Tensor, other: Tensor, *, into: bool = False) -> Tensor:
+        """``relu(conv(x) + other)``. into: other may be overwritten."""
+        if torch.compiler.is_compiling() or not (self._served(x) and self._served(other)):
+            return torch.relu_(self._stock(x) + other)
+        x = x.contiguous(memory_format=torch.channels_last)
+        rest: Any = (self._packed(x), self.bias, *self._window(), "add", 1.0, "relu", [], None)
+        if into and other.is_contiguous(memory_format=torch.channels_last):
+            return _ops().binary_(other, x, *rest)
+        return _ops().binary(x, other.contiguous(memory_format=torch.channels_last), *rest)
+
+    def _window(self) -> tuple[Any, Any, Any, int]:
+        return self.padding, self.stride, self.dilation, self.groups
+
+    def _packed(self, x: Tensor) -> Tensor:
+        weight = self._weight
+        if not weight.is_mkldnn:
+            with torch.inference_mode(False):
+                weight = _ops().reorder(weight, *self._window(), list(x.shape))
+            self._weight, self._is_packed = weight, True
+        return weight
+
+    def _served(self, x: Tensor) -> bool:
+        """Whether oneDNN takes x, and nothing more is asked for than the result."""
+        dtype = self._weight.dtype
+        return bool(
+            type(x) is Tensor
+            and x.device.type == self._weight.device.type == "cpu"
+            and x.layout == torch.strided
+            and x.dim() == 4
+            and x.numel() > 0
+            and x.dtype == dtype
+            and (dtype == torch.float32 or (dtype == torch.bfloat16 and checks.multiplies_bfloat16()))
+            and self._zeros
+            and _ops() is not None
+            and torch.backends.mkldnn.enabled
+            and not (torch.is_grad_enabled() and x.requires_grad)
+            and not checks.autocasts(x)
+            and not checks.transformed((x,))
+        )
+
+    def _stock(self, x: Tensor) -> Tensor:
+        weight = _dense(self) if self._is_packed or self._weight.is_mkldnn else self._weight
+        padding: Any = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = nn.functional.pad(x, self._padding, mode=self.padding_mode), 0
+        return nn.functional.conv2d(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
+
+    def plain(self) -> nn.Module:
+        """The same in modules of torch.nn, for those who trace."""
+        given: Any = {name: getattr(self, name) for name in _SIZES}
+        conv = nn.Conv2d(**given, bias=self.bias is not None, device="meta", dtype=self._weight.dtype)
+        conv.weight = nn.Parameter(self.weight, requires_grad=False)
+        if self.bias is not None:
+            conv.bias = nn.Parameter(self.bias, requires_grad=False)
+        return nn.Sequential(conv, nn.ReLU()).eval() if self.relu else conv.eval()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_weight": self.weight, "_is_packed": False}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FoldedConv:
+        self._weight, self._is_packed = fn(self.weight), False
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "weight"] = self.weight
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        metadata, strict, missing, unexpected, errors = args
+        key = prefix + "weight"
+        rest = {k: v for k, v in state_dict.items() if k != key}
+        super()._load_from_state_dict(rest, prefix, metadata, strict, missing, unexpected, errors)
+        new = state_dict.get(key)
+        if new is None:
+            missing.append(key)
+        elif new.shape != self._weight.shape:
+            errors.append(f"size mismatch for {key}: {list(new.shape)} where {list(self._weight.shape)} is expected")
+        else:
+            self._weight, self._is_packed = self.weight.copy_(new), False
+
+    def extra_repr(self) -> str:
+        relu = ", relu" if self.relu else ""
+        return ", ".join(f"{name}={getattr(self, name)}" for name in _SIZES[:-1]) + relu
+
+
+# An opaque tensor is nothing that a compiler can look into.
+@_disable_dynamo
+def _dense(conv: FoldedConv) -> Tensor:
+    return conv.weight
+
+
+class _Ops:
+    """oneDNN's convolutions with what follows them, which Inductor calls too; they are not documented."""
+
+    def __init__(self) -> None:
+        ops = torch.ops.mkldnn
+        self.reorder = ops._reorder_convolution_weight.default
+        self.unary = ops._convolution_pointwise.default
+        self.binary = ops._convolution_pointwise.binary
+        self.binary_ = ops._convolution_pointwise_.binary
+
+
+@functools.cache
+def _ops() -> Any:
+    """None where this PyTorch has them not."""
+    if not torch.backends.mkldnn.is_available():
+        return None
+    try:
+        return _Ops()
+    except AttributeError:
+        return None
+
+
+def folded(modules: Sequence[nn.Module], *, plain: bool = False) -> list[nn.Module]:
+    """What does the work of each of these modules, one behind the other, in evaluation: a convolution that of the
+    BatchNorm and ReLU behind it, which become nn.Identity. What is not served stays as it is; weights of convolutions
+    change.
+
+    plain: all are modules of torch.nn, and a ReLU stays what it is."""
+    found = list(modules)
+    rest = [i for i, module in enumerate(found) if not nothing(module)]
+    while rest:
+        first, *rest = rest
+        conv = found[first]
+        taken = bool(rest) and takes_norm(conv, found[rest[0]])
+        if taken:
+            found[rest[0]] = left = take_norm(conv, found[rest[0]])
+            rest = rest[nothing(left) :]
+        relu = bool(rest) and takes_relu(found[rest[0]])
+        if not plain and type(conv) is nn.Conv2d and not hooked(conv) and (taken or relu):
+            found[first] = FoldedConv(conv, relu)
+            if relu:
+                found[rest[0]] = nn.Identity()
+                rest = rest[1:]
+    return found
+
+
+class FoldedBlock(nn.Module):
+    """A residual block for inference, ``act(shortcut(x) + gate(inner(x)))``, whose sum and ReLU the last convolution of
+    inner does where nothing is between.
+
+    Args:
+        inner, shortcut: modules one behind the other; no shortcut is x itself.
+        behind: what comes between inner and the sum.
+        activation: act.
+        fused: False takes stock PyTorch operations.
+
+    Shape: that of the block.
+    """
+
+    def __init__(
+        self,
+        inner: Sequence[nn.Module],
+        shortcut: Sequence[nn.Module],
+        behind: Sequence[nn.Module],
+        activation: nn.Module,
+        *,
+        fused: bool = True,
+    ) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(*(module for module in inner if not nothing(module)))
+        self.shortcut = nn.Sequential(*(module for module in shortcut if not nothing(module)))
+        self.behind = nn.ModuleList(behind)
+        self.activation = activation
+        self.fused = fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = self.shortcut(x)
+        *inner, last = self.inner
+        y = x
+        for module in inner:
+            y = module(y)
+        behind, relu = list(self.behind), takes_relu(self.activation)
+        if not behind and relu and type(last) is FoldedConv and not hooked(last):
+            fresh = len(self.shortcut) > 0 and type(self.shortcut[-1]) is FoldedConv
+            return last.added(y, shortcut, into=fresh)
+        y = last(y)
+        gate = gate_of(behind) if relu and self.fused else None
+        if gate is None:
+            return join(nn.Identity(), behind, self.activation, y, shortcut, fused=self.fused)
+        return rk_sum([shortcut, y], [1.0, 1.0], steps=[None, gate(y.mean((2, 3)))], relu=True)
