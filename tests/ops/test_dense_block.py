@@ -171,6 +171,20 @@ def test_against_float64(shape: str, norms: str, target: Target) -> None:
         compare(shape, norms, target, torch.float32, "channels_last", memory=memory)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_evaluation(shape: str, target: Target) -> None:
+    """Without gradients nothing is kept, and a kernel may go another way."""
+    torch.manual_seed(6)
+    block = Block(shape).evaluated()
+    x = torch.randn(3, block.inputs, 5, 6, dtype=torch.float64)
+    backend, device = target
+    with torch.no_grad():
+        truth = block.to(torch.float64, device).plain(x.float().double().to(device))
+        own, x = block.to(torch.float32, device), x.float().to(device)
+        with dispatch.use(backend):
+            assert_as_good_as(own.ours(x), own.plain(x), truth, shape)
+
+
 @pytest.mark.parametrize("how", LAYOUTS)
 def test_layouts(how: str, target: Target) -> None:
     torch.manual_seed(1)
