@@ -15,6 +15,7 @@ from rkfast.swap import fuse as fuse
 from rkfast.swap import fused as fused
 from rkfast.swap import report as report
 from rkfast.swap import unfuse as unfuse
+from rkfast.swap import verify as verify
 
 if TYPE_CHECKING:
     from rkfast import ode as ode

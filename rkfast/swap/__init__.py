@@ -5,3 +5,5 @@ from rkfast.swap.fuse import fused as fused
 from rkfast.swap.fuse import unfuse as unfuse
 from rkfast.swap.report import Report as Report
 from rkfast.swap.report import report as report
+from rkfast.swap.verify import Verification as Verification
+from rkfast.swap.verify import verify as verify

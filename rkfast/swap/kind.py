@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -129,6 +130,7 @@ def unserved(module: nn.Module) -> str | None:
 
 KNOWN = ("torchvision", "timm")
 SIZES = {"in_channels", "out_channels", "num_features", "in_features", "out_features", "output_padding"}
+DROP_RATES = ("drop_rate", "drop_prob", "dropout")
 MEMORY_FLAGS = ("memory_efficient", "grad_checkpointing", "efficient")
 _agreed: dict[Any, bool] = {}
 
@@ -195,9 +197,6 @@ def _computes(module: nn.Module, kind: type[Kind]) -> bool:
             for training in (True, False):
                 twin.train(training)
                 ours.train(training)
-                for part in (*twin.modules(), *ours.modules()):
-                    if isinstance(part, nn.modules.dropout._DropoutNd):
-                        part.eval()
                 found = kind.reads(ours)
                 x = torch.randn(kind.sample(ours, found), dtype=torch.double)
                 if not torch.allclose(ours.fused(found, x.clone()), twin(x.clone()), rtol=1e-9, atol=1e-9):
@@ -215,9 +214,16 @@ def _plainly(module: nn.Module) -> None:
     for part in module.modules():
         for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
             hooks.clear()
-        for name in ("drop_rate", "drop_prob"):
-            if isinstance(getattr(part, name, None), (int, float)):
-                setattr(part, name, 0.0)
-        for name in MEMORY_FLAGS:
-            if isinstance(getattr(part, name, None), bool):
-                setattr(part, name, False)
+    without_chance(module)
+
+
+def without_chance(module: nn.Module) -> None:
+    """Without dropout, and without activation checkpointing, which moves running statistics again."""
+    for part in module.modules():
+        if isinstance(part, nn.modules.dropout._DropoutNd):
+            part.p = 0.0
+        for names, known, value in ((DROP_RATES, (int, float), 0.0), (MEMORY_FLAGS, bool, False)):
+            for name in names:
+                if isinstance(getattr(part, name, None), known):
+                    with contextlib.suppress(AttributeError):  # a property
+                        setattr(part, name, value)
