@@ -11,8 +11,10 @@ from rkfast.models import create_model as create_model
 from rkfast.models import list_models as list_models
 from rkfast.models import restack as restack
 from rkfast.models import unstack as unstack
+from rkfast.swap import estimate as estimate
 from rkfast.swap import fuse as fuse
 from rkfast.swap import fused as fused
+from rkfast.swap import max_batch as max_batch
 from rkfast.swap import report as report
 from rkfast.swap import unfuse as unfuse
 from rkfast.swap import verify as verify

@@ -31,7 +31,11 @@ def inside(model: nn.Module) -> nn.Module:
 
 
 def has_fused(model: nn.Module) -> bool:
-    return any(isinstance(m, Kind) or (is_own(m) and m.fused) for m in model.modules())
+    return any(is_fused(module) for module in model.modules())
+
+
+def is_fused(module: nn.Module) -> bool:
+    return isinstance(module, Kind) or (is_own(module) and bool(module.fused))
 
 
 def stock(model: nn.Module) -> nn.Module:
@@ -42,6 +46,23 @@ def stock(model: nn.Module) -> nn.Module:
         if is_own(module):
             module.fused = False  # type: ignore[assignment]
     return model
+
+
+@contextlib.contextmanager
+def chosen(module: nn.Module, fused: bool) -> Iterator[None]:
+    """A candidate, of those that are swapped or rkfast's own, served by kernels or stock; what is inside it stays."""
+    kept = module._rkfast.slower if isinstance(module, Kind) else module.fused
+    try:
+        if isinstance(module, Kind):
+            module._rkfast.slower = None if fused else "not now"
+        else:
+            module.fused = fused  # type: ignore[assignment]
+        yield
+    finally:
+        if isinstance(module, Kind):
+            module._rkfast.slower = kept  # type: ignore[assignment]
+        else:
+            module.fused = kept  # type: ignore[assignment]
 
 
 def tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
