@@ -120,21 +120,20 @@ def verify(model: nn.Module, *inputs: Any, draws: int = 5, modes: Sequence[str] 
     eager = stock(copy.deepcopy(ours))
     served: Counter[tuple[str, str]] = Counter()
     found: dict[str, list[Check]] = {}
-    with _random_numbers_stay(net, inputs):
-        for draw in range(draws):
-            given = _disturbed(inputs, draw)
-            for mode in modes:
-                before = dispatch.served()
-                mine = _step(copy.deepcopy(ours), given, mode, draw)
-                served += dispatch.served() - before
-                theirs = _step(copy.deepcopy(eager), given, mode, draw)
-                truth = _truth(eager, given, mode, draw, theirs)
-                for kind in theirs | mine:
-                    row = _compared(f"{mode}: {kind}", *(seen.get(kind, {}) for seen in (mine, theirs, truth)))
-                    found.setdefault(row.what, []).append(row)
-            passed = [(sum(row.ok for row in checks), len(checks)) for checks in found.values()]
-            if all(2 * max(n, total - n) > draws for n, total in passed):
-                break
+    for draw in range(draws):
+        given = _disturbed(inputs, draw)
+        for mode in modes:
+            before = dispatch.served()
+            mine = _step(copy.deepcopy(ours), given, mode, draw)
+            served += dispatch.served() - before
+            theirs = _step(copy.deepcopy(eager), given, mode, draw)
+            truth = _truth(eager, given, mode, draw, theirs)
+            for kind in theirs | mine:
+                row = _compared(f"{mode}: {kind}", *(seen.get(kind, {}) for seen in (mine, theirs, truth)))
+                found.setdefault(row.what, []).append(row)
+        passed = [(sum(row.ok for row in checks), len(checks)) for checks in found.values()]
+        if all(2 * max(n, total - n) > draws for n, total in passed):
+            break
     rows = [sorted(checks, key=lambda row: row.share)[(len(checks) - 1) // 2] for checks in found.values()]
     kernels = Counter({key: n for key, n in served.items() if key[1] != "reference"})
     return Verification(rows, notes, kernels)
