@@ -16,6 +16,7 @@ from rkfast.swap import fuse as fuse
 from rkfast.swap import fused as fused
 from rkfast.swap import max_batch as max_batch
 from rkfast.swap import report as report
+from rkfast.swap import tune as tune
 from rkfast.swap import unfuse as unfuse
 from rkfast.swap import verify as verify
 

@@ -8,5 +8,8 @@ from rkfast.swap.fuse import unfuse as unfuse
 from rkfast.swap.max_batch import max_batch as max_batch
 from rkfast.swap.report import Report as Report
 from rkfast.swap.report import report as report
+from rkfast.swap.tune import Decision as Decision
+from rkfast.swap.tune import Tuning as Tuning
+from rkfast.swap.tune import tune as tune
 from rkfast.swap.verify import Verification as Verification
 from rkfast.swap.verify import verify as verify

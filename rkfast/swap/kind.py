@@ -192,6 +192,7 @@ def _computes(module: nn.Module, kind: type[Kind]) -> bool:
                 p.uniform_(-1, 1).div_(max(p[0].numel(), 1) ** 0.5 if p.dim() > 1 else 1)
             for b in twin.buffers():
                 b.uniform_(0.5, 1.5) if b.is_floating_point() else b.zero_()
+            alone(twin)  # it computes the same, and no other process would answer
             ours = copy.deepcopy(twin)
             swap(ours, kind, Options())
             for training in (True, False):
@@ -207,6 +208,13 @@ def _computes(module: nn.Module, kind: type[Kind]) -> bool:
     except Exception:  # whatever it is, it is no such module
         return False
     return True
+
+
+def alone(module: nn.Module) -> None:
+    """With nn.BatchNorm2d in place of every nn.SyncBatchNorm."""
+    for part in module.modules():
+        if type(part) is nn.SyncBatchNorm:
+            part.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
 
 
 def _plainly(module: nn.Module) -> None:
