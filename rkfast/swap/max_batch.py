@@ -38,8 +38,8 @@ def max_batch(
             torch.compile. It stays as it is; if nothing in it is fused, a fused one is meant.
         inputs: what it is called with, in a batch of any size that it can be trained with: dimension 0 of the first
             tensor, and of every tensor that is as long there.
-        budget: bytes for all of this. None is what is free on the model's device, and what its parameters, buffers and
-            gradients have already.
+        budget: bytes for all of this. None is what is free on the model's device (on a CPU in the whole machine,
+            whatever a container may use of it), and what its parameters, buffers and gradients have already.
         optimizer: "sgd" with momentum, "adamw", or how many tensors it keeps per parameter.
         memory: "speed" or "min", as in ``fuse``; None is what the network was fused with, and "speed" where it was not.
 

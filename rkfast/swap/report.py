@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from rkfast.swap.dense import FusedDenseBlock
 from rkfast.swap.estimate import fake_mode, fuse_shadow, in_words, saved_by, shadow
 from rkfast.swap.fuse import check_model, survey
 from rkfast.swap.kind import Kind
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 class Row(NamedTuple):
@@ -79,7 +82,8 @@ def report(model: nn.Module, *inputs: Any) -> Report:
     """
     check_model(model)
     found = list(survey(model))
-    seen = _inputs(model, {name for name, *_ in found}, inputs) if inputs else {}
+    fake = fake_mode() if inputs else None
+    seen = {} if fake is None else _inputs(model, {name for name, *_ in found}, inputs, fake)
     rows = Report()
     servable = set()
     for name, module, kind, reason in found:
@@ -104,20 +108,23 @@ def report(model: nn.Module, *inputs: Any) -> Report:
         rows.append(
             Row(name, title, layers, reason is None, reason or "", 0 if seen and name not in servable else None)
         )
-    if seen:
-        saved = _saved(model, {name: seen[name] for name in servable if name in seen})
-        rows[:] = [row._replace(saved=saved[row.name]) if row.name in saved else row for row in rows]
+    if fake is not None:
+        twin = shadow(model, fake)
+        fuse_shadow(model, twin, None)
+        for i, row in enumerate(rows):
+            if row.name in servable and row.name in seen:
+                rows[i] = row._replace(saved=saved_by(twin.get_submodule(row.name), seen[row.name], fake))
     return rows
 
 
-def _inputs(model: nn.Module, names: set[str], inputs: tuple[Any, ...]) -> dict[str, Tensor]:
-    """What each candidate is called with."""
+def _inputs(model: nn.Module, names: set[str], inputs: tuple[Any, ...], fake: FakeTensorMode) -> dict[str, Tensor]:
+    """What each candidate is called with, without its numbers: all of them at once might not fit into memory."""
     twin = copy.deepcopy(model).eval()
     seen: dict[str, Tensor] = {}
 
     def note(name: str, args: tuple[Any, ...]) -> None:
         if args and isinstance(args[0], Tensor):
-            seen.setdefault(name, args[0])
+            seen.setdefault(name, fake.from_tensor(args[0].detach()))
 
     for name, module in twin.named_modules():
         if name in names:
@@ -125,10 +132,3 @@ def _inputs(model: nn.Module, names: set[str], inputs: tuple[Any, ...]) -> dict[
     with torch.no_grad():
         twin(*inputs)
     return seen
-
-
-def _saved(model: nn.Module, seen: dict[str, Tensor]) -> dict[str, int | None]:
-    fake = fake_mode()
-    twin = shadow(model, fake)
-    fuse_shadow(model, twin, None)
-    return {name: saved_by(twin.get_submodule(name), x, fake) for name, x in seen.items()}
