@@ -13,12 +13,16 @@ from rkfast.models import list_models as list_models
 from rkfast.models import restack as restack
 from rkfast.models import save_pretrained as save_pretrained
 from rkfast.models import unstack as unstack
+from rkfast.swap import estimate as estimate
 from rkfast.swap import export as export
 from rkfast.swap import fold as fold
 from rkfast.swap import fuse as fuse
 from rkfast.swap import fused as fused
+from rkfast.swap import max_batch as max_batch
 from rkfast.swap import report as report
+from rkfast.swap import tune as tune
 from rkfast.swap import unfuse as unfuse
+from rkfast.swap import verify as verify
 
 if TYPE_CHECKING:
     from rkfast import ode as ode

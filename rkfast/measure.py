@@ -13,19 +13,22 @@ import torch
 from torch import Tensor
 
 
-def saved_bytes(compute: Callable[[], Any], exclude: Iterable[Tensor] = ()) -> int:
-    """Bytes that autograd keeps while ``compute`` runs forward: each storage once, those of ``exclude`` not at all."""
-    excluded = {t.untyped_storage().data_ptr() for t in exclude}
+def saved_bytes(compute: Callable[[], Any], exclude: Iterable[Tensor] = (), *, exclude_result: bool = False) -> int:
+    """Bytes that autograd keeps while ``compute`` runs forward: each storage once, those of ``exclude`` not at all,
+    nor, with ``exclude_result``, that of the Tensor it returns. Fake tensors count as those that they stand for."""
+    excluded = {t.untyped_storage()._cdata for t in exclude}
     saved: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
-        if storage.data_ptr() not in excluded:
-            saved[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in excluded:
+            saved[storage._cdata] = storage.nbytes()
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         result = compute()
+    if exclude_result:
+        saved.pop(result.untyped_storage()._cdata, None)
     total = sum(saved.values())
     del result  # until here it kept every storage alive, so that no address was counted for two
     return total

@@ -21,6 +21,7 @@ def test_saved_bytes_counts_each_storage_once() -> None:
     assert measure.saved_bytes(lambda: x * x.exp()) == 2 * MB  # and x
     assert measure.saved_bytes(lambda: x + 1, [x]) == 0
     assert measure.saved_bytes(lambda: x.exp()[:3].exp(), [x]) == MB + 12  # a slice keeps all of it
+    assert measure.saved_bytes(lambda: (x * x.exp()).exp(), [x], exclude_result=True) == MB
     linear = nn.Linear(4, 4)
     assert measure.saved_bytes(lambda: linear(x.view(-1, 4)), [x, *linear.parameters()]) == 0
 

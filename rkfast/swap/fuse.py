@@ -52,8 +52,7 @@ def fuse(
         RuntimeError: strict, and not all candidates are served. The model is as before.
     """
     check_model(model)
-    if memory not in MEMORY:
-        raise ValueError(f"memory: expected one of {', '.join(MEMORY)}, got {memory!r}")
+    check_memory(memory)
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn: expected a function of a module and its name, got {type(filter_fn).__name__}")
     chosen: list[tuple[nn.Module, type[Kind] | None]] = []
@@ -68,16 +67,21 @@ def fuse(
     if strict and refused:
         raise RuntimeError("strict: not all of the model can be fused: " + "; ".join(refused))
     for module, kind in chosen:
-        if isinstance(module, Kind):
-            module._rkfast.memory = memory
-        elif kind is None:
-            module.__dict__.setdefault("_rkfast_own", (module.fused, getattr(module, "memory", None)))
-            module.fused = True  # type: ignore[assignment]
-            if hasattr(module, "memory"):
-                module.memory = memory  # type: ignore[assignment]
-        else:
-            swap(module, kind, Options(memory))
+        fuse_one(module, kind, memory)
     return model
+
+
+def fuse_one(module: nn.Module, kind: type[Kind] | None, memory: str) -> None:
+    """Swap a module that ``survey`` has found; kind is None for rkfast's own."""
+    if isinstance(module, Kind):
+        module._rkfast.memory = memory
+    elif kind is None:
+        module.__dict__.setdefault("_rkfast_own", (module.fused, getattr(module, "memory", None)))
+        module.fused = True  # type: ignore[assignment]
+        if hasattr(module, "memory"):
+            module.memory = memory  # type: ignore[assignment]
+    else:
+        swap(module, kind, Options(memory))
 
 
 def unfuse(model: nn.Module) -> nn.Module:
@@ -133,7 +137,7 @@ def survey(model: nn.Module) -> Iterator[tuple[str, nn.Module, type[Kind] | None
         reason = unserved(module)
         if reason is not None and not isinstance(module, Kind):
             opaque = (*opaque, f"{name}." if name else "")
-        if type(module).__module__.startswith("rkfast.") and isinstance(getattr(module, "fused", None), bool):
+        if is_own(module):
             yield name, module, None, None
             continue
         for kind in KINDS:
@@ -152,6 +156,16 @@ def survey(model: nn.Module) -> Iterator[tuple[str, nn.Module, type[Kind] | None
             break
 
 
+def is_own(module: nn.Module) -> bool:
+    """Whether module is one of rkfast that has a stock form."""
+    return type(module).__module__.startswith("rkfast.") and isinstance(getattr(module, "fused", None), bool)
+
+
 def check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+
+
+def check_memory(memory: object) -> None:
+    if memory not in MEMORY:
+        raise ValueError(f"memory: expected one of {', '.join(MEMORY)}, got {memory!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -137,6 +138,7 @@ def _inputs(cls: type[nn.Module]) -> int:
 
 KNOWN = ("torchvision", "timm")
 SIZES = {"in_channels", "out_channels", "num_features", "in_features", "out_features", "output_padding"}
+DROP_RATES = ("drop_rate", "drop_prob", "dropout")
 MEMORY_FLAGS = ("memory_efficient", "grad_checkpointing", "efficient")
 _agreed: dict[Any, bool] = {}
 
@@ -198,14 +200,12 @@ def _computes(module: nn.Module, kind: type[Kind]) -> bool:
                 p.uniform_(-1, 1).div_(max(p[0].numel(), 1) ** 0.5 if p.dim() > 1 else 1)
             for b in twin.buffers():
                 b.uniform_(0.5, 1.5) if b.is_floating_point() else b.zero_()
+            alone(twin)  # it computes the same, and no other process would answer
             ours = copy.deepcopy(twin)
             swap(ours, kind, Options())
             for training in (True, False):
                 twin.train(training)
                 ours.train(training)
-                for part in (*twin.modules(), *ours.modules()):
-                    if isinstance(part, nn.modules.dropout._DropoutNd):
-                        part.eval()
                 found = kind.reads(ours)
                 x = torch.randn(kind.sample(ours, found), dtype=torch.double)
                 if not torch.allclose(ours.fused(found, x.clone()), twin(x.clone()), rtol=1e-9, atol=1e-9):
@@ -218,14 +218,28 @@ def _computes(module: nn.Module, kind: type[Kind]) -> bool:
     return True
 
 
+def alone(module: nn.Module) -> None:
+    """With nn.BatchNorm2d in place of every nn.SyncBatchNorm."""
+    for part in module.modules():
+        if type(part) is nn.SyncBatchNorm:
+            part.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
+
+
 def _plainly(module: nn.Module) -> None:
     """Without hooks, dropout and activation checkpointing, none of which decides what a module computes."""
     for part in module.modules():
         for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
             hooks.clear()
-        for name in ("drop_rate", "drop_prob"):
-            if isinstance(getattr(part, name, None), (int, float)):
-                setattr(part, name, 0.0)
-        for name in MEMORY_FLAGS:
-            if isinstance(getattr(part, name, None), bool):
-                setattr(part, name, False)
+    without_chance(module)
+
+
+def without_chance(module: nn.Module) -> None:
+    """Without dropout, and without activation checkpointing, which moves running statistics again."""
+    for part in module.modules():
+        if isinstance(part, nn.modules.dropout._DropoutNd):
+            part.p = 0.0
+        for names, known, value in ((DROP_RATES, (int, float), 0.0), (MEMORY_FLAGS, bool, False)):
+            for name in names:
+                if isinstance(getattr(part, name, None), known):
+                    with contextlib.suppress(AttributeError):  # a property
+                        setattr(part, name, value)

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from rkfast.swap.dense import FusedDenseBlock
+from rkfast.swap.estimate import fake_mode, fuse_shadow, in_words, saved_by, shadow
 from rkfast.swap.fuse import check_model, survey
 from rkfast.swap.kind import Kind
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 class Row(NamedTuple):
     """A module that looks like one that is served.
 
     name: its path in the network, "" for the network itself. kind: what it is. layers: how many layers a dense block
-    has, else 1. fused: whether the fused forward serves it. reason: why it does not.
+    has, else 1. fused: whether the fused forward serves it. reason: why it does not. saved: how many bytes fewer than
+    its stock form it keeps for the backward, or would if it were fused; None where that was not asked or cannot be
+    told, 0 where it cannot be fused.
     """
 
     name: str
@@ -24,6 +31,7 @@ class Row(NamedTuple):
     layers: int
     fused: bool
     reason: str
+    saved: int | None = None
 
 
 class Report(list[Row]):
@@ -37,7 +45,7 @@ class Report(list[Row]):
         kinds = max(len(row.kind) for row in self)
         lines = [self.summary()]
         for name, row in zip(names, self, strict=True):
-            state = "fused" if row.fused else f"stock: {row.reason}"
+            state = f"fused{_less(row)}" if row.fused else f"stock{_less(row)}: {row.reason}"
             lines.append(f"{name:{width}}  {row.kind:{kinds}}  {state}")
         return "\n".join(lines)
 
@@ -52,47 +60,75 @@ class Report(list[Row]):
         return ", ".join(parts) + " fused"
 
 
+def _less(row: Row) -> str:
+    if not row.saved:
+        return ""
+    if row.fused:
+        return f", keeps {in_words(abs(row.saved))} {'less' if row.saved > 0 else 'more'}"
+    return f", fused it would keep {in_words(abs(row.saved))} {'less' if row.saved > 0 else 'more'}"
+
+
 def report(model: nn.Module, *inputs: Any) -> Report:
     """Each module of a network that looks like one that is served: whether it is fused, and if not, why.
 
     Args:
         model: a network; it stays as it is.
         inputs: what the network is called with. A copy is run with it, and what depends on dtype, device and size of
-            the blocks' inputs is told too.
+            the blocks' inputs is told too, and how many bytes each block keeps less for the backward of a training
+            step in the modes that the modules have.
 
     Raises:
         TypeError: model is no module.
     """
     check_model(model)
-    seen = _inputs(model, inputs) if inputs else {}
+    found = list(survey(model))
+    fake = fake_mode() if inputs else None
+    seen = {} if fake is None else _inputs(model, {name for name, *_ in found}, inputs, fake)
     rows = Report()
-    for name, module, kind, reason in survey(model):
+    servable = set()
+    for name, module, kind, reason in found:
         if kind is None:
-            if not module.fused and reason is None:
+            title, layers = type(module).__name__, 1
+            if reason is None and not module.fused:
+                servable.add(name)
                 reason = "made with fused=False; rkfast.fuse(model) changes that"
-            rows.append(Row(name, type(module).__name__, 1, reason is None, reason or ""))
-            continue
-        found = kind.reads(module)
-        if reason is None and isinstance(module, Kind):
-            reason = module._rkfast.slower
-            if reason is None and name in seen:
-                reason = module.refuses(found, seen[name])
-        elif reason is None:
-            reason = "not swapped; rkfast.fuse(model) swaps it, but for what filter_fn leaves out"
-        layers = len(module._modules) if kind.title == "dense block" else 1
-        rows.append(Row(name, kind.title, layers, reason is None, reason or ""))
+        else:
+            title, layers = kind.title, len(module._modules) if kind is FusedDenseBlock else 1
+            if reason is None and isinstance(module, Kind):
+                if name in seen:
+                    reason = module.refuses(kind.reads(module), seen[name])
+                if reason is None and module._rkfast.slower is not None:
+                    servable.add(name)
+                    reason = module._rkfast.slower
+            elif reason is None:
+                servable.add(name)
+                reason = "not swapped; rkfast.fuse(model) swaps it, but for what filter_fn leaves out"
+        if reason is None:
+            servable.add(name)
+        rows.append(
+            Row(name, title, layers, reason is None, reason or "", 0 if seen and name not in servable else None)
+        )
+    if fake is not None:
+        twin = shadow(model, fake)
+        fuse_shadow(model, twin, None)
+        for i, row in enumerate(rows):
+            if row.name in servable and row.name in seen:
+                rows[i] = row._replace(saved=saved_by(twin.get_submodule(row.name), seen[row.name], fake))
     return rows
 
 
-def _inputs(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Tensor]:
-    """What each swapped module is called with."""
+def _inputs(model: nn.Module, names: set[str], inputs: tuple[Any, ...], fake: FakeTensorMode) -> dict[str, Tensor]:
+    """What each candidate is called with, without its numbers: all of them at once might not fit into memory."""
     twin = copy.deepcopy(model).eval()
     seen: dict[str, Tensor] = {}
+
+    def note(name: str, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor):
+            seen.setdefault(name, fake.from_tensor(args[0].detach()))
+
     for name, module in twin.named_modules():
-        if isinstance(module, Kind):
-            module.register_forward_pre_hook(
-                lambda _, args, name=name: seen.setdefault(name, args[0]) if args else None
-            )
+        if name in names:
+            module.register_forward_pre_hook(lambda _, args, name=name: note(name, args))
     with torch.no_grad():
         twin(*inputs)
     return seen
