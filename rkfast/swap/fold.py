@@ -17,7 +17,7 @@ from rkfast.models.densenet import Features
 from rkfast.models.resnet import ResNet
 from rkfast.models.rknet import Stem
 from rkfast.nn import BasicBlock, Bottleneck, DenseBlock, DenseLayer, PreActBranch, Projection
-from rkfast.nn.folded import FoldedBlock, FoldedConv, folded
+from rkfast.nn.folded import FoldedBlock, FoldedConv, FoldedStage, folded
 from rkfast.nn.form import Form, present
 from rkfast.nn.norm import hooked, plain_conv
 from rkfast.ops import layout
@@ -63,6 +63,8 @@ def fold(model: nn.Module) -> nn.Module:
         for module in net.modules():
             if isinstance(module, (DenseBlock, FusedDenseBlock, PreActBranch)):
                 _lay(module)
+            if type(module) is nn.Sequential and any(type(child) is FoldedBlock for child in module):
+                module.__class__ = FoldedStage
     return net.requires_grad_(False).eval()
 
 
