@@ -1,4 +1,4 @@
-"""The command line: ``rkfast info``, ``rkfast demo``, ``rkfast plot``, ``rkfast bench``."""
+"""The command line."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ COMMANDS = {
         "rkfast.plot",
         "draw a figure: those of the papers, orders and stability of methods, the steps of a network",
     ),
+    "fuse-report": ("rkfast.commands.fuse_report", "what rkfast.fuse does to a network, and why it leaves the rest"),
+    "verify": ("rkfast.commands.verify", "compare a fused network with stock PyTorch and float64; PASS or FAIL"),
+    "export": ("rkfast.commands.export", "write a network for inference as ONNX, torch.export or AOTInductor file"),
     "bench": ("rkfast.bench.run", "measure the ops, or whole models, against eager and compiled PyTorch"),
 }
 

@@ -32,6 +32,7 @@ LAYERS = {
     "info": 6,
     "demo": 6,
     "plot": 6,
+    "commands": 6,
     "bench": 6,
     "cli": 7,
     "__main__": 8,

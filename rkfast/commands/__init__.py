@@ -1,0 +1,1 @@
+"""Commands on a network that the command line names."""
