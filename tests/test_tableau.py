@@ -263,3 +263,11 @@ def test_surds_are_rounded_once() -> None:
             exact = Fraction(1 / (p + q * decimal.Decimal(2).sqrt()))
             assert float(Surd(p, -q, 2)) == float(exact)
             assert float(Surd(Fraction(-p, 7), Fraction(q, 7), 2)) == float(-exact / 7)
+
+
+def test_what_cannot_be_registered_or_estimate() -> None:
+    euler = {"a": [[]], "b": [1], "c": [0], "order": 1}
+    with pytest.raises(ValueError, match="there is a method 'rk8' already"):
+        tableau.register(tableau.Tableau("rk8", **euler))
+    with pytest.raises(ValueError, match="b_embedded is b"):
+        tableau.Tableau("same", **euler, b_embedded=[1], order_embedded=1)

@@ -16,16 +16,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
-from rkfast.ops import Moments, Norm, bn_relu_conv, bn_rk_sum
+from rkfast.ops import Moments, Norm, bn_relu_conv, bn_rk_sum, checks
 from rkfast.ops.bn_relu_conv import kernel_reason
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether something besides the module's forward runs when it is called."""
+    """Whether something besides its class's forward runs when the module is called."""
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or (not torch.compiler.is_compiling() and _has_any_global_hook())
     )
 
 
@@ -136,16 +142,47 @@ def statistics_stay(module: nn.Module) -> Iterator[None]:
             norm._buffers.update(buffers)
 
 
+class _Again:
+    """Within it a part of module's forward is computed again, as often as backward asks for."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.state = self._state()
+
+    def _state(self) -> list[Any]:
+        """What every time has to find as the first did."""
+        modules = list(self.module.modules())
+        parameters = [p for m in modules for p in m._parameters.values() if p is not None]
+        return [[m.training for m in modules], [(id(p), p._version) for p in parameters]]
+
+    def __enter__(self) -> None:
+        if self.state != self._state():
+            raise RuntimeError(
+                f"{type(self.module).__name__}: train() or eval() has been called, or its parameters have been "
+                "changed, since the forward, which backward computes again; call backward first, or keep what it "
+                'reads (memory="speed", no gradient checkpointing)'
+            )
+        self.within = statistics_stay(self.module)
+        self.within.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.within.__exit__(*error)
+
+
 def recomputed(module: nn.Module, run: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
-    """``run(*args)``, a part of module's forward, which backward computes again in place of keeping what it reads."""
-    if not torch.is_grad_enabled():
+    """``run(*args)``, a part of module's forward, which backward computes again in place of keeping what it reads.
+
+    Raises (in backward):
+        RuntimeError: the module's mode or parameters are no longer what they were.
+    """
+    if not torch.is_grad_enabled() or checks.transformed([t for t in args if t is not None]):
         return run(*args)
     contexts = functools.partial(_contexts, module)
     return checkpoint(run, *args, use_reentrant=False, context_fn=contexts)
 
 
 def _contexts(module: nn.Module) -> tuple[Any, Any]:
-    return contextlib.nullcontext(), statistics_stay(module)
+    return contextlib.nullcontext(), _Again(module)
 
 
 def batch_norm_relu_conv(

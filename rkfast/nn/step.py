@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -97,6 +97,7 @@ class RKStep(nn.Module):
         tableau = tableaux.get(tableau) if isinstance(tableau, str) else tableau
         if not isinstance(tableau, Tableau):
             raise TypeError(f"tableau: expected a Tableau or the name of one, got {type(tableau).__name__}")
+        learn = tuple(learn) if isinstance(learn, Iterable) and not isinstance(learn, str) else learn
         _check_options(tableau, step, learn, variant, tol, kappa)
         shared = isinstance(branches, nn.Module) and not isinstance(branches, nn.ModuleList)
         modules: list[nn.Module] = [branches] if shared else list(branches)  # type: ignore[list-item, arg-type]
@@ -266,7 +267,7 @@ class RKStep(nn.Module):
 
 def _check_options(tableau: Tableau, step: Any, learn: Sequence[str], variant: Any, tol: Any, kappa: Any) -> None:
     _check_step(step)
-    if isinstance(learn, str) or not all(isinstance(name, str) for name in learn):
+    if not isinstance(learn, Iterable) or isinstance(learn, str) or not all(isinstance(name, str) for name in learn):
         raise TypeError(f"learn: expected a sequence of str, such as {LEARNABLE}, got {learn!r}")
     unknown = [name for name in learn if name not in LEARNABLE]
     if unknown:
@@ -292,6 +293,8 @@ def _check_options(tableau: Tableau, step: Any, learn: Sequence[str], variant: A
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name}: expected a number above 0, got {value}")
     if tol is not None:
+        if not isinstance(step, Tensor) and step <= 0:
+            raise ValueError(f"step: an adapted step size is between 1/8 and 4; expected one above 0, got {step}")
         if tableau.b_embedded is None:
             raise ValueError(
                 f"tol: {tableau.name} has no embedded weights to estimate an error with; take another method"

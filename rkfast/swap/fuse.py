@@ -10,7 +10,7 @@ from torch import nn
 
 from rkfast.ops.dense_block import MEMORY
 from rkfast.swap.dense import FusedDenseBlock, FusedTransition
-from rkfast.swap.kind import Kind, Options, agrees, restore, stock_class, swap, unserved
+from rkfast.swap.kind import Kind, Options, agrees, parts_of, restore, stock_class, swap, unserved
 from rkfast.swap.residual import FusedBlock
 from rkfast.swap.sequential import FusedResNet, FusedSequential
 
@@ -32,7 +32,8 @@ def fuse(
     and SE-ResNet, by torchvision and timm and alike, also with torchvision's FrozenBatchNorm2d or nn.SyncBatchNorm;
     BatchNorm with a ReLU (and a 1x1 or 3x3 convolution) behind it in an nn.Sequential; and rkfast's own modules that
     were made with ``fused=False``. A block is known by its layers, and swapped where a small copy of it computes in
-    float64 what the fused one does.
+    float64 what the fused one does, gradients included; what such a block reads besides (attributes of its own that
+    change later) is not followed.
 
     Only the class of these modules changes, to a subclass of what it was: parameters, keys of the state_dict,
     optimizers, hooks, copies and wrappers are what they were. What a call cannot serve (a hook on a layer inside, a
@@ -81,7 +82,7 @@ def fuse_one(module: nn.Module, kind: type[Kind] | None, memory: str) -> None:
         if hasattr(module, "memory"):
             module.memory = memory  # type: ignore[assignment]
     else:
-        swap(module, kind, Options(memory))
+        swap(module, kind, Options(memory, parts=() if kind in BY_CLASS else parts_of(module)))
 
 
 def unfuse(model: nn.Module) -> nn.Module:
@@ -118,10 +119,11 @@ def fused(model: nn.Module, **options: Any) -> Iterator[nn.Module]:
     check_model(model)
     before = {module for module in model.modules() if isinstance(module, Kind) or "_rkfast_own" in module.__dict__}
     kept = {module: module._rkfast.memory for module in before if isinstance(module, Kind)}
+    modules = list(model.modules())  # of which some may be taken out meanwhile
     try:
         yield fuse(model, **options)
     finally:
-        for module in model.modules():
+        for module in modules:
             if module not in before:
                 _unfuse(module)
             elif module in kept:

@@ -19,10 +19,12 @@ from rkfast.nn.norm import hooked
 
 @dataclasses.dataclass
 class Options:
-    """memory: as in ``fuse``. slower: why ``tune`` found the stock module the better choice."""
+    """memory: as in ``fuse``. slower: why ``tune`` found the stock module the better choice. parts: the classes of the
+    children that were compared; () for any."""
 
     memory: str = "speed"
     slower: str | None = None
+    parts: tuple[type, ...] = ()
 
 
 class Kind(nn.Module):
@@ -32,6 +34,10 @@ class Kind(nn.Module):
     title: str
     stock: type[nn.Module]
     _rkfast: Options
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.__dict__["_rkfast"] = Options()  # nn.Sequential makes a part of itself so
 
     @classmethod
     def reads(cls, module: Any) -> Any:
@@ -59,6 +65,8 @@ class Kind(nn.Module):
     def found(self, x: Tensor) -> Any:
         """What ``fused`` takes, or None where stock PyTorch serves x."""
         if self._rkfast.slower is not None or not isinstance(x, Tensor):  # a Proxy of torch.fx
+            return None
+        if self._rkfast.parts and self._rkfast.parts != parts_of(self):
             return None
         found = self.reads(self)
         return None if found is None or isinstance(found, str) or self.refuses(found, x) else found
@@ -88,6 +96,10 @@ def swapped(kind: type[Kind], stock: type[nn.Module]) -> type[nn.Module]:
     """The class of a fused module whose class is ``stock``."""
     own = {"stock": stock, "__module__": stock.__module__, "__doc__": stock.__doc__}
     return type(stock.__name__, (kind, stock), own)
+
+
+def parts_of(module: nn.Module) -> tuple[type, ...]:
+    return tuple(map(stock_class, module._modules.values()))
 
 
 def swap(module: nn.Module, kind: type[Kind], options: Options) -> None:
@@ -208,7 +220,7 @@ def _computes(module: nn.Module, kind: type[Kind]) -> bool:
                 ours.train(training)
                 found = kind.reads(ours)
                 x = torch.randn(kind.sample(ours, found), dtype=torch.double)
-                if not torch.allclose(ours.fused(found, x.clone()), twin(x.clone()), rtol=1e-9, atol=1e-9):
+                if not _same(_outcome(ours, functools.partial(ours.fused, found), x), _outcome(twin, twin, x)):
                     return False
                 pairs = zip(ours.buffers(), twin.buffers(), strict=True)
                 if not all(torch.allclose(a, b, rtol=1e-9) for a, b in pairs):
@@ -216,6 +228,24 @@ def _computes(module: nn.Module, kind: type[Kind]) -> bool:
     except Exception:  # whatever it is, it is no such module
         return False
     return True
+
+
+def _outcome(module: nn.Module, run: Any, x: Tensor) -> list[Tensor]:
+    """What run makes of x, and the gradients."""
+    with torch.enable_grad():
+        x = x.clone().requires_grad_()
+        out = run(x * 1)  # which may be written into
+        sources = [x, *module.parameters()]
+        cotangent = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+        found = torch.autograd.grad(out, sources, cotangent, allow_unused=True)
+    return [out.detach(), *(torch.zeros_like(t) if g is None else g for t, g in zip(sources, found, strict=True))]
+
+
+def _same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    return all(
+        torch.allclose(a, b, rtol=1e-7, atol=1e-9 * (1 + b.abs().max().item()))
+        for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 def alone(module: nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rkfast.swap.dense import FusedDenseBlock
 from rkfast.swap.estimate import fake_mode, fuse_shadow, in_words, saved_by, shadow
 from rkfast.swap.fuse import check_model, survey
-from rkfast.swap.kind import Kind
+from rkfast.swap.kind import Kind, parts_of
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -95,7 +95,9 @@ def report(model: nn.Module, *inputs: Any) -> Report:
         else:
             title, layers = kind.title, len(module._modules) if kind is FusedDenseBlock else 1
             if reason is None and isinstance(module, Kind):
-                if name in seen:
+                if module._rkfast.parts and module._rkfast.parts != parts_of(module):
+                    reason = "its layers have been replaced since rkfast.fuse(model)"
+                elif name in seen:
                     reason = module.refuses(kind.reads(module), seen[name])
                 if reason is None and module._rkfast.slower is not None:
                     servable.add(name)

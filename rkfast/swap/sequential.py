@@ -76,8 +76,8 @@ class FusedResNet(Kind):
             return layers
         return None
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return super(Kind, self).forward(*args, **kwargs)
+    def forward(self, x: Tensor) -> Any:
+        return super(Kind, self).forward(x)
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         """torchvision's."""

@@ -54,6 +54,10 @@ def get(name: str) -> Tableau:
     return _checked(name)
 
 
+RESERVED = ("rk8",)
+"""What a network takes for another name of verner8."""
+
+
 def register(tableau: Tableau) -> Tableau:
     """Make a tableau known by its name, for ``get`` and for whoever takes the name of a method. Returns it.
 
@@ -63,7 +67,7 @@ def register(tableau: Tableau) -> Tableau:
     """
     if not isinstance(tableau, Tableau):
         raise TypeError(f"tableau: expected a Tableau, got {type(tableau).__name__}")
-    if tableau.name in METHODS or tableau.name in _REGISTERED:
+    if tableau.name in {*METHODS, *_REGISTERED, *RESERVED}:
         raise ValueError(f"tableau: there is a method {tableau.name!r} already; give yours another name")
     _REGISTERED[tableau.name] = tableau
     return tableau

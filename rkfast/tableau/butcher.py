@@ -67,6 +67,7 @@ class Tableau:
         conditions.check("b", self.b, self.order)
         if self.b_embedded is not None:
             conditions.check("b_embedded", self.b_embedded, self.order_embedded)
+            self._require(self.b_embedded != self.b, "b_embedded is b; their difference would estimate no error")
 
     @property
     def stages(self) -> int:

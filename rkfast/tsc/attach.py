@@ -277,6 +277,8 @@ def _homes(model: nn.Module) -> list[Any]:
 
 
 def _apply(changes: list[tuple[Tensor, Tensor]]) -> None:
+    if len({tensor.data_ptr() if not tensor.is_meta else id(tensor) for tensor, _ in changes}) < len(changes):
+        raise ValueError("model: blocks share weights into which different step sizes would go")
     with torch.no_grad():
         for tensor, factor in changes:
             tensor.mul_(factor)

@@ -117,6 +117,11 @@ class SteppedSequential(Stepped, nn.Sequential):
                     f"model: {home}.{stage.form.norm} is {type(norm).__name__}, into which no step size goes; expected "
                     "a BatchNorm with weight and bias"
                 )
+            if norm._parameters.keys() != {"weight", "bias"}:
+                raise ValueError(
+                    f"model: weight or bias of {home}.{stage.form.norm} is made from other parameters (pruned, "
+                    "parametrized), into which no step size goes; make that permanent first"
+                )
             found += [(norm.weight, factor), (norm.bias, factor)]
             gate = getattr(block, "se", None)
             if gate is not None and type(gate) is not nn.Identity:

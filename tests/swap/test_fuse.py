@@ -354,6 +354,105 @@ class BasicFused(nn.Module):
         return self.block(x)
 
 
+class Cut(BasicBlock):
+    """The same values, and another gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))) + x.detach())
+
+
+def test_gradients_are_compared() -> None:
+    assert not fused_kinds(rkfast.fuse(nn.Sequential(Cut(4, 4))))
+
+
+@pytest.mark.parametrize("name", ("conv1", "bn1", "relu", "conv2", "bn2"))
+def test_a_forward_replaced_on_an_instance_is_heard(name: str) -> None:
+    x = torch.randn(2, 4, 6, 6)
+    for when in ("before", "after"):
+        model = nn.Sequential(BasicBlock(4, 4)).eval()
+        if when == "after":
+            rkfast.fuse(model)
+        layer = getattr(model[0], name)
+        layer.forward = lambda y, layer=layer: 2 * type(layer).forward(layer, y)
+        stock = rkfast.unfuse(copy.deepcopy(model))(x)
+        torch.testing.assert_close(rkfast.fuse(model)(x), stock)
+    layer = Block(2, 8, 4)
+    layer.denselayer1.conv1.forward = lambda y: y
+    rkfast.fuse(layer)
+    assert fused_kinds(rkfast.fuse(Block(2, 8, 4))) == {"dense block": 1}
+
+
+def test_hooks_of_all_modules_are_heard() -> None:
+    model = rkfast.fuse(nn.Sequential(BasicBlock(4, 4))).eval()
+    heard = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: heard.append(type(module)))
+    try:
+        model(torch.randn(2, 4, 6, 6))
+    finally:
+        handle.remove()
+    assert heard.count(nn.BatchNorm2d) == 2
+
+
+def test_another_layer_with_the_same_children_is_heard() -> None:
+    class Thrice(lookalikes.Layer):
+        def forward(self, features: list[Tensor]) -> Tensor:
+            return 3 * super().forward(features)
+
+    model = rkfast.fuse(made("densenet")).eval()
+    block: Any = model.features.denseblock1  # type: ignore[union-attr]
+    block["denselayer2"] = Thrice(12, 4)
+    x = torch.randn(2, 3, 10, 10)
+    assert "its layers have been replaced" in str(rkfast.report(model))
+    torch.testing.assert_close(model(x), rkfast.unfuse(copy.deepcopy(model))(x))
+
+
+@pytest.mark.parametrize("name", ("resnet", "densenet"))
+def test_backward_twice_with_least_memory(name: str) -> None:
+    model, stock = rkfast.fuse(made(name), memory="min"), made(name)
+    x = torch.randn(4, 3, 10, 10)
+    for net in (model, stock):
+        loss = net(x).square().mean()
+        loss.backward(retain_graph=True)
+        loss.backward()
+    assert all(
+        (p.grad - q.grad).norm() <= 0.02 * q.grad.norm() + 1e-6
+        for p, q in zip(model.parameters(), stock.parameters(), strict=True)
+    )
+    for a, b in zip(model.buffers(), stock.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_computed_again_finds_what_it_found() -> None:
+    x = torch.randn(4, 3, 10, 10)
+    changes: list[Callable[[nn.Module], Any]] = [
+        lambda m: m.eval(),
+        lambda m: m.layer1[0].bn2.weight.detach().mul_(2),  # type: ignore[index,union-attr]
+        lambda m: setattr(m.layer1[0], "conv2", nn.Conv2d(8, 8, 3, padding=1, bias=False)),  # type: ignore[index,union-attr]
+    ]
+    for change in changes:
+        model = rkfast.fuse(made("resnet"), memory="min")
+        loss = model(x).square().mean()
+        change(model)
+        with pytest.raises(RuntimeError, match="since the forward"):
+            loss.backward()
+
+
+def test_a_slice_of_a_sequence() -> None:
+    model = rkfast.fuse(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1))).eval()
+    x = torch.randn(2, 3, 5, 5)
+    part = model[:3]  # type: ignore[index]
+    torch.testing.assert_close(part(x), rkfast.unfuse(part)(x))
+    assert type(part) is nn.Sequential
+
+
+def test_a_part_that_leaves_meanwhile() -> None:
+    model = made("resnet")
+    with rkfast.fused(model):
+        part = model.layer1
+        model.layer1 = nn.Identity()
+    assert not fused_kinds(part)  # type: ignore[arg-type]
+
+
 def test_bad_arguments() -> None:
     model = made("densenet")
     cases: list[tuple[Any, dict[str, Any], type[Exception], str]] = [

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 import rkfast
 from rkfast import tsc
@@ -407,3 +408,20 @@ def test_rounding_of_a_wide_gate_is_no_other_gate() -> None:
         weight, inverse = tsc.stepped._squeezed(gate, factor, "se")
         assert weight is gate.fc1.weight
         torch.testing.assert_close(inverse.flatten(), 1 / factor)
+
+
+def test_weights_into_which_no_step_size_goes() -> None:
+    shared = made("basic")
+    shared.layer1[1].bn2.weight = shared.layer1[0].bn2.weight  # type: ignore[index,union-attr]
+    pruned = made("basic")
+    prune.l1_unstructured(pruned.layer1[1].bn2, "weight", 0.5)  # type: ignore[index,union-attr]
+    for model, message in ((shared, "share weights"), (pruned, r"layer1\.1\.bn2 is made from other parameters")):
+        state = {key: t.clone() for key, t in model.state_dict().items()}
+        with pytest.raises(ValueError, match=message):
+            tsc.attach(model, preserve=True)
+        assert not hasattr(model, "tsc")
+        tsc.attach(model, "fixed", value=0.5)
+        with pytest.raises(ValueError, match=message):
+            tsc.fold(model)
+        tsc.detach(model)
+        assert all(torch.equal(t, state[key]) for key, t in model.state_dict().items())
