@@ -335,7 +335,7 @@ TINY = {
     "erknet": Network("erknet-2x1_1x1", 8, (2,), 2, (("growth_rate", 6),)),
     "irknet": Network("irknet-2x1_2x1-ab", 8, (2,), 2, (("growth_rate", 6),)),
     "ho_resnet": Network("ho_resnet-10", 8, (2,), 2, (("width", 8),), memory=("speed",)),
-    "tsc": Network("tsc_resnet-8", 8, (2,), 2),
+    "tsc": Network("tsc_resnet-8", 12, (2,), 2),
 }
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from rkfast.ops.dense_block import MEMORY
 from rkfast.swap.dense import FusedDenseBlock, FusedTransition
-from rkfast.swap.kind import Kind, Options, agrees, parts_of, restore, stock_class, swap, unserved
+from rkfast.swap.kind import Kind, Options, agrees, parts_of, restore, stock_class, swap, takes_more, unserved
 from rkfast.swap.residual import FusedBlock
 from rkfast.swap.sequential import FusedResNet, FusedSequential
 
@@ -148,6 +148,7 @@ def survey(model: nn.Module) -> Iterator[tuple[str, nn.Module, type[Kind] | None
             found = kind.reads(module)
             if found is None:
                 continue
+            reason = reason or takes_more(module)
             if reason is None and isinstance(found, str):
                 reason = found
             if reason is None and kind not in BY_CLASS and not isinstance(module, Kind) and not agrees(module, kind):

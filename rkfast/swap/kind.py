@@ -136,16 +136,19 @@ def unserved(module: nn.Module) -> str | None:
         return "it is a traced graph"
     if "forward" in module.__dict__:
         return "its forward is replaced on the instance"
-    if _inputs(stock_class(module)) > 1:
-        return f"{type(module).__name__}.forward takes more than one input"
     if any(type(p).__name__ == "DTensor" for p in module.parameters()):  # importing it takes most of a second
         return "its parameters are sharded"
     return None
 
 
-def _inputs(cls: type[nn.Module]) -> int:
+def takes_more(module: nn.Module) -> str | None:
+    """Why a module whose forward may be called with something besides x is not swapped."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in kinds for p in inspect.signature(cls.forward).parameters.values()) - 1
+    cls: Any = stock_class(module)
+    found = inspect.signature(cls.forward).parameters.values()
+    if sum(p.kind in kinds for p in found) > 2:
+        return f"{type(module).__name__}.forward takes more than one input"
+    return None
 
 
 KNOWN = ("torchvision", "timm")
@@ -204,7 +207,7 @@ def _is_straight(module: nn.Module) -> bool:
 
 def _computes(module: nn.Module, kind: type[Kind]) -> bool:
     try:
-        twin: Any = copy.deepcopy(module).to_empty(device="cpu").double()
+        twin: Any = copy.deepcopy(module).to_empty(device="cpu").double().requires_grad_()
         _plainly(twin)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
