@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from rkfast.ops import Moments, Norm, bn_relu_conv, bn_rk_sum, checks
@@ -24,14 +23,14 @@ from rkfast.ops.bn_relu_conv import kernel_reason
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether something besides its class's forward runs when the module is called."""
+    """Whether something besides its class's forward runs when the module is called. Hooks of all modules do not count:
+    counters of FLOPs have some, and want to see what is fused."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
-        or (not torch.compiler.is_compiling() and _has_any_global_hook())
     )
 
 
