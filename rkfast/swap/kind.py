@@ -99,7 +99,9 @@ def swapped(kind: type[Kind], stock: type[nn.Module]) -> type[nn.Module]:
 
 
 def parts_of(module: nn.Module) -> tuple[type, ...]:
-    return tuple(map(stock_class, module._modules.values()))
+    """The classes of its children, but for torch's own, which ``reads`` looks at."""
+    found = map(stock_class, module._modules.values())
+    return tuple(cls for cls in found if not cls.__module__.startswith("torch.nn"))
 
 
 def swap(module: nn.Module, kind: type[Kind], options: Options) -> None:
