@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import math
 import re
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import rkfast
 from rkfast import ode, tsc
 from rkfast.nn import PadShortcut
 from rkfast.tsc.stepped import residual_blocks
+from tests.libraries import network
 from tests.models.test_restack import Basic
 from tests.tsc.nets import ResNet, attached, made
 
@@ -315,24 +315,18 @@ def test_table() -> None:
     assert re.fullmatch(r"bound \S+, measured growth \S+", lines[-1])
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed")
 @pytest.mark.parametrize("name", ("resnet18", "resnext50_32x4d"))
 def test_torchvision(name: str) -> None:
-    import torchvision
-
     torch.manual_seed(0)
-    model = getattr(torchvision.models, name)()
+    model = network(f"torchvision.{name}")
     found = ode.stability(model, images(1, 32), iterations=4)
     assert found.holds and len(found.blocks) == {"resnet18": 8}.get(name, 16)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
 @pytest.mark.parametrize("name", ("resnet10t", "seresnet50", "resnet50d"))
 def test_timm(name: str) -> None:
-    import timm
-
     torch.manual_seed(0)
-    found = ode.stability(timm.create_model(name), images(1, 32), iterations=4)
+    found = ode.stability(network(f"timm.{name}"), images(1, 32), iterations=4)
     assert found.holds == (name != "seresnet50") and len(found.blocks) == {"resnet10t": 4}.get(name, 16)
 
 
