@@ -255,11 +255,7 @@ class Block : Convolutions<T> {
   // Both convolutions, where nothing is kept and both norms are known: the bottleneck is normalised while it is in the cache.
   void grow_at_once(const Unit& u, const Read& read, const Read& read2) {
     const int64_t width = u.width;
-    const float* tiles = nullptr;
-    if constexpr (kFloat) {
-      if (by_tiles(u.conv2)) tiles = tile_weight(u.conv2, false);
-    }
-    const T* weights = turned(u.conv1);  // last: tile_weight turns weights in the same memory
+    const T* weights = turned(u.conv1);
     auto tile = [&](int64_t row, int64_t n) {
       float* b = scratch<float>(5, kTile * width);
       multiply(u, read, weights, row, n, b);
@@ -267,7 +263,7 @@ class Block : Convolutions<T> {
       return b;
     };
     if constexpr (kFloat) {
-      if (tiles) {
+      if (by_tiles(u.conv2)) {
         auto load = [&](int64_t pixel, int64_t rows, float* out, int64_t pitch) {
           const int64_t pixels = rows * w_, count = (pixels + kTile - 1) / kTile, each = (pixels + count - 1) / count;
           for (int64_t i = 0; i < pixels; i += each) {
@@ -281,7 +277,7 @@ class Block : Convolutions<T> {
             }
           }
         };
-        winograd(Bands(n_, h_, w_, width + u.growth, at::get_num_threads()), width, u.growth, load, tiles, slot(u.write), kNothing);
+        winograd(Bands(n_, h_, w_, width + u.growth, at::get_num_threads()), width, u.growth, load, tile_weight(u.conv2, false), slot(u.write), kNothing);
         return finish_growth(u, {x_ + u.write, channels_}, u.keep2);
       }
     }

@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from torch import Tensor, nn
+
 from rkfast.commands import network
 from rkfast.swap import export
 
@@ -17,14 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    try:
-        model, images = network.made(args)
-    except ValueError as error:
-        print(f"rkfast export: {error}", file=sys.stderr)
-        return 2
-    try:
-        export(model, args.out, images, format=args.format)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"rkfast export: {error}", file=sys.stderr)
-        return 1
-    return 0
+    def body(model: nn.Module, images: Tensor) -> int:
+        try:
+            export(model, args.out, images, format=args.format)
+        except (ValueError, RuntimeError, OSError) as error:
+            print(f"rkfast export: {error}", file=sys.stderr)
+            return 1
+        return 0
+
+    return network.run("export", args, body)

@@ -7,6 +7,7 @@ import difflib
 import importlib
 import importlib.util
 import json
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,14 @@ from torch import Tensor, nn
 
 from rkfast.extras import MissingExtra, require
 from rkfast.models import create_model
+from rkfast.ops.dense_block import MEMORY
 
 ADDRESSES = "torchvision:NAME, timm:NAME, rkfast:NAME, package.module:FUNCTION or path.py:FUNCTION"
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def add_memory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--memory", choices=MEMORY, default=MEMORY[0], help="as in rkfast.fuse (%(default)s)")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,6 +69,18 @@ def made(args: argparse.Namespace) -> tuple[nn.Module, Tensor]:
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     images = torch.randn(args.batch, args.in_chans, args.size, args.size)
     return model.to(device, memory_format=layout), images.to(device, memory_format=layout)  # type: ignore[call-overload]
+
+
+def run(command: str, args: argparse.Namespace, body: Callable[[nn.Module, Tensor], int]) -> int:
+    """Exit status of a command: body's, with the network and images that the command line names, or 2 where it is
+    wrong."""
+    try:
+        model, images = made(args)
+    except ValueError as error:
+        print(f"rkfast {command}: {error}", file=sys.stderr)
+        return 2
+    with autocast(args):
+        return body(model, images)
 
 
 def autocast(args: argparse.Namespace) -> torch.autocast:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
+
+from torch import Tensor, nn
 
 from rkfast.commands import network
 from rkfast.swap import fuse, verify
@@ -11,16 +12,13 @@ from rkfast.swap import fuse, verify
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     network.add_arguments(parser)
-    parser.add_argument("--memory", choices=("speed", "min"), default="speed", help="as in rkfast.fuse (%(default)s)")
+    network.add_memory(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    try:
-        model, images = network.made(args)
-    except ValueError as error:
-        print(f"rkfast verify: {error}", file=sys.stderr)
-        return 2
-    with network.autocast(args):
+    def body(model: nn.Module, images: Tensor) -> int:
         found = verify(fuse(model, memory=args.memory), images)
-    print(found)
-    return 0 if found.ok else 1
+        print(found)
+        return 0 if found.ok else 1
+
+    return network.run("verify", args, body)

@@ -114,7 +114,7 @@ def restore(module: Kind) -> None:
     module.__class__ = module.stock  # type: ignore[assignment]
 
 
-def stock_class(module: object) -> type:
+def stock_class(module: object) -> Any:
     """A module's class without what ``fuse`` has mixed in."""
     return module.stock if isinstance(module, Kind) else type(module)
 
@@ -146,8 +146,7 @@ def unserved(module: nn.Module) -> str | None:
 def takes_more(module: nn.Module) -> str | None:
     """Why a module whose forward may be called with something besides x is not swapped."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    cls: Any = stock_class(module)
-    found = inspect.signature(cls.forward).parameters.values()
+    found = inspect.signature(stock_class(module).forward).parameters.values()
     if sum(p.kind in kinds for p in found) > 2:
         return f"{type(module).__name__}.forward takes more than one input"
     return None

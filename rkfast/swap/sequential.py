@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rkfast.nn.chain import chain, fused_length
 from rkfast.nn.norm import activated, fusible, hooked, takes_relu
-from rkfast.swap.kind import Kind
+from rkfast.swap.kind import Kind, stock_class
 
 
 class FusedSequential(Kind):
@@ -21,7 +21,7 @@ class FusedSequential(Kind):
 
     @classmethod
     def reads(cls, module: Any) -> list[nn.Module] | str | None:
-        if not isinstance(module, nn.Sequential) or _forward(module) is not nn.Sequential.forward:
+        if not isinstance(module, nn.Sequential) or stock_class(module).forward is not nn.Sequential.forward:
             return None
         children = list(module)
         if any(fused_length(children[i:]) for i in range(len(children))):
@@ -45,10 +45,6 @@ class FusedSequential(Kind):
         return chain(found, x)
 
 
-def _forward(module: nn.Module) -> Any:
-    return (module.stock if isinstance(module, Kind) else type(module)).forward
-
-
 class FusedResNet(Kind):
     """The stem of torchvision's and timm's ResNet, whose classes are known: a BatchNorm and ReLU as one op, and a pool
     that keeps where its maxima were, and nothing else."""
@@ -61,7 +57,7 @@ class FusedResNet(Kind):
 
     @classmethod
     def reads(cls, module: Any) -> list[nn.Module] | str | None:
-        stock = module.stock if isinstance(module, Kind) else type(module)
+        stock = stock_class(module)
         for home, method, names in cls.NAMES:
             known = getattr(sys.modules.get(home), "ResNet", None)
             if known is None or not issubclass(stock, known) or getattr(stock, method) is not getattr(known, method):
