@@ -184,7 +184,7 @@ def test_figures_of_a_busy_machine_say_so(
     ),
 )
 def test_unknown_names_are_refused(args: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run.main(["ops", *TINY, *args]) == 2
+    assert run.main(["ops", args[0], *TINY, *args[1:]]) == 2
     assert message in capsys.readouterr().err
 
 
