@@ -44,12 +44,12 @@ class AddressCase(NetworkCase):
 
     def variants(self) -> Iterator[Variant]:
         fuse = functools.partial(rkfast.fuse, memory=self.asked.memory)
-        level = "" if self.asked.memory == "speed" else f", {self.asked.memory} memory"
-        yield Variant(level, fuse)
+        level = [] if self.asked.memory == "speed" else [f"{self.asked.memory} memory"]
+        yield Variant(", ".join(level), fuse)
         if self.asked.peers is None or "compile" in self.asked.peers.split(","):
-            yield Variant(f"{level}, compiled", fuse, compiled=True)
+            yield Variant(", ".join([*level, "compiled"]), fuse, compiled=True)
         if not self.training:
-            yield Variant(", folded", rkfast.fold)
+            yield Variant("folded", rkfast.fold)
 
 
 def asked(args: argparse.Namespace) -> argparse.Namespace:

@@ -39,7 +39,7 @@ PEERS = (
 
 
 class Variant(NamedTuple):
-    """One of ours: what its name ends in, and what makes it of a copy of the stock network."""
+    """One of ours: what its name says besides who served it, and what makes it of a copy of the stock network."""
 
     name: str
     make: Callable[[nn.Module], nn.Module]
@@ -141,9 +141,9 @@ class ModelCase(NetworkCase):
 
     def variants(self) -> Iterator[Variant]:
         for memory in self.network.memory[: None if self.training else 1]:
-            yield Variant("" if memory == "speed" else f", {memory} memory", functools.partial(self._fused, memory))
+            yield Variant("" if memory == "speed" else f"{memory} memory", functools.partial(self._fused, memory))
         if not self.training:
-            yield Variant(", folded", rkfast.fold)
+            yield Variant("folded", rkfast.fold)
 
     def _fused(self, memory: str, stock: nn.Module) -> nn.Module:
         model = self.create(fused=True, **({"memory": memory} if len(self.network.memory) > 1 else {}))
@@ -230,7 +230,7 @@ class Networks:
                 with forced(backend):
                     verdict = self._verdict(variant)
                 self.rough = max(ROUGHLY, 2 * verdict.eager)
-                yield f"{served}{variant.name}", verdict, contender
+                yield ", ".join(filter(None, (served, variant.name))) or "stock", verdict, contender
         self.references.clear()
 
     def _started(self, variant: Variant, backend: str) -> tuple[Steps, str]:
@@ -241,7 +241,7 @@ class Networks:
             contender.both() if self.case.training else contender.forward()
         contender.first_s = time.perf_counter() - start
         served = {by for _, by in dispatch.served() - before}
-        return contender, "+".join(b for b in dispatch.BACKENDS if b in served) or "stock"
+        return contender, "+".join(b for b in dispatch.BACKENDS if b in served)
 
     def _contender(self, variant: Variant, images: Tensor, labels: Tensor, backend: str = "auto") -> Steps:
         model = variant.make(copy.deepcopy(self.stock)).to(self.contest.device).train(self.case.training)

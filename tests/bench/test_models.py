@@ -41,7 +41,7 @@ def test_every_step_and_inference_has_a_row(family: str, tmp_path: Path, capsys:
     assert served in ("cpu", "reference")
     assert found[:-1] == [*((mode, served + memory) for mode, memory in training), ("forward", served)]
     assert found[-1][0] == "forward"
-    assert found[-1][1].endswith(", folded")
+    assert found[-1][1].endswith("folded")
     for row in document["rows"]:
         assert set(row) == ROW
         assert row["op"] == name
