@@ -44,6 +44,7 @@ class Contender:
     backend = "auto"
     parameters: Sequence[Tensor] = ()  # that the backward may keep at no cost
     compiled = False  # or converted, or anything else that takes time before the first step
+    first_s: float | None = None  # seconds that it took to be made and to run the first step, where that is known
     has_footprint = True  # whether its memory is what it takes during a step
 
     def forward(self) -> Any:
@@ -129,7 +130,6 @@ def run(suite: Suite, case: AnyCase, contest: Contest) -> dict[str, Any]:
     device = contest.device
     report: dict[str, Any] = {"id": case.id, "threads": contest.threads, "gate": {}, "contenders": {}, "failed": {}}
     contenders: dict[str, Contender] = {}
-    compile_s: dict[str, float] = {}
     field = suite.field(case, contest)
     for name, verdict, ours in field.ours():
         report["gate"][name] = verdict._asdict()
@@ -150,13 +150,12 @@ def run(suite: Suite, case: AnyCase, contest: Contest) -> dict[str, Any]:
             report["failed"][name] = f"{type(error).__name__}: {error}".splitlines()[0]
         else:
             contenders[name] = contender
-            if contender.compiled:
-                compile_s[name] = time.perf_counter() - start
+            contender.first_s = time.perf_counter() - start
     contenders["copy"] = Copy(case, device)
     for name, each in contenders.items():
         for _ in range(2):
             _step(case, each)
-        found = {"ms": {}, "faults": {}, "ours": name in ours_by, "compile_s": compile_s.get(name)}
+        found = {"ms": {}, "faults": {}, "ours": name in ours_by, "first_s": each.first_s, "compiled": each.compiled}
         report["contenders"][name] = found | _footprint(case, each, device)
     _measure(case, contest, suite.rounds, contenders, report["contenders"])
     return report

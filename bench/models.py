@@ -6,10 +6,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from torch.nn import functional as F
 import rkfast
 from rkfast import dispatch
 from rkfast.extras import require
+from rkfast.swap.copies import tensors
+from rkfast.swap.kind import without_chance
 
 from . import gate
 from .contest import COMPILE, Contender, Contest, Suite, forced
@@ -35,40 +38,27 @@ PEERS = (
 )
 
 
-@dataclass(frozen=True)
-class Network:
+class Variant(NamedTuple):
+    """One of ours: what its name says besides who served it, and what makes it of a copy of the stock network."""
+
     name: str
-    size: int
-    batches: tuple[int, ...]
-    main: int | None  # the batch of the main cases
-    options: tuple[tuple[str, Any], ...] = ()
-    label: str = ""  # where the name alone does not tell
-    memory: tuple[str, ...] = ("speed", "min")
+    make: Callable[[nn.Module], nn.Module]
+    compiled: bool = False
 
 
-@dataclass(frozen=True)
-class ModelCase:
+class NetworkCase:
     """Training is one step: forward, loss, backward; inference the forward in eval mode."""
 
-    network: Network
-    batch: int
+    op: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype  # bfloat16, float16: under autocast
+    layout: str
     training: bool
-    dtype: torch.dtype = torch.float32  # bfloat16: under autocast
-    main: bool = field(default=False, compare=False)
-
-    layout = "channels_last"
-
-    @property
-    def op(self) -> str:
-        return self.network.label or self.network.name
+    main: bool
 
     @property
     def name(self) -> str:
         return "train" if self.training else "inference"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.batch, IN_CHANS, self.network.size, self.network.size)
 
     @property
     def id(self) -> str:
@@ -82,25 +72,20 @@ class ModelCase:
     def bytes(self) -> None:
         return None
 
-    def create(self, **options: Any) -> nn.Module:
-        return rkfast.create_model(self.network.name, in_chans=IN_CHANS, **dict(self.network.options), **options)
+    def autocast(self, device: str) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(device, self.dtype) if self.dtype != torch.float32 else contextlib.nullcontext()
 
     def draw(self, generator: torch.Generator) -> Tensor:
         """Normally distributed images [N, C, H, W], no two equally bright."""
-        n, c, *_ = self.shape
-        device = generator.device
-        noise = torch.randn(self.shape, generator=generator, device=device)
-        return noise + torch.randn(n, c, 1, 1, generator=generator, device=device)
+        noise = torch.randn(self.shape, generator=generator, device=generator.device)
+        return noise + torch.randn(*self.shape[:2], 1, 1, generator=generator, device=generator.device)
 
-    def stock(self, generator: torch.Generator) -> nn.Module:
-        """The stock network that every contender is a copy of, its running statistics those of some batches."""
-        with torch.random.fork_rng():
-            torch.manual_seed(zlib.crc32(self.network.name.encode()))
-            model = self.create(fused=False).to(generator.device).train()
-        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    def settled(self, model: nn.Module, generator: torch.Generator) -> nn.Module:
+        """model, its running statistics the means over some batches."""
+        norms = [m for m in model.train().modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
-            norm.momentum = None  # the mean over the batches
+            norm.momentum = None
         with torch.no_grad():
             for _ in range(SETTLING):
                 model(self.draw(generator))
@@ -108,27 +93,97 @@ class ModelCase:
             norm.momentum = momentum
         return model.train(self.training)
 
-    def autocast(self, device: str) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(device, self.dtype) if self.dtype != torch.float32 else contextlib.nullcontext()
+    def stock(self, generator: torch.Generator) -> nn.Module:
+        """The stock network that every contender is a copy of."""
+        raise NotImplementedError
+
+    def variants(self) -> Iterator[Variant]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Network:
+    name: str
+    size: int
+    batches: tuple[int, ...]
+    main: int | None  # the batch of the main cases
+    options: tuple[tuple[str, Any], ...] = ()
+    label: str = ""  # where the name alone does not tell
+    memory: tuple[str, ...] = ("speed", "min")
+
+
+@dataclass(frozen=True)
+class ModelCase(NetworkCase):
+    network: Network
+    batch: int
+    training: bool
+    dtype: torch.dtype = torch.float32
+    main: bool = field(default=False, compare=False)
+
+    layout = "channels_last"
+
+    @property
+    def op(self) -> str:  # type: ignore[override]
+        return self.network.label or self.network.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return (self.batch, IN_CHANS, self.network.size, self.network.size)
+
+    def create(self, **options: Any) -> nn.Module:
+        return rkfast.create_model(self.network.name, in_chans=IN_CHANS, **dict(self.network.options), **options)
+
+    def stock(self, generator: torch.Generator) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(zlib.crc32(self.network.name.encode()))
+            model = self.create(fused=False).to(generator.device)
+        return self.settled(model, generator)
+
+    def variants(self) -> Iterator[Variant]:
+        for memory in self.network.memory[: None if self.training else 1]:
+            yield Variant("" if memory == "speed" else f"{memory} memory", functools.partial(self._fused, memory))
+        if not self.training:
+            yield Variant("folded", rkfast.fold)
+
+    def _fused(self, memory: str, stock: nn.Module) -> nn.Module:
+        model = self.create(fused=True, **({"memory": memory} if len(self.network.memory) > 1 else {}))
+        model.load_state_dict(stock.state_dict())
+        return model
+
+
+def outputs(result: Any) -> list[Tensor]:
+    """The floating-point tensors that a network returned."""
+    return [t for _, t in tensors(result, "output") if t.is_floating_point()]
+
+
+def loss(found: list[Tensor], labels: Tensor) -> Tensor:
+    """Cross entropy of logits [N, classes]; of other outputs the sum of their mean squares."""
+    if len(found) == 1 and found[0].dim() == 2:
+        return F.cross_entropy(found[0], labels)
+    return torch.stack([t.square().mean() for t in found]).sum()
 
 
 class Steps(Contender):
     """The steps of a network; ``call`` is what runs it."""
 
     def __init__(
-        self, case: ModelCase, model: nn.Module, images: Tensor, labels: Tensor, backend: str = "auto"
+        self, case: NetworkCase, model: nn.Module, images: Tensor, labels: Tensor, backend: str = "auto"
     ) -> None:
         self.case, self.model, self.images, self.labels, self.backend = case, model, images, labels, backend
-        self.call: Callable[[Tensor], Tensor] = model
+        self.call: Callable[[Tensor], Any] = model
         self.parameters = list(model.parameters())
 
-    def forward(self) -> Tensor:
+    def compile(self, mode: str) -> None:
+        self.call = torch.compile(_alone(self.model), mode=mode, dynamic=False)
+        self.compiled = True
+
+    def forward(self) -> Any:
         with torch.no_grad(), self.case.autocast(self.images.device.type):
             return self.call(self.images)
 
     def forward_grad(self) -> Tensor:
         with self.case.autocast(self.images.device.type):
-            return F.cross_entropy(self.call(self.images), self.labels)
+            return loss(outputs(self.call(self.images)), self.labels)
 
     def backward(self, outputs: Tensor) -> None:
         outputs.backward()
@@ -152,73 +207,87 @@ class Exported(Contender):
 class Networks:
     """A fused network beside the stock one."""
 
-    def __init__(self, case: ModelCase, contest: Contest) -> None:
+    def __init__(self, case: NetworkCase, contest: Contest) -> None:
         self.case, self.contest = case, contest
         generator = torch.Generator(contest.device).manual_seed(zlib.crc32(case.id.encode()))
         self.stock = case.stock(generator)
-        classes = self.stock.get_classifier().out_features  # type: ignore[operator]  # nn.Module's attributes
-        self.batches = [
-            (case.draw(generator), torch.randint(classes, (case.batch,), generator=generator, device=contest.device))
-            for _ in range(1 + REDRAWN)
-        ]
+        drawn = [case.draw(generator) for _ in range(1 + REDRAWN)]
+        with torch.no_grad():
+            found = outputs(copy.deepcopy(self.stock).eval()(drawn[0]))
+        if not found:
+            raise ValueError(f"{case.op}: there is no floating-point tensor in what it returns")
+        count, classes = (*found[0].shape, 1)[:2]
+        labels = [torch.randint(classes, (count,), generator=generator, device=contest.device) for _ in drawn]
+        self.batches = list(zip(drawn, labels, strict=True))
         self.images, self.labels = self.batches[0]
         self.references: dict[int, tuple[gate.Results, gate.Results]] = {}  # by batch: eager's and those in fp64
         self.rough = ROUGHLY
 
     def ours(self) -> Iterator[tuple[str, gate.Verdict, Contender]]:
         for backend in self.contest.backends:
-            for memory in self.case.network.memory[: None if self.case.training else 1]:
-                before = dispatch.served()
+            for variant in self.case.variants():
+                contender, served = self._started(variant, backend)
                 with forced(backend):
-                    verdict = self._verdict(memory)
+                    verdict = self._verdict(variant)
                 self.rough = max(ROUGHLY, 2 * verdict.eager)
-                served = {by for _, by in dispatch.served() - before}
-                name = "+".join(b for b in dispatch.BACKENDS if b in served) or "stock"
-                fused = Steps(self.case, self._fused(memory), dense(self.images, True), self.labels, backend)
-                yield name if memory == "speed" else f"{name}, min memory", verdict, fused
+                yield ", ".join(filter(None, (served, variant.name))) or "stock", verdict, contender
         self.references.clear()
 
-    def _verdict(self, memory: str) -> gate.Verdict:
+    def _started(self, variant: Variant, backend: str) -> tuple[Steps, str]:
+        """A contender that has run its first step, and the backends that served it."""
+        start, before = time.perf_counter(), dispatch.served()
+        contender = self._contender(variant, self.images, self.labels, backend)
+        with forced(backend):
+            contender.both() if self.case.training else contender.forward()
+        contender.first_s = time.perf_counter() - start
+        served = {by for _, by in dispatch.served() - before}
+        return contender, "+".join(b for b in dispatch.BACKENDS if b in served)
+
+    def _contender(self, variant: Variant, images: Tensor, labels: Tensor, backend: str = "auto") -> Steps:
+        model = variant.make(copy.deepcopy(self.stock)).to(self.contest.device).train(self.case.training)
+        last = self.case.layout == "channels_last"
+        contender = Steps(self.case, _arranged(model, last), dense(images, last), labels, backend)
+        if variant.compiled:
+            contender.compile("default")
+        return contender
+
+    def _verdict(self, variant: Variant) -> gate.Verdict:
         """A ReLU that flips in ours and in none of eager's moves the gradients, and nothing else, a hundred times
         further than rounding does: gradients that were off are cleared by a batch on which they are not. (ERKNet,
         7 x 32 x 32: flips on 6 batches of 9, in eager channels_last on 7, in eager on 2.)"""
-        verdict = self._compared(memory, 0)
+        verdict = self._compared(variant, 0)
         for batch in range(1, len(self.batches)):
             if verdict.failure is None or not verdict.failure.startswith("gradients"):
                 break
-            verdict = self._compared(memory, batch)
+            verdict = self._compared(variant, batch)
         return verdict
 
-    def _compared(self, memory: str, batch: int) -> gate.Verdict:
+    def _compared(self, variant: Variant, batch: int) -> gate.Verdict:
+        given, labels = (t[:GATE_IMAGES] for t in self.batches[batch])
         if batch not in self.references:
+            eager, wide = copy.deepcopy(self.stock), copy.deepcopy(self.stock).double()
             self.references[batch] = (
-                self._results(copy.deepcopy(self.stock), batch),
-                self._results(copy.deepcopy(self.stock).double(), batch),
+                self._results(Steps(self.case, eager, given, labels)),
+                self._results(Steps(self.case, wide, given.double(), labels)),
             )
-        return gate.compare(
-            self._results(self._fused(memory), batch, channels_last=True), *self.references[batch], rms=True
-        )
+        return gate.compare(self._results(self._contender(variant, given, labels)), *self.references[batch], rms=True)
 
-    def _fused(self, memory: str) -> nn.Module:
-        model = self.case.create(fused=True, **({"memory": memory} if len(self.case.network.memory) > 1 else {}))
-        model.load_state_dict(self.stock.state_dict())
-        return _channels_last(model.to(self.contest.device)).train(self.case.training)
-
-    def _results(self, model: nn.Module, batch: int, channels_last: bool = False) -> gate.Results:
-        parameters = list(model.parameters())
-        wide = parameters[0].dtype == torch.float64
-        images, labels = (t[:GATE_IMAGES] for t in self.batches[batch])
-        images = dense(images.to(parameters[0].dtype), channels_last)
-        autocast = contextlib.nullcontext() if wide else self.case.autocast(images.device.type)
+    def _results(self, steps: Steps) -> gate.Results:
+        """Without dropout, which would draw differently in each."""
+        model = steps.model
+        without_chance(model)
+        autocast = self.case.autocast(steps.images.device.type)
+        if steps.images.dtype == torch.float64:
+            autocast = contextlib.nullcontext()
         with autocast, torch.set_grad_enabled(self.case.training):
-            logits = model(images)
-            loss = F.cross_entropy(logits, labels)
+            found = outputs(steps.call(steps.images))
+            total = loss(found, steps.labels)
         if not self.case.training:
-            return gate.Results([logits], [], [])
-        loss.backward()
-        gradients = [torch.zeros(()) if p.grad is None else p.grad for p in parameters]
+            return gate.Results(found, [], [])
+        total.backward()
+        gradients = [torch.zeros(()) if p.grad is None else p.grad for p in steps.parameters]
         buffers = [b if b.is_floating_point() else b.double() for b in model.buffers()]
-        return gate.Results([loss.detach(), logits.detach()], gradients, buffers)
+        return gate.Results([total.detach(), *(t.detach() for t in found)], gradients, buffers)
 
     def peers(self) -> Iterator[tuple[str, Callable[[], Contender]]]:
         for name in self.contest.peers:
@@ -231,30 +300,27 @@ class Networks:
                 raise ValueError(f"{name} is measured on the CPU only")
             contender: Contender = Exported((_openvino if name == "openvino" else _onnxruntime)(self))
         else:
-            contender = self._stock(channels_last=name != "eager")
+            layout = {"eager": "contiguous", "eager_channels_last": "channels_last"}.get(name, self.case.layout)
+            contender = steps = self._stock(layout == "channels_last")
             if name in COMPILE:
-                contender.call = torch.compile(_alone(contender.model), mode=COMPILE[name], dynamic=False)
-                contender.compiled = True
+                steps.compile(COMPILE[name])
         if not self.case.training:
             with _freezing() if name == "compile_freezing" else contextlib.nullcontext():
-                found = contender.forward()
-            gap = gate.error(found.double(), self._stock(channels_last=False).forward().double(), rms=True)
-            if not gap <= self.rough:
-                raise ValueError(f"its logits are off by {gap:.1e}, where {self.rough:.1e} is allowed")
+                found = outputs(contender.forward())
+            for ours, theirs in zip(outputs(self._stock(False).forward()), found, strict=False):
+                gap = gate.error(theirs.double(), ours.double(), rms=True)
+                if not gap <= self.rough:
+                    raise ValueError(f"its results are off by {gap:.1e}, where {self.rough:.1e} is allowed")
         return contender
 
     def _stock(self, channels_last: bool) -> Steps:
-        model = copy.deepcopy(self.stock)
-        return Steps(
-            self.case,
-            _channels_last(model) if channels_last else model,
-            dense(self.images, channels_last),
-            self.labels,
-        )
+        model = _arranged(copy.deepcopy(self.stock), channels_last)
+        return Steps(self.case, model, dense(self.images, channels_last), self.labels)
 
 
-def _channels_last(model: nn.Module) -> nn.Module:
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+def _arranged(model: nn.Module, channels_last: bool) -> nn.Module:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return model.to(memory_format=layout)  # type: ignore[call-overload]  # missing in torch's stubs
 
 
 def _alone(model: nn.Module) -> Callable[..., Any]:

@@ -46,13 +46,14 @@ def rows(case: AnyCase, reports: Reports, device: str) -> Iterator[dict[str, Any
                 "shape": list(case.shape),
                 "threads": reports[setting]["threads"],
                 "malloc": setting,
-                **_spread(ms),
+                **_spread(ours["ms"][mode]),
+                "first_s": _first_s(reports, name),
                 "bytes": moved[mode] if moved else None,
                 "gb_per_s": moved[mode] / ms.p50 / 1e6 if moved else None,
                 "copy_share": statistics.median(copy[1]["ms"][mode]) / ms.p50 if moved and copy else None,
                 **_footprint(ours, mode),
                 "peers": {
-                    peer: {**_peer(found, at, mode, ours["ms"][mode]), "compile_s": _compile_s(reports, peer)}
+                    peer: {**_peer(found, at, mode, ours["ms"][mode]), **_started(reports, peer, found)}
                     for peer, (at, found) in best.items()
                     if not found["ours"] and peer != "copy"
                 },
@@ -65,14 +66,20 @@ def _better(reports: Reports, name: str, mode: str) -> tuple[str, dict[str, Any]
     return min(measured, key=lambda pair: statistics.median(pair[1]["ms"][mode]), default=None)
 
 
-def _compile_s(reports: Reports, name: str) -> float | None:
+def _first_s(reports: Reports, name: str) -> float | None:
     """At the setting that came first, which found nothing compiled."""
-    stood = (r["contenders"][name].get("compile_s") for r in reports.values() if name in r["contenders"])
+    stood = (r["contenders"][name].get("first_s") for r in reports.values() if name in r["contenders"])
     return max((seconds for seconds in stood if seconds is not None), default=None)
 
 
-def _spread(ms: timing.Summary) -> dict[str, float]:
-    return {"ms_p20": ms.p20, "ms_p50": ms.p50, "ms_p80": ms.p80}
+def _started(reports: Reports, name: str, found: dict[str, Any]) -> dict[str, float | None]:
+    first_s = _first_s(reports, name)
+    return {"first_s": first_s, "compile_s": first_s if found.get("compiled") else None}
+
+
+def _spread(ms: list[float]) -> dict[str, float]:
+    middle, (low, high) = timing.summary(ms), timing.confidence(ms)
+    return {"ms_p20": middle.p20, "ms_p50": middle.p50, "ms_p80": middle.p80, "ms_low": low, "ms_high": high}
 
 
 def _footprint(contender: dict[str, Any], mode: str) -> dict[str, Any]:
@@ -87,7 +94,7 @@ def _peer(peer: dict[str, Any], setting: str, mode: str, ours: list[float]) -> d
     ratio = timing.ratios(peer["ms"][mode], ours)
     return {
         "malloc": setting,
-        **_spread(timing.summary(peer["ms"][mode])),
+        **_spread(peer["ms"][mode]),
         **_footprint(peer, mode),
         "speedup": ratio.p50,
         "speedup_p20": ratio.p20,
@@ -173,17 +180,40 @@ def _speedup(peer: dict[str, Any] | None) -> str:
     return f"{peer['speedup']:.2f} ({peer['speedup_p20']:.2f}–{peer['speedup_p80']:.2f}){kept}"
 
 
-def markdown(document: dict[str, Any]) -> str:
-    """The conditions, one table, what calls cost, and what the gate refused."""
-    machine, versions, found = document["machine"], document["versions"], document["rows"]
+def where(document: dict[str, Any]) -> str:
+    """On what, with what, of which commit and when the figures were measured."""
+    machine, versions = document["machine"], document["versions"]
     where = f"{machine['cpu']}, {machine['cores']} cores, {machine['capability']}"
     if machine["gpu"]:
         gpu = machine["gpu"]
         where = f"{gpu['name']} ({gpu['capability']}, driver {gpu['driver']}); {where}"
     named = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-    lines = [
+    return (
         f"{where}. {named}. Commit {document['commit'] or 'unknown'}{' with changes' if document['dirty'] else ''}, "
-        f"{document['date']}, load {document['load'][0]} to {document['load'][1]}.",
+        f"{document['date']}, load {document['load'][0]} to {document['load'][1]}."
+    )
+
+
+def disturbed(document: dict[str, Any]) -> Iterator[str]:
+    """Why the figures mean little, if they do."""
+    if document["machine"]["gpu"] is None and (document["load"][0] or 0) > BUSY:
+        yield f"Not to be quoted: other work ran on this machine (load {document['load'][0]} at the start)."
+
+
+def refused(document: dict[str, Any]) -> Iterator[str]:
+    """What has no figure, and why."""
+    for g in document["gate"]:
+        if g["failure"]:
+            yield f"**wrong, no figure**: {g['id']} on {g['backend']}, {g['threads']} threads: {g['failure']}"
+    broken = ((g["id"], name, why) for g in document["gate"] for name, why in g["failed_peers"].items())
+    yield from (f"{name} could not run {id}: {why}" for id, name, why in dict.fromkeys(broken))
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """The conditions, one table, what calls cost, and what the gate refused."""
+    found = document["rows"]
+    lines = [
+        where(document),
         "",
         "Medians (20th to 80th percentile) of interleaved rounds, inputs left where the caches keep them. `×` columns: "
         "a peer's median over ours (percentiles of the ratio round by round); on CPU each side at its better malloc "
@@ -193,11 +223,7 @@ def markdown(document: dict[str, Any]) -> str:
         + (" `*`: measured in an earlier run on this machine." if _any_kept(found) else ""),
         "",
     ]
-    if document["machine"]["gpu"] is None and (document["load"][0] or 0) > BUSY:
-        lines += [
-            f"**Not to be quoted: other work ran on this machine (load {document['load'][0]} at the start).**",
-            "",
-        ]
+    lines += [f"**{busy}**\n" for busy in disturbed(document)]
     if found:
         peers = peer_names(found)
         head = ["op", "case", "backend", "mode", "dtype", "layout", "shape", "threads", "time", "GB/s", "copy"]
@@ -224,13 +250,7 @@ def markdown(document: dict[str, Any]) -> str:
                 + " |"
             )  # fmt: skip
         lines += ["", *_boundary(found)]
-    lines += [
-        f"- **wrong, no figure**: {g['id']} on {g['backend']}, {g['threads']} threads: {g['failure']}"
-        for g in document["gate"]
-        if g["failure"]
-    ]
-    broken = ((g["id"], name, why) for g in document["gate"] for name, why in g["failed_peers"].items())
-    lines += [f"- {name} could not run {id}: {why}" for id, name, why in dict.fromkeys(broken)]
+    lines += [f"- {line}" for line in refused(document)]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -1,5 +1,6 @@
-"""``rkfast bench ops``, ``rkfast bench models``, or ``python bench/run.py`` with the same arguments: the ops, and whole
-networks, beside eager and compiled PyTorch; inference of networks also beside OpenVINO and ONNX Runtime.
+"""``rkfast bench ops``, ``models`` or ``ADDRESS``, or ``python bench/run.py`` with the same arguments: the ops, our
+networks, or one of anybody's (such as torchvision:densenet121), beside eager and compiled PyTorch; inference of
+networks also beside OpenVINO and ONNX Runtime.
 
 Exit status: 0; 1 where a result was wrong or a measurement broke down; 75 where ``--budget`` ended the run early, which
 ``--resume`` then continues.
@@ -29,12 +30,15 @@ if not __package__:
 import torch
 
 from rkfast import dispatch
+from rkfast.commands import network
+from rkfast.extras import require
 
-from . import contest, machine, models, ops, report
+from . import address, contest, machine, models, ops, page, report
 from .contest import Contest
 from .workload import AnyCase
 
 SUITES = {"ops": ops.SUITE, "models": models.SUITE}
+SIZES = ("tiny", "quick", "full")
 UNFINISHED = 75
 # glibc gives large blocks back to the system at once, and each step then takes its pages anew; or it keeps them.
 MALLOC = {
@@ -50,11 +54,11 @@ DRIFT = 0.1  # a kept baseline holds while the copy beside it stays this close t
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("suite", choices=SUITES, help="what to measure")
+    add("suite", metavar="SUITE", help=f"what to measure: {', '.join(SUITES)}, or {network.ADDRESSES}")
     names = "; ".join(f"of {name}: {', '.join(suite.cases)}" for name, suite in SUITES.items())
     peers = "; ".join(f"of {name}: {', '.join(suite.known_peers)}" for name, suite in SUITES.items())
     add("names", nargs="*", metavar="NAME", help=f"all of the suite by default; {names}")
-    add("--size", choices=["tiny", "quick", "full"], default="full", help="how many cases, how large")
+    add("--size", help=f"{', '.join(SIZES)}: how many cases, how large (full); of a network, pixels ({network.SIZE})")
     add("--quick", dest="size", action="store_const", const="quick", help="the same as --size quick")
     add("--filter", default="", metavar="TEXT", help="only cases whose id, as --list prints it, contains it")
     add("--main", action="store_true", help="only the main cases")
@@ -75,20 +79,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--csv", type=Path, metavar="FILE")
     add("--markdown", type=Path, metavar="FILE", help="the table, which is also printed")
     add("--plot", type=Path, metavar="FILE")
+    add("--html", type=Path, metavar="FILE", help="of a network: tables and plot on a page that needs no other file")
     add("--job", type=Path, help=argparse.SUPPRESS)
+    address.add_arguments(parser.add_argument_group("of a network"))
 
 
 def run(args: argparse.Namespace) -> int:
     if args.job is not None:
         _work(json.loads(args.job.read_text()))
         return 0
+    try:
+        _check(args)
+    except ValueError as error:
+        print(f"rkfast bench: {error}", file=sys.stderr)
+        return 2
     cases = select(args)
     if args.list:
         print("\n".join(case.id for case in cases))
         return 0
-    if args.plot is not None:  # before minutes are spent
-        from rkfast.extras import require
-
+    if args.plot is not None or args.html is not None:  # before minutes are spent
         require("matplotlib", "plots")
     document = _document(args)
     previous = _previous(args, document)
@@ -114,7 +123,10 @@ def run(args: argparse.Namespace) -> int:
                 document["gate"].extend(report.gates(case, reports[case.id], args.device))
                 document["rows"].extend(report.rows(case, reports[case.id], args.device))
     document["load"][1] = machine.load()
-    table = report.markdown(document)
+    own = args.suite not in SUITES
+    if own and args.max_batch:
+        document["max_batch"] = address.largest(args)
+    table = (page if own else report).markdown(document)
     print(table)
     if args.json is not None:
         report.write_json(args.json, document)
@@ -124,28 +136,69 @@ def run(args: argparse.Namespace) -> int:
         args.markdown.parent.mkdir(parents=True, exist_ok=True)
         args.markdown.write_text(table)
     if args.plot is not None:
-        report.plot(args.plot, document)
+        args.plot.parent.mkdir(parents=True, exist_ok=True)
+        (page if own else report).plot(args.plot, document)
+    if args.html is not None:
+        args.html.parent.mkdir(parents=True, exist_ok=True)
+        args.html.write_text(page.html(document))
     if broken or any(g["failure"] for g in document["gate"]):
         return 1
     return UNFINISHED if unfinished else 0
 
 
-def select(args: argparse.Namespace) -> list[AnyCase]:
-    suite = SUITES[args.suite]
+def suite_of(args: argparse.Namespace) -> contest.Suite:
+    return SUITES[args.suite] if args.suite in SUITES else address.suite(args)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Fill in the size, and see that the suite can be measured at all.
+
+    Raises:
+        ValueError: what is wrong with which argument.
+    """
+    if args.suite not in SUITES and ":" not in args.suite:
+        raise ValueError(f"{args.suite!r} is neither {' nor '.join(SUITES)} nor an address, {network.ADDRESSES}")
+    suite = suite_of(args)
+    unknown = [peer for peer in _named_peers(args) if peer not in suite.known_peers]
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is not a peer; there are {', '.join(suite.known_peers)}")
+    if args.suite not in SUITES:
+        if args.names:
+            raise ValueError(f"{args.names[0]!r}: one network at a time")
+        address.made(address.asked(args))
+        return
+    args.size = args.size or "full"
+    if args.size not in SIZES:
+        raise ValueError(f"--size: of {args.suite} expected one of {', '.join(SIZES)}, got {args.size!r}")
     unknown = [name for name in args.names if name not in suite.cases]
     if unknown:
-        raise SystemExit(f"rkfast bench: {unknown[0]!r} is no {suite.kind}; there are {', '.join(suite.cases)}")
-    every = (case for name in args.names or suite.cases for case in suite.cases[name](args.size, args.device))
-    chosen = [case for case in every if args.filter in case.id and (case.main or not args.main)]
+        raise ValueError(f"{unknown[0]!r} is no {suite.kind}; there are {', '.join(suite.cases)}")
+    if args.html is not None:
+        raise ValueError("--html: there is a page of a network only, such as torchvision:densenet121")
+
+
+def _named_peers(args: argparse.Namespace) -> list[str]:
+    return [peer for peer in (args.peers or "").split(",") if peer]
+
+
+def _cases(args: argparse.Namespace) -> Iterator[AnyCase]:
+    cases = suite_of(args).cases
+    return (case for name in args.names or cases for case in cases[name](args.size, args.device))
+
+
+def select(args: argparse.Namespace) -> list[AnyCase]:
+    chosen = [case for case in _cases(args) if args.filter in case.id and (case.main or not args.main)]
     return sorted(chosen, key=lambda case: not case.main)
 
 
 def _document(args: argparse.Namespace) -> dict[str, Any]:
+    own = {} if args.suite in SUITES else {"network": address.described(args)}
     return {
         "schema": report.SCHEMA,
         **machine.describe(args.device),
         "load": [machine.load(), None],
         "size": args.size,
+        **own,
         "malloc": {name: MALLOC.get(name, {}) for name in _settings(args)},
         "gate": [],
         "rows": [],
@@ -156,8 +209,8 @@ def _previous(args: argparse.Namespace, document: dict[str, Any]) -> dict[str, A
     if not args.resume or args.json is None or not args.json.is_file():
         return None
     found = json.loads(args.json.read_text())
-    same = ("schema", "machine", "versions", "commit", "dirty", "size", "malloc")
-    return found if all(found.get(key) == document[key] for key in same) else None
+    same = ("schema", "machine", "versions", "commit", "dirty", "size", "network", "malloc")
+    return found if all(found.get(key) == document.get(key) for key in same) else None
 
 
 def _settings(args: argparse.Namespace) -> list[str]:
@@ -174,21 +227,16 @@ def _threads(device: str) -> list[int]:
 def _job(
     args: argparse.Namespace, ids: list[str], threads: int, setting: str, until: float | None, out: Path
 ) -> dict[str, Any]:
-    suite = SUITES[args.suite]
-    peers = suite.peers[args.device] if args.peers is None else [peer for peer in args.peers.split(",") if peer]
-    unknown = [peer for peer in peers if peer not in suite.known_peers]
-    if unknown:
-        raise SystemExit(f"rkfast bench: {unknown[0]!r} is not a peer; there are {', '.join(suite.known_peers)}")
+    suite = suite_of(args)
+    peers = suite.peers[args.device] if args.peers is None else _named_peers(args)
     return {
-        "suite": args.suite,
-        "names": args.names,
-        "size": args.size,
+        "asked": json.loads(json.dumps(vars(args), default=str)),
         "ids": ids,
         "contest": {
             "device": args.device,
             "backends": args.backend or suite.backends(args.device),
             "peers": peers,
-            "seconds": args.seconds if args.seconds is not None else 1.0 if args.size == "full" else 0.5,
+            "seconds": args.seconds if args.seconds is not None else 0.5 if args.size in SIZES[:-1] else 1.0,
             "threads": threads,
         },
         "setting": setting,
@@ -213,7 +261,7 @@ def _measured(job: dict[str, Any], setting: str, reports: dict[str, dict[str, An
         environment = {**kept, **MALLOC[setting], "OMP_NUM_THREADS": str(job["contest"]["threads"])}
         # Fresh, so that what compiling takes is seen; the next malloc setting finds it done.
         environment["TORCHINDUCTOR_CACHE_DIR"] = str(out.parent / "compiled")
-        command = [sys.executable, str(Path(__file__).resolve()), job["suite"], "--job", str(file)]
+        command = [sys.executable, str(Path(__file__).resolve()), job["asked"]["suite"], "--job", str(file)]
         status = subprocess.run(command, env=environment).returncode
     if status:
         print(f"rkfast bench: the process that measured at malloc setting {setting!r} exited {status}", file=sys.stderr)
@@ -228,7 +276,7 @@ def _work(job: dict[str, Any]) -> None:
     asked = job["contest"]
     settings = Contest(**{**asked, "backends": tuple(asked["backends"]), "peers": tuple(asked["peers"])})
     torch.set_num_threads(settings.threads)
-    suite = SUITES[job["suite"]]
+    suite = suite_of(argparse.Namespace(**job["asked"]))
     baselines = Baselines(job["baselines"], settings.device)
     with open(job["out"], "w") as out:
         for i, case in enumerate(_named(job)):
@@ -241,8 +289,8 @@ def _work(job: dict[str, Any]) -> None:
 
 
 def _named(job: dict[str, Any]) -> Iterator[AnyCase]:
-    device, cases = job["contest"]["device"], SUITES[job["suite"]].cases
-    every = {case.id: case for name in job["names"] or cases for case in cases[name](job["size"], device)}
+    args = argparse.Namespace(**job["asked"])
+    every = {case.id: case for case in _cases(args)}
     return (every[id] for id in job["ids"])
 
 

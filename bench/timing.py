@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -46,6 +47,14 @@ def summary(values: Sequence[float]) -> Summary:
         return Summary(values[0], values[0], values[0])
     cuts = statistics.quantiles(values, n=10, method="inclusive")
     return Summary(cuts[1], cuts[4], cuts[7])
+
+
+def confidence(values: Sequence[float]) -> tuple[float, float]:
+    """The two values between which the median lies by 95 %: of ranks n/2 -+ 0.98 sqrt(n)."""
+    ordered = sorted(values)
+    reach = 0.98 * math.sqrt(len(ordered))
+    low = max(math.floor(len(ordered) / 2 - reach), 0)
+    return ordered[low], ordered[len(ordered) - 1 - low]
 
 
 def ratios(theirs: Sequence[float], ours: Sequence[float]) -> Summary:

@@ -22,7 +22,10 @@ COMMANDS = {
     "fuse-report": ("rkfast.commands.fuse_report", "what rkfast.fuse does to a network, and why it leaves the rest"),
     "verify": ("rkfast.commands.verify", "compare a fused network with stock PyTorch and float64; PASS or FAIL"),
     "export": ("rkfast.commands.export", "write a network for inference as ONNX, torch.export or AOTInductor file"),
-    "bench": ("rkfast.bench.run", "measure the ops, or whole models, against eager and compiled PyTorch"),
+    "bench": (
+        "rkfast.bench.run",
+        "measure the ops, our models, or a network of yours beside stock and compiled PyTorch",
+    ),
 }
 
 

@@ -21,25 +21,30 @@ from rkfast.ops.dense_block import MEMORY
 
 ADDRESSES = "torchvision:NAME, timm:NAME, rkfast:NAME, package.module:FUNCTION or path.py:FUNCTION"
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+SIZE = 224
 
 
-def add_memory(parser: argparse.ArgumentParser) -> None:
+def add_memory(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     parser.add_argument("--memory", choices=MEMORY, default=MEMORY[0], help="as in rkfast.fuse (%(default)s)")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("network", metavar="ADDRESS", help=ADDRESSES)
-    parser.add_argument(
-        "--options", default="{}", metavar="JSON", help="what it is made with, such as '{\"width\": 16}'"
-    )
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="a state_dict, .safetensors or by torch.save")
-    parser.add_argument("--batch", type=int, default=2, metavar="N", help="(%(default)s)")
-    parser.add_argument("--size", type=int, default=224, metavar="PIXELS", help="(%(default)s)")
-    parser.add_argument("--in-chans", type=int, default=3, metavar="C", help="channels of the images (%(default)s)")
-    parser.add_argument("--amp", choices=DTYPES, default="fp32", help="autocast (%(default)s for none)")
-    parser.add_argument("--channels-last", action="store_true", help="network and images in that layout")
+    parser.add_argument("--size", type=int, default=SIZE, metavar="PIXELS", help="(%(default)s)")
     parser.add_argument("--device", default="cpu", help="(%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of fresh weights and images (%(default)s)")
+    add_making(parser)
+
+
+def add_making(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """How the network and its images are made, but for the size of the latter and where both are."""
+    add = parser.add_argument
+    add("--options", default="{}", metavar="JSON", help="what it is made with, such as '{\"width\": 16}'")
+    add("--weights", metavar="FILE", help="a state_dict, .safetensors or by torch.save")
+    add("--batch", type=int, default=2, metavar="N", help="(%(default)s)")
+    add("--in-chans", type=int, default=3, metavar="C", help="channels of the images (%(default)s)")
+    add("--amp", choices=DTYPES, default="fp32", help="autocast (%(default)s for none)")
+    add("--channels-last", action="store_true", help="network and images in that layout")
+    add("--seed", type=int, default=0, help="of fresh weights and images (%(default)s)")
 
 
 def made(args: argparse.Namespace) -> tuple[nn.Module, Tensor]:
@@ -65,7 +70,7 @@ def made(args: argparse.Namespace) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(args.seed)
     model = find(args.network, options)
     if args.weights is not None:
-        _load(model, args.weights)
+        _load(model, Path(args.weights))
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     images = torch.randn(args.batch, args.in_chans, args.size, args.size)
     return model.to(device, memory_format=layout), images.to(device, memory_format=layout)  # type: ignore[call-overload]

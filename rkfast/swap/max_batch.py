@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rkfast.ops import layout
-from rkfast.swap.copies import has_fused, inside, tensors
+from rkfast.swap.copies import has_fused, inside, stock, tensors
 from rkfast.swap.estimate import fake_mode, fuse_shadow, in_words, shadow, without_numbers
 from rkfast.swap.fuse import check_memory
 
@@ -24,7 +24,12 @@ ROUNDS = 8
 
 
 def max_batch(
-    model: nn.Module, *inputs: Any, budget: int | None = None, optimizer: str | float = "sgd", memory: str | None = None
+    model: nn.Module,
+    *inputs: Any,
+    budget: int | None = None,
+    optimizer: str | float = "sgd",
+    memory: str | None = None,
+    fused: bool = True,
 ) -> int:
     """The largest batch whose training step fits into memory: an estimate, without computing anything.
 
@@ -42,6 +47,7 @@ def max_batch(
             whatever a container may use of it), and what its parameters, buffers and gradients have already.
         optimizer: "sgd" with momentum, "adamw", or how many tensors it keeps per parameter.
         memory: "speed" or "min", as in ``fuse``; None is what the network was fused with, and "speed" where it was not.
+        fused: False asks for that of stock PyTorch.
 
     Raises:
         TypeError, ValueError: an argument is of a wrong type or value.
@@ -64,7 +70,9 @@ def max_batch(
         raise ValueError(f"budget: expected a number of bytes, got {budget!r}")
     fake = fake_mode()
     twin = shadow(net, fake)
-    if memory is not None or not has_fused(net):
+    if not fused:
+        stock(twin)
+    elif memory is not None or not has_fused(net):
         fuse_shadow(net, twin, memory or "speed")
 
     def needed(n: int) -> int:
