@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,15 +27,18 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
     network.add_memory(parser)
     for mode in MODES:
         parser.add_argument(f"--{mode}", action="store_true", help="only that; both by default")
+    parser.add_argument(
+        "--also", nargs="+", default=[], metavar="BATCHxPIXELS", help="further batches and sizes, such as 1x224 32x96"
+    )
     parser.add_argument("--max-batch", action="store_true", help="estimate the largest batches that fit, too")
 
 
 class AddressCase(NetworkCase):
     main = False
 
-    def __init__(self, asked: argparse.Namespace, training: bool) -> None:
+    def __init__(self, asked: argparse.Namespace, batch: int, size: int, training: bool) -> None:
         self.asked, self.training, self.op = asked, training, asked.network
-        self.shape = (asked.batch, asked.in_chans, asked.size, asked.size)
+        self.shape = (batch, asked.in_chans, size, size)
         self.dtype = network.DTYPES[asked.amp] or torch.float32
         self.layout = "channels_last" if asked.channels_last else "contiguous"
 
@@ -52,18 +56,35 @@ class AddressCase(NetworkCase):
             yield Variant("folded", rkfast.fold)
 
 
+def shapes(args: argparse.Namespace) -> list[tuple[int, int]]:
+    """Batches and pixels to measure, the first by --batch and --size.
+
+    Raises:
+        ValueError: one of --also is no such pair.
+    """
+    found = [(args.batch, args.size)]
+    for text in args.also:
+        pair = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+        if pair is None:
+            raise ValueError(f"--also: expected a batch and pixels, such as 32x96, got {text!r}")
+        found.append((int(pair[1]), int(pair[2])))
+    return list(dict.fromkeys(found))
+
+
 def asked(args: argparse.Namespace) -> argparse.Namespace:
     """What ``network.made`` and the cases ask for, from the arguments of ``rkfast bench ADDRESS``.
 
     Raises:
-        ValueError: --size is no number of pixels.
+        ValueError: --size is no number of pixels, or one of --also no such pair.
     """
     size = args.size if args.size is not None else network.SIZE
     try:
         size = int(size)
     except ValueError:
         raise ValueError(f"--size: of a network expected a number of pixels, got {size!r}") from None
-    return argparse.Namespace(**{**vars(args), "network": args.suite, "size": size})
+    given = argparse.Namespace(**{**vars(args), "network": args.suite, "size": size})
+    shapes(given)
+    return given
 
 
 def made(args: argparse.Namespace) -> tuple[nn.Module, torch.Tensor]:
@@ -74,15 +95,15 @@ def made(args: argparse.Namespace) -> tuple[nn.Module, torch.Tensor]:
 def described(args: argparse.Namespace) -> dict[str, Any]:
     """The network as a results file names it."""
     given = asked(args)
-    kept = ("options", "weights", "amp", "channels_last", "memory", "seed")
-    shape = [given.batch, given.in_chans, given.size, given.size]
-    return {"address": given.network, "shape": shape, **{name: getattr(given, name) for name in kept}}
+    kept = ("options", "weights", "in_chans", "amp", "channels_last", "memory", "seed")
+    return {"address": given.network, **{name: getattr(given, name) for name in kept}}
 
 
 def suite(args: argparse.Namespace) -> Suite:
     def cases(size: str, device: str) -> Iterator[AddressCase]:
+        given = asked(args)
         wanted = [mode for mode in MODES if getattr(args, mode)] or MODES
-        return (AddressCase(asked(args), mode == "train") for mode in wanted)
+        return (AddressCase(given, *shape, mode == "train") for shape in shapes(given) for mode in wanted)
 
     return MODELS._replace(kind="network", cases={args.suite: cases}, field=Networks)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from rkfast.extras import require
 from . import report
 
 MODES = {"train": "both", "inference": "forward"}
-TITLES = {"train": "A training step: forward, loss, backward", "inference": "Inference"}
+TITLES = {"train": "A training step (forward, loss, backward)", "inference": "Inference"}
 HEAD = ("", "ms", "95 %", "images/s", "× eager", "MB peak", "MB kept", "s to first step")
 PAGE = """<!doctype html>
 <html lang="en">
@@ -42,12 +43,14 @@ td:first-child, th:first-child { text-align: left; } tr.ours { font-weight: 600;
 
 
 def contenders(document: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """By case ("train", "inference") whoever took part, ours last; ``times`` is eager's time over its own."""
+    """By a title that says what and of which shape, whoever took part, ours last; ``times`` is eager's time over its
+    own."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for case, mode in MODES.items():
-        rows = [row for row in document["rows"] if row["case"] == case and row["mode"] == mode]
-        if not rows:
-            continue
+    steps = [row for row in document["rows"] if row["mode"] == MODES[row["case"]]]
+    for (case, shape, threads), group in itertools.groupby(
+        steps, lambda row: (row["case"], "×".join(map(str, row["shape"])), row["threads"])
+    ):
+        rows = list(group)
         every = [{**peer, "name": name, "ours": False} for name, peer in rows[0]["peers"].items()]
         every += [{**row, "name": f"rkfast, {row['backend']}", "ours": True} for row in rows]
         eager = next((each["ms_p50"] for each in every if each["name"] == "eager"), None)
@@ -55,7 +58,7 @@ def contenders(document: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
         for each in every:
             each["times"] = None if eager is None else eager / each["ms_p50"]
             each["per_second"] = 1e3 * batch / each["ms_p50"]
-        found[case] = every
+        found[f"{TITLES[case]}, {shape}, {threads} threads"] = every
     return found
 
 
@@ -95,14 +98,14 @@ def _notes(document: dict[str, Any]) -> Iterator[str]:
 
 def markdown(document: dict[str, Any]) -> str:
     lines = [report.where(document), ""]
-    for case, every in contenders(document).items():
+    for title, every in contenders(document).items():
         table = [list(HEAD), *(_cells(each) for each in every)]
         widths = [max(len(row[i]) for row in table) for i in range(len(HEAD))]
         padded = [
             "| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |" for row in table
         ]
         rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
-        lines += [f"{TITLES[case]}:", "", padded[0], rule, *padded[1:], ""]
+        lines += [f"{title}:", "", padded[0], rule, *padded[1:], ""]
     lines += [f"- {note}" for note in _notes(document)]
     return "\n".join(lines) + "\n"
 
@@ -116,7 +119,7 @@ def plot(file: Path | io.BytesIO, document: dict[str, Any]) -> None:
     figure, axes = pyplot.subplots(
         len(heights), 1, squeeze=False, figsize=(8, 1.2 * len(heights) + 0.35 * sum(heights)), height_ratios=heights
     )
-    for axis, (case, every) in zip(axes[:, 0], found.items(), strict=False):
+    for axis, (title, every) in zip(axes[:, 0], found.items(), strict=False):
         for i, each in enumerate(every):
             middle = each["ms_p50"]
             spread = [[max(middle - each["ms_low"], 0)], [max(each["ms_high"] - middle, 0)]]
@@ -124,7 +127,7 @@ def plot(file: Path | io.BytesIO, document: dict[str, Any]) -> None:
         axis.set_yticks(range(len(every)), [each["name"] for each in every])
         axis.invert_yaxis()
         axis.set_xlabel("milliseconds")
-        axis.set_title(TITLES[case])
+        axis.set_title(title)
     figure.tight_layout()
     figure.savefig(file, format="png")
     pyplot.close(figure)
@@ -141,10 +144,10 @@ def html(document: dict[str, Any]) -> str:
         .Environment(autoescape=True, trim_blocks=True)
         .from_string(PAGE)
         .render(
-            title=f"{asked['address']}, {'×'.join(map(str, asked['shape']))}, {asked['amp']}",
+            title=f"{asked['address']}, {asked['amp']}",
             where=report.where(document),
             head=HEAD,
-            tables=[(TITLES[case], [(_cells(each), each["ours"]) for each in every]) for case, every in found.items()],
+            tables=[(title, [(_cells(each), each["ours"]) for each in every]) for title, every in found.items()],
             plot=base64.b64encode(picture.getvalue()).decode(),
             notes=list(_notes(document)),
         )

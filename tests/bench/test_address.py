@@ -51,11 +51,10 @@ def test_tables_json_plot_and_page(address: str, tmp_path: Path, capsys: pytest.
     out = capsys.readouterr().out
     document = json.loads(files["json"].read_text())
     assert document["network"]["address"] == address
-    assert document["network"]["shape"] == [2, 3, 9, 9]
     assert document["max_batch"]["fused"] >= document["max_batch"]["stock"] > 2
     assert all(set(row) == ROW and row["layout"] == "channels_last" for row in document["rows"])
     assert all(set(peer) == PEER for row in document["rows"] for peer in row["peers"].values())
-    found = page.contenders(document)
+    found = dict(zip(("train", "inference"), page.contenders(document).values(), strict=True))
     ours = ["rkfast, cpu, min memory" if native.cpu_reason() is None else "rkfast, min memory"]
     assert [each["name"] for each in found["train"]] == ["eager", "eager_channels_last", *ours]
     assert [each["name"] for each in found["inference"]][:3] == ["eager", "eager_channels_last", *ours]
@@ -85,6 +84,16 @@ def test_either_mode_alone_on_weights_of_ones_own(address: str, tmp_path: Path) 
     for mode, name in (("--train", "train"), ("--infer", "inference")):
         assert bench(address, mode, "--weights", str(weights), "--json", str(found), peers="eager") == 0
         assert {row["case"] for row in json.loads(found.read_text())["rows"]} == {name}
+
+
+def test_further_shapes(address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = tmp_path / "found.json"
+    assert bench(address, "--infer", "--also", "1x7", "2x9", "3x6", "--json", str(found), peers="eager") == 0
+    assert list(page.contenders(json.loads(found.read_text()))) == [
+        f"Inference, {shape}, 1 threads" for shape in ("2×3×9×9", "1×3×7×7", "3×3×6×6")
+    ]
+    assert bench(address, "--also", "4") == 2
+    assert "--also: expected a batch and pixels, such as 32x96, got '4'" in capsys.readouterr().err
 
 
 def test_fused_and_compiled(address: str, tmp_path: Path) -> None:
