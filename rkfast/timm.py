@@ -1,8 +1,8 @@
 """rkfast's models in timm's registry: ``import rkfast.timm``, then ``timm.create_model("erknet_7x1_7x1_7x1")``.
 
 A name is that of ``rkfast.list_models()`` with "_" for "-"; models of families that timm has too (DenseNet, ResNet,
-Wide ResNet, ResNeXt, SE-ResNet) have "rk_" before it, such as "rk_densenet121" and "rk_resnet_20". Nothing of timm's own
-is replaced; ``rkfast.fuse`` makes timm's networks faster.
+Wide ResNet, ResNeXt, SE-ResNet) have "rk_" before it, such as "rk_densenet121" and "rk_resnet_20". Nothing of timm's
+own is replaced; ``rkfast.fuse`` makes its networks faster.
 
 Options are those of ``rkfast.create_model``, and timm's: ``num_classes=0`` leaves the linear layer out, and
 ``features_only=True`` returns what periods (blocks, stages) end with, of which ``out_indices`` chooses. There are no
@@ -22,7 +22,7 @@ from rkfast.models import ImageModel, create_model, list_models
 models = require("timm.models", "timm")
 
 SHARED = re.compile(r"(densenet|resnet|wide_resnet|resnext|seresnet)[-0-9]")
-IMAGENET = re.compile(r"(tsc_)?(densenet|(se|wide_)?resne[tx])[0-9]")
+IMAGENET = re.compile(r"(tsc_)?(densenet|resnet|wide_resnet|resnext|seresnet)[0-9]")
 CIFAR_CFG = {
     "input_size": (3, 32, 32), "num_classes": 10, "crop_pct": 1.0,
     "mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616),
@@ -54,7 +54,9 @@ def _registered(name: str) -> Any:
             )
         if not options.get("drop_rate"):  # timm's scripts give 0 to every model
             options.pop("drop_rate", None)
-        model = create_model(name, **options, **({"num_classes": num_classes} if num_classes else {}))
+        if num_classes:
+            options["num_classes"] = num_classes
+        model = create_model(name, **options)
         assert isinstance(model, ImageModel)
         if num_classes == 0:
             model.reset_classifier(0)

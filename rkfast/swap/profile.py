@@ -75,7 +75,9 @@ class Profile(list[Row]):
     @property
     def total(self) -> Row:
         """The sums of all rows."""
-        sums = (Share(*map(sum, zip(*shares, strict=True))) for shares in ([r.stock for r in self], [r.fused for r in self]))
+        sums = (
+            Share(*map(sum, zip(*shares, strict=True))) for shares in ([r.stock for r in self], [r.fused for r in self])
+        )
         return Row("all", *sums)
 
     def __str__(self) -> str:
@@ -94,9 +96,7 @@ class Profile(list[Row]):
         return "\n".join(lines)
 
 
-def profile(
-    model: nn.Module, *inputs: Any, steps: int = 3, trace: str | os.PathLike[str] | None = None
-) -> Profile:
+def profile(model: nn.Module, *inputs: Any, steps: int = 3, trace: str | os.PathLike[str] | None = None) -> Profile:
     """Time and bytes of a step of a network by kind of operation, stock and fused side by side.
 
     A step is forward and backward from a random gradient of the output (no loss, no optimizer) where the network is in
@@ -214,7 +214,7 @@ class _Step:
 
 def _times(events: Iterable[Any], label: str, on_device: bool) -> list[Counter[str]]:
     """Microseconds by kind, of each step with this label."""
-    own = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
+    own = [event for event in events if event.device_type.name == "CPU"]
     found = []
     for mark in (event for event in own if event.name == label):
         within = [(mark, BETWEEN)]

@@ -108,7 +108,7 @@ def test_sizes_of_imagenet(timm: Any) -> None:
 def test_what_there_is_not(timm: Any) -> None:
     with pytest.raises(ValueError, match="pretrained: there are no weights of erknet_6x1_6x1_6x1"):
         timm.create_model("erknet_6x1_6x1_6x1", pretrained=True)
-    with pytest.raises(TypeError, match="global_pool: not an option of erknet; supported are .*growth_rate"):
+    with pytest.raises(TypeError, match=r"global_pool: not an option of erknet; supported are .*growth_rate"):
         timm.create_model("erknet_6x1_6x1_6x1", global_pool="max")
 
 
