@@ -87,13 +87,17 @@ class Profile(list[Row]):
         each = f"{'ms':>8} {'%':>4} {'bytes':>10} {'calls':>6}"
         lines.append(f"{'':{width}}  {each}  {each}")
         for row in rows:
-            cells = (
-                f"{share.milliseconds:8.2f} {100 * share.milliseconds / (whole.milliseconds or 1):4.0f} "
-                f"{in_words(share.bytes) if share.bytes else '':>10} {share.calls or '':>6}"
-                for share, whole in ((row.stock, total.stock), (row.fused, total.fused))
-            )
+            cells = _cells(row.stock, total.stock), _cells(row.fused, total.fused)
             lines.append(f"{row.kind:{width}}  {'  '.join(cells)}".rstrip())
         return "\n".join(lines)
+
+
+def _cells(share: Share, whole: Share) -> str:
+    if not any(share):
+        return " " * 31
+    percent = 100 * share.milliseconds / (whole.milliseconds or 1)
+    moved = in_words(share.bytes) if share.bytes else ""
+    return f"{share.milliseconds:8.2f} {percent:4.0f} {moved:>10} {share.calls or '':>6}"
 
 
 def profile(model: nn.Module, *inputs: Any, steps: int = 3, trace: str | os.PathLike[str] | None = None) -> Profile:
@@ -157,6 +161,8 @@ def profile(model: nn.Module, *inputs: Any, steps: int = 3, trace: str | os.Path
         f"{'x'.join(map(str, t.shape))} {str(t.dtype).removeprefix('torch.')}" for _, t in tensors(inputs, "inputs")
     )
     title = f"{'training step' if trains else 'inference'}, {shapes}, {device.type}"
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        title += f", autocast to {str(torch.get_autocast_dtype(device.type)).removeprefix('torch.')}"
     return Profile([row for row in rows if any((*row.stock, *row.fused))], title)
 
 
@@ -274,7 +280,7 @@ def _moved(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     """Bytes that a call of an operator must read and write."""
     schema = func._schema
     stem = schema.name.rpartition("::")[2].strip("_")
-    if func.is_view or NOTHING_WRITTEN.match(stem):
+    if NOTHING_WRITTEN.match(stem):
         return 0
     given = dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
     layered = _LAYERED.get(schema.name)
@@ -287,7 +293,7 @@ def _moved(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     storages = {_storage(t) for t in (*read, *written)}
     made = [t for t in _tensors(result) if _storage(t) not in storages]
     if not made and not changed and _tensors(result):
-        return 0  # a view that its schema does not tell of
+        return 0  # views
     return _once(read) + _once([*written, *made])
 
 

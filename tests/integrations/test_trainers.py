@@ -76,9 +76,11 @@ def test_lightning(unfuse: bool, tmp_path: Path) -> None:
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), 0.05)
 
+    callback = FuseCallback(unfuse=unfuse, memory="min")  # which lives longer than the training
+
     def fit(net: nn.Module) -> None:
         trainer = lightning.Trainer(
-            max_epochs=1, accelerator="cpu", callbacks=[FuseCallback(unfuse=unfuse, memory="min")], logger=False,
+            max_epochs=1, accelerator="cpu", callbacks=[callback], logger=False,
             enable_checkpointing=True, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
         )  # fmt: skip
         trainer.fit(Module(net), DataLoader(images(), batch_size=BATCH))  # type: ignore[arg-type]
@@ -140,6 +142,8 @@ def test_transformers(unfuse: bool, tmp_path: Path) -> None:
     def collate(batch: Images) -> dict[str, Tensor]:
         return {"pixel_values": torch.stack([x for x, _ in batch]), "labels": torch.tensor([t for _, t in batch])}
 
+    callback = FuseCallback(unfuse=unfuse)  # which lives longer than the training
+
     def fit(net: nn.Module) -> None:
         args = transformers.TrainingArguments(
             output_dir=str(tmp_path), num_train_epochs=1, per_device_train_batch_size=BATCH, learning_rate=0.05,
@@ -147,7 +151,7 @@ def test_transformers(unfuse: bool, tmp_path: Path) -> None:
             save_strategy="no", remove_unused_columns=False, train_sampling_strategy="sequential",
         )  # fmt: skip
         transformers.Trainer(
-            WithLoss(net), args, collate, images(), callbacks=[FuseCallback(unfuse=unfuse)],
+            WithLoss(net), args, collate, images(), callbacks=[callback],
             optimizers=(torch.optim.SGD(net.parameters(), 0.05), None),
         ).train()  # fmt: skip
 

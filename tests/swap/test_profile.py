@@ -181,12 +181,20 @@ def test_profile(training: bool, tmp_path: Path) -> None:
 def test_autocast_and_what_is_not_fused() -> None:
     model = made("resnet")
     with torch.autocast("cpu", torch.bfloat16):
-        rows = {row.kind: row for row in rkfast.profile(model, X, steps=1)}
+        found = rkfast.profile(model, X, steps=1)
+    rows = {row.kind: row for row in found}
+    assert found.title.endswith("float32, cpu, autocast to bfloat16")
     assert not fused_kinds(model)
     assert rows[COPY].stock.milliseconds > 0
     assert rows[OURS].fused.calls > 0
     with torch.no_grad():
         assert rkfast.profile(model, X, steps=1).title.startswith("inference")
+
+
+def test_gradients_of_one_step_are_not_added_to_those_of_another() -> None:
+    rows = {row.kind: row for row in rkfast.profile(nn.Conv2d(3, 4, 3, bias=False), X, steps=1)}
+    assert rows["convolution"].stock.calls == 2
+    assert "sum, product" not in rows
 
 
 def test_bad_arguments(tmp_path: Path) -> None:
