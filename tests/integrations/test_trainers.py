@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader
 import rkfast
 from rkfast import dispatch
 from rkfast.swap.kind import Kind
+from tests.libraries import library
 from tests.swap.test_fuse import fused_kinds, made
 
 STEPS, BATCH = 3, 4
@@ -51,17 +51,9 @@ def check(fit: Callable[[nn.Module], Any], stays_fused: bool) -> None:
         torch.testing.assert_close(value.cpu(), expected[key], rtol=1e-3, atol=1e-4, msg=key)
 
 
-def needs(*names: str) -> None:
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            pytest.skip(f"{name} is not installed")
-
-
 @pytest.mark.parametrize("unfuse", (False, True))
 def test_lightning(unfuse: bool, tmp_path: Path) -> None:
-    needs("lightning")
-    import lightning
-
+    lightning = library("lightning")
     from rkfast.lightning import FuseCallback
 
     class Module(lightning.LightningModule):
@@ -94,9 +86,7 @@ def test_lightning(unfuse: bool, tmp_path: Path) -> None:
 
 
 def test_lightning_undoes_it_after_an_error() -> None:
-    needs("lightning")
-    import lightning
-
+    lightning = library("lightning")
     from rkfast.lightning import FuseCallback
 
     class Failing(lightning.LightningModule):
@@ -124,9 +114,8 @@ def test_lightning_undoes_it_after_an_error() -> None:
 
 @pytest.mark.parametrize("unfuse", (False, True))
 def test_transformers(unfuse: bool, tmp_path: Path) -> None:
-    needs("transformers", "accelerate")
-    import transformers
-
+    library("accelerate")
+    transformers = library("transformers")
     from rkfast.transformers import FuseCallback
 
     class WithLoss(nn.Module):
@@ -160,8 +149,7 @@ def test_transformers(unfuse: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("when", ("before", "after"))
 def test_accelerate(when: str) -> None:
-    needs("accelerate")
-    import accelerate
+    accelerate = library("accelerate")
 
     def fit(net: nn.Module) -> None:
         if when == "before":
