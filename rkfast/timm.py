@@ -6,7 +6,8 @@ own is replaced; ``rkfast.fuse`` makes its networks faster.
 
 Options are those of ``rkfast.create_model``, and timm's: ``num_classes=0`` leaves the linear layer out, and
 ``features_only=True`` returns what periods (blocks, stages) end with, of which ``out_indices`` chooses. There are no
-pretrained weights. Importing this raises MissingExtra where timm is not installed.
+pretrained weights. Importing this raises MissingExtra where timm is not installed. timm needs torchvision: install the
+one that goes with your torch first, or pip may bring another torch with it.
 """
 
 from __future__ import annotations

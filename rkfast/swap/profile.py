@@ -57,6 +57,8 @@ class Share(NamedTuple):
 
 
 class Row(NamedTuple):
+    """A kind of operation, in the stock network and in the fused one."""
+
     kind: str
     stock: Share
     fused: Share
