@@ -42,7 +42,7 @@ $(VENV)/.demo: $(VENV)/.torch $(BUILT_FROM)
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch $(BUILT_FROM)
-	RKFAST_CPU=$(RKFAST_CPU) $(BIN)/python -m pip install -e '.[dev,demo,bench,train]' $(TRITON) $(TORCHVISION) timm
+	RKFAST_CPU=$(RKFAST_CPU) $(BIN)/python -m pip install -e '.[dev,demo,bench,train]' $(TRITON) $(TORCHVISION) timm lightning accelerate transformers
 	touch $@
 
 clean:

@@ -21,6 +21,10 @@ COMMANDS = {
     ),
     "fuse-report": ("rkfast.commands.fuse_report", "what rkfast.fuse does to a network, and why it leaves the rest"),
     "verify": ("rkfast.commands.verify", "compare a fused network with stock PyTorch and float64; PASS or FAIL"),
+    "profile": (
+        "rkfast.commands.profile",
+        "where the time and the bytes of a step go, by kind of operation, stock and fused",
+    ),
     "export": ("rkfast.commands.export", "write a network for inference as ONNX, torch.export or AOTInductor file"),
     "bench": (
         "rkfast.bench.run",

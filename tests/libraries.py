@@ -1,4 +1,4 @@
-"""torchvision and timm, where they are installed."""
+"""torchvision, timm and others, where they are installed."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ def _without_operators() -> torch.library.Library:
 
 def library(name: str) -> Any:
     """The module, or a skipped test."""
-    for needed in ("torchvision", name.partition(".")[0]):
+    package = name.partition(".")[0]
+    for needed in ("torchvision", "timm") if package == "timm" else (package,):
         if importlib.util.find_spec(needed) is None:
             pytest.skip(f"{needed} is not installed")
-    if torch.version.cuda is None:
+    if torch.version.cuda is None and importlib.util.find_spec("torchvision") is not None:
         _without_operators()
     return importlib.import_module(name)
 

@@ -8,6 +8,8 @@ from rkfast.swap.fuse import fuse as fuse
 from rkfast.swap.fuse import fused as fused
 from rkfast.swap.fuse import unfuse as unfuse
 from rkfast.swap.max_batch import max_batch as max_batch
+from rkfast.swap.profile import Profile as Profile
+from rkfast.swap.profile import profile as profile
 from rkfast.swap.report import Report as Report
 from rkfast.swap.report import report as report
 from rkfast.swap.tune import Decision as Decision

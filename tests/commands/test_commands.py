@@ -1,4 +1,4 @@
-"""``rkfast fuse-report``, ``verify`` and ``export`` as a user runs them, and the addresses of networks."""
+"""``rkfast fuse-report``, ``verify``, ``profile`` and ``export`` as a user runs them, and the addresses of networks."""
 
 from __future__ import annotations
 
@@ -75,6 +75,30 @@ def _densenet() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3), Block(2, 8, 4))
 
 
+@pytest.mark.parametrize("mode", ("training step", "inference"))
+def test_profile(mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, trace = tmp_path / "rows.json", tmp_path / "trace.json"
+    more = ["--infer"] if mode == "inference" else []
+    assert cli.main(["profile", *DENSENET, *more, "--steps", "1", "--json", str(file), "--trace", str(trace)]) == 0
+    out = capsys.readouterr().out
+    found = json.loads(file.read_text())
+    assert found["title"] == f"{mode}, 2x3x16x16 float32, cpu" == out.splitlines()[0]
+    assert len(found["rows"]) == len(out.splitlines()) - 4
+    for row in found["rows"]:
+        assert {"milliseconds", "bytes", "calls"} == row["stock"].keys() == row["fused"].keys()
+        assert row["kind"] in out
+    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert {"rkfast.profile: stock", "rkfast.profile: fused"} <= names
+
+
+def test_profile_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["profile", *DENSENET, "--steps", "0"]) == 2
+    assert "rkfast profile: --steps: expected at least 1, got 0" in capsys.readouterr().err
+    for option in ("--json", "--trace"):
+        assert cli.main(["profile", *DENSENET, "--steps", "1", option, str(tmp_path / "none" / "file")]) == 1
+        assert f"rkfast profile: {tmp_path / 'none'}" in capsys.readouterr().err
+
+
 def test_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "net.pt2"
     assert cli.main(["export", *DENSENET, "--out", str(file)]) == 0
@@ -116,7 +140,7 @@ def test_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ),
 )
 def test_bad_arguments_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("fuse-report", "verify"):
+    for command in ("fuse-report", "verify", "profile"):
         assert cli.main([command, *arguments]) == 2
         error = capsys.readouterr().err
         assert error.startswith(f"rkfast {command}: ")

@@ -8,9 +8,10 @@ from tests.package.process import python
 BLOCK = """
 import os, subprocess, sys, time
 import torch
+BLOCKED = "triton torchvision timm lightning transformers accelerate sklearn tqdm matplotlib".split()
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("triton", "torchvision", "timm", "sklearn", "tqdm", "matplotlib") or name in (
+        if name.split(".")[0] in BLOCKED or name in (
             "rkfast._C", "rkfast._cuda",
             "torch.utils.cpp_extension", "torch.utils.flop_counter", "torch._inductor.codecache"
         ):
