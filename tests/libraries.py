@@ -21,13 +21,18 @@ def _without_operators() -> torch.library.Library:
     return library
 
 
+def prepare() -> None:
+    """Let torchvision be imported."""
+    if torch.version.cuda is None:
+        _without_operators()
+
+
 def library(name: str) -> Any:
     """The module, or a skipped test."""
     for needed in ("torchvision", name.partition(".")[0]):
         if importlib.util.find_spec(needed) is None:
             pytest.skip(f"{needed} is not installed")
-    if torch.version.cuda is None:
-        _without_operators()
+    prepare()
     return importlib.import_module(name)
 
 
