@@ -295,7 +295,7 @@ def _agrees(form: _Form, block: nn.Module) -> bool:
                     for b in twin.buffers():
                         b.uniform_(0.5, 1.5) if b.is_floating_point() else b.zero_()
                     outs.append(call(torch.randn(2, twin.conv1.in_channels, 8, 8, device="cpu", dtype=torch.double)))
-                if not torch.allclose(*outs, rtol=1e-8, atol=1e-8):  # a fused block rounds elsewhere
+                if not torch.allclose(outs[0], outs[1], rtol=1e-8, atol=1e-8):  # a fused block rounds elsewhere
                     return False
     except Exception:  # whatever it is, it is no such block
         return False
