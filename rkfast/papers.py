@@ -207,6 +207,7 @@ def on_meta(name: str, *, fused: bool = False, **options: Any) -> nn.Module:
 
 
 def parameters(model: nn.Module) -> int:
+    """How many numbers a model learns or could learn."""
     return sum(p.numel() for p in model.parameters())
 
 

@@ -21,14 +21,19 @@ def _without_operators() -> torch.library.Library:
     return library
 
 
+def prepare() -> None:
+    """Let torchvision be imported."""
+    if torch.version.cuda is None and importlib.util.find_spec("torchvision") is not None:
+        _without_operators()
+
+
 def library(name: str) -> Any:
     """The module, or a skipped test."""
     package = name.partition(".")[0]
     for needed in ("torchvision", "timm") if package == "timm" else (package,):
         if importlib.util.find_spec(needed) is None:
             pytest.skip(f"{needed} is not installed")
-    if torch.version.cuda is None and importlib.util.find_spec("torchvision") is not None:
-        _without_operators()
+    prepare()
     return importlib.import_module(name)
 
 

@@ -22,8 +22,8 @@ def _norms(modules: Iterable[nn.Module]) -> list[Norm]:
 
 
 class CliqueBlock(nn.Module):
-    """CliqueNet's block, Stage-I and Stage-II with shared weights, in stock PyTorch operations (Yang et al.,
-    "Convolutional Neural Networks with Alternately Updated Clique", section 3).
+    """CliqueNet's block, Stage-I and Stage-II with shared weights (Yang et al., "Convolutional Neural Networks with
+    Alternately Updated Clique", section 3).
 
     With W_ji the weights from j to i, j = 0 being the input y::
 
@@ -252,9 +252,8 @@ class IRKStep(CliqueBlock):
 
 
 class RKCNNStep(nn.Module):
-    """A step of RKCNN-E, -I or -R, in stock PyTorch operations (Zhu et al., "Convolutional neural networks combined
-    with Runge-Kutta methods", Neural Computing and Applications, 2022: the later model, whose update has weights of its
-    own and reads y).
+    """A step of RKCNN-E, -I or -R (Zhu et al., "Convolutional neural networks combined with Runge-Kutta methods",
+    Neural Computing and Applications, 2022: the later model, whose update has weights of its own and reads y).
 
     Every stage is ``f(x) = conv_3x3(relu(bn_3x3(conv_1x1(relu(bn_1x1(x))))))``, every update another of that form::
 

@@ -169,6 +169,7 @@ def trees(order: int) -> tuple[Tree, ...]:
 
 
 def vertices(tree: Tree) -> int:
+    """How many a tree has, which is its order."""
     return 1 + sum(map(vertices, tree))
 
 

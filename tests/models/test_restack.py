@@ -365,6 +365,23 @@ def test_what_computes_something_else_is_left_alone(block: type[Basic]) -> None:
     assert type(model) is nn.Sequential
 
 
+@pytest.mark.parametrize(
+    "factory",
+    (
+        lambda fused: rkfast.create_model("resnet-20", fused=fused),
+        lambda fused: rkfast.create_model("seresnet50", fused=fused, num_classes=10),
+        lambda fused: rkfast.fuse(Net()) if fused else Net(),
+    ),
+    ids=("own", "own with a gate", "behind fuse"),
+)
+def test_fused_blocks_are_the_same_stages(factory: Callable[[bool], nn.Module]) -> None:
+    fused, stock = (restacked(made(lambda f=f: factory(f)).double(), "midpoint").eval() for f in (True, False))
+    before = [type(module) for module in stock.modules()].count(Restacked)
+    assert [type(module) for module in fused.modules()].count(Restacked) == before > 1
+    x = torch.randn(2, 3, 16, 16, dtype=torch.double)
+    torch.testing.assert_close(fused(x), stock(x))
+
+
 def test_blocks_of_other_shapes_or_activations_are_no_run() -> None:
     for blocks in (
         (Basic(4), Bottleneck(4)),
