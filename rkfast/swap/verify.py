@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from rkfast import dispatch
+from rkfast.nn.alike import without_chance, without_checkpoints
 from rkfast.swap.copies import accelerators, has_fused, inside, stock, tensors, without_autocast
 from rkfast.swap.fuse import fuse
-from rkfast.swap.kind import without_chance
 
 MODES = ("training", "evaluation")
 DISTURBANCE = 0.1  # of the inputs' root mean square, in all draws but the first: much more than a rounding in bfloat16
@@ -117,6 +117,7 @@ def verify(model: nn.Module, *inputs: Any, draws: int = 5, modes: Sequence[str] 
         rest = "a fused copy was verified" if has_fused(ours) else "and nothing in it can be"
         notes.append(f"nothing in the model is fused: {rest}")
     without_chance(ours)
+    without_checkpoints(ours)
     eager = stock(copy.deepcopy(ours))
     served: Counter[tuple[str, str]] = Counter()
     found: dict[str, list[Check]] = {}
