@@ -15,6 +15,7 @@ from torch import nn
 
 from rkfast.models.densenet import Features
 from rkfast.models.resnet import ResNet
+from rkfast.models.restack import Restacked
 from rkfast.models.rknet import Stem
 from rkfast.nn import BasicBlock, Bottleneck, DenseBlock, DenseLayer, PreActBranch, Projection
 from rkfast.nn.folded import FoldedBlock, FoldedConv, FoldedStage, folded
@@ -168,10 +169,11 @@ def _opaque(net: nn.Module, *, plain: bool = False) -> set[nn.Module]:
 
 
 def _blocks(net: nn.Module, opaque: set[nn.Module]) -> dict[nn.Module, Form]:
-    """Residual blocks on which nobody listens."""
+    """Residual blocks on which nobody listens, and that are called as a whole."""
+    staged = {block for module in net.modules() if isinstance(module, Restacked) for block in module.staged()}
     found: dict[nn.Module, Form] = {}
     for module in net.modules():
-        form = None if module in opaque or hooked(module) else FusedBlock.reads(module)
+        form = None if module in opaque or module in staged or hooked(module) else FusedBlock.reads(module)
         if isinstance(form, Form) and (type(module) in (BasicBlock, Bottleneck) or agrees(module, FusedBlock)):
             found[module] = form
     return found
