@@ -51,12 +51,12 @@ def frozen(norm: nn.Module) -> bool:
     return type(norm).__name__ == "FrozenBatchNorm2d" and norm._buffers.keys() == FROZEN and hasattr(norm, "eps")
 
 
+FROZEN = {"weight", "bias", "running_mean", "running_var"}
+
+
 def serves(norm: nn.Module, x: Tensor) -> bool:
     """``fusible``, and norm leaves x its dtype, which a frozen one in a wider dtype (under autocast, say) does not."""
     return fusible(norm) and (isinstance(norm, _BatchNorm) or norm.weight.dtype == x.dtype)
-
-
-FROZEN = {"weight", "bias", "running_mean", "running_var"}
 
 
 def activated(norm: nn.Module) -> bool:

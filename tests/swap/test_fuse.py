@@ -346,8 +346,13 @@ class Within(BasicBlock):
         return self.relu(out)
 
 
+def frozen_stem(inner: int, out: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(inner, out, 1, bias=False), FrozenBatchNorm2d(out), nn.ReLU())
+
+
 @pytest.mark.parametrize(
-    "block", (Within, BasicBlock, partial(BasicBlock, norm=FrozenBatchNorm2d), partial(Block, 2), Transition)
+    "block",
+    (Within, BasicBlock, partial(BasicBlock, norm=FrozenBatchNorm2d), frozen_stem, partial(Block, 2), Transition),
 )
 def test_autocast_has_the_dtypes_of_stock(block: Callable[..., nn.Module]) -> None:
     for out in (8, 12):
