@@ -19,8 +19,8 @@ from torch.nn import functional as F
 import rkfast
 from rkfast import dispatch
 from rkfast.extras import require
+from rkfast.nn.alike import without_chance, without_checkpoints
 from rkfast.swap.copies import tensors
-from rkfast.swap.kind import without_chance
 
 from . import gate
 from .contest import COMPILE, Contender, Contest, Suite, forced
@@ -273,9 +273,10 @@ class Networks:
         return gate.compare(self._results(self._contender(variant, given, labels)), *self.references[batch], rms=True)
 
     def _results(self, steps: Steps) -> gate.Results:
-        """Without dropout, which would draw differently in each."""
+        """Without dropout, which would draw differently in each, and checkpoints, which move statistics twice."""
         model = steps.model
         without_chance(model)
+        without_checkpoints(model)
         autocast = self.case.autocast(steps.images.device.type)
         if steps.images.dtype == torch.float64:
             autocast = contextlib.nullcontext()

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from rkfast import tableau as tableaux
 from rkfast.models.base import ImageModel, real
 from rkfast.nn import Period, RKStep
+from rkfast.nn.alike import alike
 from rkfast.nn.branch import slope, takes_moments
+from rkfast.nn.form import Form, children, form_of, present, sample
 from rkfast.nn.norm import hooked
 from rkfast.nn.step import asks_for_moments, weighted_sum, with_moments
 from rkfast.ops import Moments
@@ -126,17 +126,10 @@ def unstack(model: nn.Module) -> nn.Module:
     return model
 
 
-class _Form(NamedTuple):
-    """How blocks are written: the layers of F in their order, of which some may be missing, and the activation."""
-
-    layers: tuple[str, ...]
-    activation: str | None
-
-
 class _Unit(NamedTuple):
     """Children that make one step, with (h * a, h * b), or with no form a child that is called as it is."""
 
-    form: _Form | None
+    form: Form | None
     names: tuple[str, ...]
     weights: tuple[tuple[tuple[float, ...], ...], tuple[float, ...]]
 
@@ -148,20 +141,8 @@ class _Plan(NamedTuple):
     units: list[_Unit]
 
 
-def _form(layers: str, activation: str) -> _Form:
-    return _Form(tuple(layers.split()), activation)
-
-
-_OWN = _Form((), None)
+_OWN = Form((), "", (), "", ())  # an RKStep
 _NO_WEIGHTS: Any = ((), ())
-_FORMS = (
-    # torchvision and rkfast, whose gate has timm's name
-    _form("conv1 bn1 relu conv2 bn2 se", "relu"),
-    _form("conv1 bn1 relu conv2 bn2 relu conv3 bn3 se", "relu"),
-    # timm
-    _form("conv1 bn1 drop_block act1 aa conv2 bn2 se drop_path", "act2"),
-    _form("conv1 bn1 act1 conv2 bn2 drop_block act2 aa conv3 bn3 se drop_path", "act3"),
-)
 
 
 class Restacked(Period):
@@ -195,7 +176,7 @@ class Restacked(Period):
         form, (a, b) = unit.form, unit.weights
         assert form is not None
         own = form == _OWN
-        acts = [None if form.activation is None else getattr(block, form.activation) for block in blocks]
+        acts = [getattr(block, form.activation) if form.activation else None for block in blocks]
         fused = blocks[0].fused if own else True
         x = y, moments
         slopes: list[Tensor] = []
@@ -206,6 +187,10 @@ class Restacked(Period):
                 x = y, moments
             slopes.append(slope(block.branches[0], x[0], x[1] if fused else None) if own else _f(form, block, x[0]))
         return _sum(y, slopes, b, acts[-1], fused, return_moments)
+
+    def staged(self) -> Iterator[nn.Module]:
+        """The blocks that are not called, only their layers."""
+        return (self.get_submodule(name) for unit in self._plan.units if unit.form for name in unit.names)
 
     def __iter__(self) -> Iterator[nn.Module]:
         raise RuntimeError(
@@ -227,11 +212,9 @@ def _sum(
     return (total if act is None or relu else act(total)), found
 
 
-def _f(form: _Form, block: nn.Module, x: Tensor) -> Tensor:
-    for name in form.layers:
-        layer = getattr(block, name, None)
-        if layer is not None:
-            x = layer(x)
+def _f(form: Form, block: nn.Module, x: Tensor) -> Tensor:
+    for layer in present(block, (*form.inner, form.norm, *form.behind)):
+        x = layer(x)
     return x
 
 
@@ -247,7 +230,7 @@ def _refuse_hooks(block: nn.Module, name: str, error: type[Exception]) -> None:
         )
 
 
-def _runs(container: nn.Module) -> Iterator[tuple[_Form | None, tuple[str, ...]]]:
+def _runs(container: nn.Module) -> Iterator[tuple[Form | None, tuple[str, ...]]]:
     """Consecutive children whose steps may be taken together, and the others one by one (with no form)."""
 
     def signature(child: tuple[str, nn.Module]) -> Any:
@@ -259,44 +242,23 @@ def _runs(container: nn.Module) -> Iterator[tuple[_Form | None, tuple[str, ...]]
         shapes = tuple((key, value.shape) for key, value in block.state_dict().items())
         return form, act, getattr(block, "step", None) if form == _OWN else None, shapes
 
-    for key, children in itertools.groupby(container.named_children(), signature):
-        yield key[0], tuple(name for name, _ in children)
+    for key, run in itertools.groupby(container.named_children(), signature):
+        yield key[0], tuple(name for name, _ in run)
 
 
-def _form_of(block: nn.Module) -> _Form | None:
+def _form_of(block: nn.Module) -> Form | None:
     """The form of a residual block that keeps shape; None for whatever else."""
     if type(block) is RKStep:
         euler = block.tableau.stages == 1 and block.tableau.floats()[1] == (1.0,)
         plain = block.variant == "textbook" and block.learned is None and block.h is None and block.tol is None
         return _OWN if euler and plain else None
-    layers = {name for name, child in block._modules.items() if child is not None}
-    for form in _FORMS:
-        needed = {name for name in form.layers if name.startswith(("conv", "bn"))} | {form.activation}
-        if needed <= layers <= {*form.layers, form.activation}:
-            return form if _agrees(form, block) else None
-    return None
+    form = form_of(block)
+    keeps_shape = form is not None and "downsample" not in children(block)
+    return form if keeps_shape and alike(block, _summed, sample) else None
 
 
-def _agrees(form: _Form, block: nn.Module) -> bool:
-    """Whether a copy of the block with other numbers computes ``act(y + F(y))``, in training and in evaluation."""
-    assert form.activation is not None
-    try:
-        twin: Any = copy.deepcopy(block).to_empty(device="cpu").double()
-        for module in twin.modules():
-            module._forward_hooks.clear()
-            module._forward_pre_hooks.clear()
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            for training in (True, False):
-                outs = []
-                for call in (twin.train(training), lambda x: getattr(twin, form.activation)(x + _f(form, twin, x))):
-                    torch.manual_seed(0)
-                    for p in twin.parameters():
-                        p.uniform_(-1, 1).div_(p[0].numel() ** 0.5)
-                    for b in twin.buffers():
-                        b.uniform_(0.5, 1.5) if b.is_floating_point() else b.zero_()
-                    outs.append(call(torch.randn(2, twin.conv1.in_channels, 8, 8, device="cpu", dtype=torch.double)))
-                if not torch.allclose(outs[0], outs[1], rtol=1e-8, atol=1e-8):  # a fused block rounds elsewhere
-                    return False
-    except Exception:  # whatever it is, it is no such block
-        return False
-    return True
+def _summed(block: nn.Module) -> Callable[[Tensor], Tensor]:
+    """``act(x + F(x))``."""
+    form = form_of(block)
+    assert form is not None
+    return lambda x: getattr(block, form.activation)(x + _f(form, block, x))

@@ -68,7 +68,8 @@ _SIZES = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "di
 
 
 class FoldedConv(nn.Module):
-    """``act(conv(x))`` for inference, one oneDNN kernel on a CPU, which works channels_last.
+    """``act(conv(x))`` for inference, one oneDNN kernel on a CPU, which works channels_last and makes 0 of NaN
+    in its ReLU.
 
     The weight is kept as that kernel wants it, and nowhere else, so that it cannot be another than the one in use:
     ``weight`` is a copy, and so are those of the state_dict. Copies, pickles and files hold it as a plain tensor.

@@ -75,6 +75,11 @@ def form_of(block: nn.Module) -> Form | None:
     return None
 
 
+def sample(block: Any) -> tuple[int, ...]:
+    """The shape of a small input."""
+    return 2, block.conv1.in_channels, 8, 8
+
+
 def children(block: nn.Module) -> frozenset[str]:
     return frozenset(name for name, child in block._modules.items() if child is not None)
 

@@ -54,6 +54,11 @@ def frozen(norm: nn.Module) -> bool:
 FROZEN = {"weight", "bias", "running_mean", "running_var"}
 
 
+def serves(norm: nn.Module, x: Tensor) -> bool:
+    """``fusible``, and norm leaves x its dtype, which a frozen one in a wider dtype (under autocast, say) does not."""
+    return fusible(norm) and (isinstance(norm, _BatchNorm) or norm.weight.dtype == x.dtype)
+
+
 def activated(norm: nn.Module) -> bool:
     """Whether norm is timm's BatchNorm with a ReLU inside, and calling it does nothing besides."""
     inside = norm._modules
@@ -198,7 +203,7 @@ def batch_norm_relu_conv(
     One op, which keeps nothing normalised, where norm is as in ``batch_norm_relu``, conv an nn.Conv2d of stride 1
     without bias and hooks, and a kernel is the better choice; else ``conv(batch_norm_relu(...))``.
     """
-    whole = fused and (fusible(norm) or activated(norm)) and plain_conv(conv) and x.dim() == 4
+    whole = fused and (serves(norm, x) or activated(norm)) and plain_conv(conv) and x.dim() == 4
     if not whole or kernel_reason(x, conv.weight) is not None:  # type: ignore[arg-type]  # plain_conv knows what it is
         return conv(batch_norm_relu(norm, x, moments, fused=fused)), None
     assert isinstance(conv, nn.Conv2d)
@@ -247,7 +252,7 @@ def batch_norm_sum(
         Tensor [N, C, H, W]. Running statistics and counter advance as in ``norm(x)``.
     """
     alone = relu and not terms and step is None
-    if not (fused and (fusible(norm) or (alone and activated(norm)))):
+    if not (fused and (serves(norm, x) or (alone and activated(norm)))):
         y = norm(x)
         # In place only on what is certainly norm's own: it may be an Identity, or a hook may keep what it returned.
         own = isinstance(norm, _BatchNorm) and not hooked(norm)

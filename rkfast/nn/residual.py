@@ -16,11 +16,11 @@ from rkfast.nn.norm import (
     batch_norm_relu,
     batch_norm_relu_conv,
     batch_norm_sum,
-    fusible,
     group_of,
     hooked,
     reads_moments,
     recomputed,
+    serves,
     takes_relu,
 )
 from rkfast.ops import Moments, channel_moments, rk_sum
@@ -250,7 +250,7 @@ def join(
 
     step: a factor per channel, Tensor [C]; None is 1. moments: y's, if they are known."""
     relu = takes_relu(act)
-    gate = gate_of(behind) if fused and fusible(norm) and not group_of(norm) else None
+    gate = gate_of(behind) if fused and serves(norm, y) and not group_of(norm) else None
     if gate is not None:
         pooled, moments = _normed_mean(norm, y, moments)
         factor = gate(pooled)

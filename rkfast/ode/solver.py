@@ -59,7 +59,7 @@ def integrate(
     take torchdiffeq.
 
     Args:
-        f: (t, y) -> y', of the shape and dtype of y; t is a float.
+        f: (t, y) -> y', of the shape and dtype of y; t is a float, and y a copy that f may write into.
         y0: Tensor of any shape, floating or complex.
         t0, t1: where to start and to end.
         method: a Tableau, or the name of one; with ``tol`` one with embedded weights, such as "fehlberg45".
@@ -115,7 +115,7 @@ class _Steps:
 
     def slope(self, t: float, y: Tensor) -> Tensor:
         self.evaluations += 1
-        k = self.f(t, y)
+        k = self.f(t, y.clone())  # which f may write into
         if not isinstance(k, Tensor) or k.shape != y.shape or k.dtype != y.dtype:
             got = f"{list(k.shape)} of {k.dtype}" if isinstance(k, Tensor) else type(k).__name__
             raise ValueError(f"f: expected a Tensor {list(y.shape)} of {y.dtype}, as y is, got {got}")

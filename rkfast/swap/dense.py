@@ -21,7 +21,7 @@ from rkfast.nn.norm import (
 from rkfast.nn.transition import average
 from rkfast.ops import Moments, checks, dense_block
 from rkfast.ops.dense_block import kernel_reason
-from rkfast.swap.kind import Kind, leaves
+from rkfast.swap.kind import Kind, leaves, mixes
 
 
 class Layer(NamedTuple):
@@ -121,7 +121,8 @@ class FusedDenseBlock(Kind):
         return found
 
     @classmethod
-    def sample(cls, module: Any, found: list[Layer]) -> tuple[int, ...]:
+    def sample(cls, module: Any) -> tuple[int, ...]:
+        found: Any = cls.reads(module)
         return (2, found[0].convs[0].in_channels, 4, 4)
 
     def refuses(self, found: list[Layer], x: Tensor) -> str | None:
@@ -129,7 +130,7 @@ class FusedDenseBlock(Kind):
             return f"an input of {x.dim()} dimensions"
         if checks.transformed((x, found[0].convs[0].weight)):
             return "torch.func and forward-mode AD"
-        return kernel_reason(x, group_of(found[0].norms[0]))
+        return mixes(x) or kernel_reason(x, group_of(found[0].norms[0]))
 
     def fused(self, found: list[Layer], x: Tensor) -> Tensor:
         return self._block(found, x)
@@ -188,7 +189,8 @@ class FusedTransition(Kind):
         return reason or (parts[norm], parts[conv], parts[pool])
 
     @classmethod
-    def sample(cls, module: Any, found: tuple[Any, Any, Any]) -> tuple[int, ...]:
+    def sample(cls, module: Any) -> tuple[int, ...]:
+        found: Any = cls.reads(module)
         return (2, found[1].in_channels, 7, 8)
 
     def forward(self, x: Tensor, moments: Moments | None = None) -> Tensor:

@@ -15,6 +15,7 @@ from torch import nn
 
 from rkfast.models.densenet import Features
 from rkfast.models.resnet import ResNet
+from rkfast.models.restack import Restacked
 from rkfast.models.rknet import Stem
 from rkfast.nn import BasicBlock, Bottleneck, DenseBlock, DenseLayer, PreActBranch, Projection
 from rkfast.nn.folded import FoldedBlock, FoldedConv, FoldedStage, folded
@@ -36,13 +37,15 @@ def fold(model: nn.Module) -> nn.Module:
       reads: dense blocks, clique blocks and Runge-Kutta steps run their fused operations.
     - Step sizes (``rkfast.tsc``) go into the weights, or are computed this once; dropout is gone.
 
-    Served are the networks that ``fuse`` serves, fused or not, those of ``create_model``, and convolutions with a
-    BatchNorm behind them wherever torch.fx can follow the module that holds them. What is not known stays as it is. The
-    copy is in evaluation mode, its parameters need no gradient, and its keys are its own; what happens to the model
-    later does not reach it: fold again. Copies, pickles and devices are as with other modules.
+    Served are the networks that ``fuse`` serves, fused, restacked or neither, those of ``create_model``, and
+    convolutions with a BatchNorm behind them wherever torch.fx can follow the module that holds them. What is not known
+    stays as it is. The copy is in evaluation mode, its parameters need no gradient, and its keys are its own; what
+    happens to the model later does not reach it: fold again. Copies, pickles and devices are as with other modules.
 
     Rounding: each folded weight is off by at most half a unit in its last place, so results are off by as much as those
     of the model itself, by other amounts.
+
+    NaN: a ReLU within oneDNN's convolution makes 0 of it, where torch's passes it on; look for NaN in the model itself.
 
     Args:
         model: a network; it stays as it is. Of DistributedDataParallel, DataParallel and torch.compile it is the module
@@ -168,10 +171,11 @@ def _opaque(net: nn.Module, *, plain: bool = False) -> set[nn.Module]:
 
 
 def _blocks(net: nn.Module, opaque: set[nn.Module]) -> dict[nn.Module, Form]:
-    """Residual blocks on which nobody listens."""
+    """Residual blocks on which nobody listens, and that are called as a whole."""
+    staged = {block for module in net.modules() if isinstance(module, Restacked) for block in module.staged()}
     found: dict[nn.Module, Form] = {}
     for module in net.modules():
-        form = None if module in opaque or hooked(module) else FusedBlock.reads(module)
+        form = None if module in opaque or module in staged or hooked(module) else FusedBlock.reads(module)
         if isinstance(form, Form) and (type(module) in (BasicBlock, Bottleneck) or agrees(module, FusedBlock)):
             found[module] = form
     return found

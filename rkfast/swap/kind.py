@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import dataclasses
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.fx
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from rkfast.nn.alike import alike
 from rkfast.nn.norm import hooked
+from rkfast.ops import checks
 
 
 @dataclasses.dataclass
@@ -54,9 +54,20 @@ class Kind(nn.Module):
         return None
 
     @classmethod
-    def sample(cls, module: Any, found: Any) -> tuple[int, ...]:
+    def sample(cls, module: Any) -> tuple[int, ...]:
         """The shape of a small input; of kinds that are known by their class there is none."""
         raise NotImplementedError
+
+    @classmethod
+    def serving(cls, module: Any) -> Callable[[Tensor], Tensor]:
+        """What module, which becomes one of this kind, computes where no backend refuses."""
+        swap(module, cls, Options())
+
+        def run(x: Tensor) -> Tensor:
+            found = cls.reads(module)
+            return module.stock.forward(module, x) if isinstance(found, str) else module.fused(found, x)
+
+        return run
 
     def forward(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
         found = None if others or named else self.found(x)
@@ -70,6 +81,12 @@ class Kind(nn.Module):
             return None
         found = self.reads(self)
         return None if found is None or isinstance(found, str) or self.refuses(found, x) else found
+
+    def __prepare_scriptable__(self) -> Any:
+        raise RuntimeError(
+            f"torch.jit.script: {type(self).__name__} is fused by rkfast, and TorchScript cannot compile that; call "
+            "rkfast.unfuse(model) first, or write rkfast.fold(model) to a file with rkfast.export"
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A class made on the way cannot be found by its name.
@@ -143,6 +160,13 @@ def unserved(module: nn.Module) -> str | None:
     return None
 
 
+def mixes(x: Tensor) -> str | None:
+    """Why a block that joins x with what its convolutions make of it is not served: how stock PyTorch writes the join
+    decides the dtype, in place that of the convolutions, else the wider one."""
+    dtype = checks.dtype_of_call(x)
+    return None if dtype == x.dtype else f"an input of {x.dtype}, and autocast makes {dtype} of it"
+
+
 def takes_more(module: nn.Module) -> str | None:
     """Why a module whose forward may be called with something besides x is not swapped."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -152,128 +176,6 @@ def takes_more(module: nn.Module) -> str | None:
     return None
 
 
-KNOWN = ("torchvision", "timm")
-SIZES = {"in_channels", "out_channels", "num_features", "in_features", "out_features", "output_padding"}
-DROP_RATES = ("drop_rate", "drop_prob", "dropout")
-MEMORY_FLAGS = ("memory_efficient", "grad_checkpointing", "efficient")
-_agreed: dict[Any, bool] = {}
-
-
 def agrees(module: nn.Module, kind: type[Kind]) -> bool:
-    """Whether a copy of module with other numbers computes what its kind does, in float64, in training and evaluation:
-    results, and running statistics behind them. Of classes of known libraries one of several sizes is tried; what
-    others do must not depend on their input's numbers or size, and use every layer once."""
-    if type(module).__module__.partition(".")[0] not in KNOWN:
-        return _is_straight(module) and _computes(module, kind)
-    key = kind, type(module).forward, _signature(module)
-    if key not in _agreed:
-        _agreed[key] = _computes(module, kind)
-    return _agreed[key]
-
-
-def _signature(module: nn.Module) -> Any:
-    """What a class may make its forward depend on, but for sizes and the number of equal children."""
-    own = {
-        name: value
-        for name, value in vars(module).items()
-        if name not in SIZES and isinstance(value, (bool, int, float, str, tuple, type(None)))
-    }
-    children = {(_name(name), None if child is None else _signature(child)) for name, child in module._modules.items()}
-    return type(module), tuple(sorted(own.items())), frozenset(children)
-
-
-def _name(name: str) -> str:
-    return name.rstrip("0123456789") if name.startswith("denselayer") else name
-
-
-class _Tracer(torch.fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return not isinstance(m, (nn.Sequential, nn.ModuleDict, nn.ModuleList)) and (
-            not m._modules or isinstance(m, _BatchNorm) or type(m).__module__.startswith("torch.nn")
-        )
-
-
-def _is_straight(module: nn.Module) -> bool:
-    """Whether forward has no branches on its input, and calls every layer with parameters once."""
-    try:
-        twin = copy.deepcopy(module).to("meta")
-        _plainly(twin)
-        calls = [str(node.target) for node in _Tracer().trace(twin).nodes if node.op == "call_module"]
-    except Exception:
-        return False
-    layers = [twin.get_submodule(name) for name in calls]
-    called = [p for layer in layers for p in layer.parameters()]
-    return len(called) == len(set(called)) == len(list(twin.parameters()))
-
-
-def _computes(module: nn.Module, kind: type[Kind]) -> bool:
-    try:
-        twin: Any = copy.deepcopy(module).to_empty(device="cpu").double().requires_grad_()
-        _plainly(twin)
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(0)
-            for p in twin.parameters():
-                p.uniform_(-1, 1).div_(max(p[0].numel(), 1) ** 0.5 if p.dim() > 1 else 1)
-            for b in twin.buffers():
-                b.uniform_(0.5, 1.5) if b.is_floating_point() else b.zero_()
-            alone(twin)  # it computes the same, and no other process would answer
-            ours = copy.deepcopy(twin)
-            swap(ours, kind, Options())
-            for training in (True, False):
-                twin.train(training)
-                ours.train(training)
-                found = kind.reads(ours)
-                x = torch.randn(kind.sample(ours, found), dtype=torch.double)
-                if not _same(_outcome(ours, functools.partial(ours.fused, found), x), _outcome(twin, twin, x)):
-                    return False
-                pairs = zip(ours.buffers(), twin.buffers(), strict=True)
-                if not all(torch.allclose(a, b, rtol=1e-9) for a, b in pairs):
-                    return False
-    except Exception:  # whatever it is, it is no such module
-        return False
-    return True
-
-
-def _outcome(module: nn.Module, run: Any, x: Tensor) -> list[Tensor]:
-    """What run makes of x, and the gradients."""
-    with torch.enable_grad():
-        x = x.clone().requires_grad_()
-        out = run(x * 1)  # which may be written into
-        sources = [x, *module.parameters()]
-        cotangent = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
-        found = torch.autograd.grad(out, sources, cotangent, allow_unused=True)
-    return [out.detach(), *(torch.zeros_like(t) if g is None else g for t, g in zip(sources, found, strict=True))]
-
-
-def _same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
-    return all(
-        torch.allclose(a, b, rtol=1e-7, atol=1e-9 * (1 + b.abs().max().item()))
-        for a, b in zip(ours, theirs, strict=True)
-    )
-
-
-def alone(module: nn.Module) -> None:
-    """With nn.BatchNorm2d in place of every nn.SyncBatchNorm."""
-    for part in module.modules():
-        if type(part) is nn.SyncBatchNorm:
-            part.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
-
-
-def _plainly(module: nn.Module) -> None:
-    """Without hooks, dropout and activation checkpointing, none of which decides what a module computes."""
-    for part in module.modules():
-        for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
-            hooks.clear()
-    without_chance(module)
-
-
-def without_chance(module: nn.Module) -> None:
-    """Without dropout, and without activation checkpointing, which moves running statistics again."""
-    for part in module.modules():
-        if isinstance(part, nn.modules.dropout._DropoutNd):
-            part.p = 0.0
-        for names, known, value in ((DROP_RATES, (int, float), 0.0), (MEMORY_FLAGS, bool, False)):
-            for name in names:
-                if isinstance(getattr(part, name, None), known):
-                    with contextlib.suppress(AttributeError):  # a property
-                        setattr(part, name, value)
+    """Whether kind computes what module does."""
+    return alike(module, kind.serving, kind.sample)

@@ -19,10 +19,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rkfast.files import replacing
+from rkfast.nn.alike import alone
 from rkfast.swap.copies import accelerators, has_fused, inside, stock, tensors, without_autocast
 from rkfast.swap.estimate import in_words
 from rkfast.swap.fuse import fuse
-from rkfast.swap.kind import alone
 
 OURS = "rkfast"
 COPY = "copy, layout"

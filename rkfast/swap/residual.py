@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rkfast.nn.form import Form, children, form_of, residual
+from rkfast.nn.form import Form, children, form_of, residual, sample
 from rkfast.nn.norm import fusible, hooked
-from rkfast.swap.kind import Kind
+from rkfast.swap.kind import Kind, mixes
 
 
 class FusedBlock(Kind):
@@ -30,8 +30,11 @@ class FusedBlock(Kind):
         return form
 
     @classmethod
-    def sample(cls, module: Any, found: Form) -> tuple[int, ...]:
-        return (2, module.conv1.in_channels, 8, 8)
+    def sample(cls, module: Any) -> tuple[int, ...]:
+        return sample(module)
+
+    def refuses(self, found: Form, x: Tensor) -> str | None:
+        return mixes(x)
 
     def fused(self, found: Form, x: Tensor) -> Tensor:
         return residual(found, self, x, memory=self._rkfast.memory)

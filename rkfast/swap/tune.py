@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from rkfast import dispatch, measure, native
+from rkfast.nn.alike import alone
 from rkfast.ops import checks, layout
 from rkfast.swap.copies import accelerators, chosen, inside, tensors
 from rkfast.swap.estimate import in_words
-from rkfast.swap.kind import Kind, alone
+from rkfast.swap.kind import Kind
 
 GOALS = ("time", "memory")
 HOW = ("auto", "off", "cache", "force")
@@ -80,6 +81,8 @@ class Tuning(list[Decision]):
                 else (in_words(int(row.stock)), in_words(int(row.fused)))
             )
             choice = f"stock: {row.reason}" if row.reason else "fused"
+            if not row.reason and row.fused > row.stock:
+                choice += f": slower ({row.stock / row.fused:.2f}x), but not clearly"
             cached = ", as decided before" if row.cached else ""
             lines.append(f"{name}  {row.kind} {shape} {row.dtype}  stock {stock}, fused {fused}  {choice}{cached}")
         return "\n".join(lines)

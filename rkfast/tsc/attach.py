@@ -100,9 +100,8 @@ def attach(
     made: list[tuple[nn.Module, type[Stepped], list[Run]]] = []
     changes: list[tuple[Tensor, Tensor]] = []
     uses = Counter(child for module in model.modules() for child in module._modules.values())
-    known: dict[Any, bool] = {}
     for prefix, module in model.named_modules():
-        found = stages(module, uses, known)
+        found = stages(module, uses)
         if found is None:
             continue
         kind, runs = found[0], []

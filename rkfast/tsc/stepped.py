@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rkfast.nn import CliqueBlock, DenseBlock
+from rkfast.nn.alike import alike
 from rkfast.nn.controller import Controller
-from rkfast.nn.form import Form, form_of, residual
+from rkfast.nn.form import Form, form_of, residual, sample
 from rkfast.ops import Moments
 
 
@@ -194,12 +195,10 @@ class SteppedCliqueBlock(Stepped, CliqueBlock):
         return _convolutions(SteppedCliqueBlock.weights(module, stage), factors)
 
 
-def stages(
-    module: nn.Module, uses: Counter[nn.Module | None], known: dict[Any, bool]
-) -> tuple[type[Stepped], list[Stage]] | None:
+def stages(module: nn.Module, uses: Counter[nn.Module | None]) -> tuple[type[Stepped], list[Stage]] | None:
     """What ``module`` becomes, and its blocks stage by stage; None where it has no blocks of its own.
 
-    uses: how often each module of the network is somebody's child. known: the kinds of blocks compared already."""
+    uses: how often each module of the network is somebody's child."""
     if type(module) is DenseBlock and len(module) and not module.time_channel:
         return SteppedDenseBlock, [Stage(list(module.keys()), module.growth_rate, 4)]
     if type(module) is CliqueBlock:
@@ -212,10 +211,7 @@ def stages(
         form = form_of(block)
         if form is None or uses[block] > 1:
             return None, name
-        kind = type(block), form, tuple((n, type(child)) for n, child in block._modules.items())
-        if kind not in known:
-            known[kind] = takes_step(block) or _agrees(block, form)
-        if not known[kind]:
+        if not (takes_step(block) or alike(block, _with_step, sample)):
             return None, name
         convs = [getattr(block, conv) for conv in form.reads]
         return form, convs[-1].out_channels, tuple((c.weight.shape[0], c.weight.shape[2:]) for c in convs)
@@ -268,14 +264,13 @@ def residual_blocks(model: nn.Module) -> list[Residual]:
     """
     found: list[Residual] = []
     uses = Counter(child for module in model.modules() for child in module._modules.values())
-    known: dict[Any, bool] = {}
     for prefix, module in model.named_modules():
         pairs: list[tuple[Stage, Sequence[Tensor | None]]] = []
         if isinstance(module, Stepped):
             with torch.no_grad():
                 pairs = [(run.stage, module.step_sizes(run).unbind()) for run in module._tsc_runs]
         else:
-            of = stages(module, uses, known)
+            of = stages(module, uses)
             pairs = [] if of is None else [(stage, [None] * len(stage.names)) for stage in of[1]]
         for stage, sizes in pairs:
             if stage.form is None:
@@ -301,32 +296,13 @@ def takes_step(block: nn.Module) -> bool:
     return not isinstance(block, SteppedBlock) and "step" in inspect.signature(block.forward).parameters
 
 
-def _agrees(block: nn.Module, form: Form) -> bool:
-    """Whether a copy of the block, with other numbers, computes the same as a SteppedBlock with step sizes of 1."""
-    try:
-        twin: Any = copy.deepcopy(block).to_empty(device="cpu").double()
-        for module in twin.modules():
-            for hooks in (module._forward_hooks, module._forward_pre_hooks):
-                hooks.clear()
-        steppable = copy.deepcopy(twin)
-        _swap_block(steppable, form)
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            for p in twin.parameters():
-                p.uniform_(-1, 1).div_(p[0].numel() ** 0.5)
-            for b in twin.buffers():
-                b.uniform_(0.5, 1.5) if b.is_floating_point() else b.zero_()
-            steppable.load_state_dict(twin.state_dict())
-            for training in (True, False):
-                x = torch.randn(2, twin.conv1.in_channels, 8, 8, device="cpu", dtype=torch.double)
-                torch.manual_seed(0)
-                expected = twin.train(training)(x.clone())
-                torch.manual_seed(0)
-                ours = steppable.train(training)(x, expected.new_ones(expected.shape[1]))
-                if not torch.allclose(ours, expected, rtol=1e-8, atol=1e-8):
-                    return False
-    except Exception:  # whatever it is, it is no such block
-        return False
-    return True
+def _with_step(block: Any) -> Callable[[Tensor], Tensor]:
+    """What block, which becomes a SteppedBlock, computes with step sizes of 1."""
+    form = form_of(block)
+    assert form is not None
+    channels = getattr(block, form.reads[-1]).out_channels
+    _swap_block(block, form)
+    return lambda x: block(x, x.new_ones(channels))
 
 
 def _convolutions(weights: list[list[Tensor]], factors: Tensor) -> list[tuple[Tensor, Tensor]]:

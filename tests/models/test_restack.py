@@ -7,6 +7,7 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,8 +20,10 @@ from rkfast import tableau
 from rkfast.models.restack import Restacked
 from rkfast.nn import Period, PreActBranch
 from tests.libraries import network
-from tests.models.tester import seen
+from tests.models.tester import seen, settled
 from tests.nn.test_step import calls
+from tests.swap import lookalikes
+from tests.swap.lookalikes import Cut
 
 METHODS = ("euler", "midpoint", "rk4")
 
@@ -96,13 +99,7 @@ class Net(nn.Module):
 
 
 def made(factory: Callable[[], nn.Module] = Net) -> Any:
-    torch.manual_seed(0)
-    model = factory()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0, 0.3)
-    return model
+    return settled(factory)
 
 
 def restacked(model: Any, method: Any, **options: Any) -> Any:
@@ -354,8 +351,10 @@ class Branching(Basic):
         self.extra = nn.Identity()
 
 
-@pytest.mark.parametrize("block", (Scaled, Dropping, Gated, Branching))
-def test_what_computes_something_else_is_left_alone(block: type[Basic]) -> None:
+@pytest.mark.parametrize(
+    "block", (Scaled, Dropping, Gated, Branching, partial(Cut, 4), partial(lookalikes.Dropping, 4))
+)
+def test_what_computes_something_else_is_left_alone(block: Callable[[int], nn.Module]) -> None:
     with torch.no_grad():
         model = nn.Sequential(*(block(4) for _ in range(4)))
         for module in model:

@@ -7,6 +7,7 @@ import io
 import itertools
 import pickle
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -47,17 +48,23 @@ def check_row(row: papers.Row, size: int = 32) -> int:
     return exact
 
 
-def twins(name: str, seed: int = 0, **options: Any) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """A fused model, its stock twin, and that in float64. Statistics and BatchNorms are no longer as they were made."""
+def settled(make: Callable[[], nn.Module], seed: int = 0) -> Any:
+    """A module whose BatchNorms and statistics are no longer as they were made."""
     torch.manual_seed(seed)
-    fused = rkfast.create_model(name, **options)
+    module = make()
     with torch.no_grad():
-        for module in fused.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.normal_(0, 0.3)
-                module.running_mean.normal_(0, 0.3)
-                module.running_var.uniform_(0.5, 2)
+        for norm in module.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.weight.uniform_(0.5, 1.5)
+                norm.bias.normal_(0, 0.3)
+                norm.running_mean.normal_(0, 0.3)
+                norm.running_var.uniform_(0.5, 2)
+    return module
+
+
+def twins(name: str, seed: int = 0, **options: Any) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """A fused model, its stock twin, and that in float64."""
+    fused = settled(lambda: rkfast.create_model(name, **options), seed)
     stock = rkfast.create_model(name, fused=False, **options)
     stock.load_state_dict(fused.state_dict())
     return fused, stock, copy.deepcopy(stock).double()

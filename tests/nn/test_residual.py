@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from rkfast import dispatch, measure, native
 from rkfast.nn import BasicBlock, Bottleneck, PadShortcut, Projection, norm
 from rkfast.nn.residual import max_pool
-from tests.models.tester import difference
+from tests.models.tester import difference, settled
 
 Block = BasicBlock | Bottleneck
 
@@ -47,18 +47,6 @@ def grouped(fused: bool = True, **options: Any) -> Block:
 
 
 BLOCKS = (basic, basic_projected, basic_padded, bottleneck, bottleneck_projected, original, grouped)
-
-
-def filled(block: nn.Module, seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for module in block.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.normal_(0, 0.3)
-                module.running_mean.normal_(0, 0.3)
-                module.running_var.uniform_(0.5, 2)
-    return block
 
 
 def formula(block: Any, x: Tensor, step: Tensor | None) -> Tensor:
@@ -102,7 +90,7 @@ def test_blocks(make: Any, scaled: bool, reduction: int | None) -> None:
     """Three of five draws decide, as in the tests of the models: a ReLU near zero is now on, now off."""
     failures, last = 0, None
     for seed in range(5):
-        truth = filled(make(False, reduction=reduction), seed).double()
+        truth = settled(lambda: make(False, reduction=reduction), seed).double()
         fused, stock = make(True, reduction=reduction), make(False, reduction=reduction)
         fused.load_state_dict(truth.state_dict())
         stock.load_state_dict(truth.state_dict())
@@ -137,7 +125,7 @@ def test_the_join_is_one_op(make: Any, reduction: int | None) -> None:
 
 @pytest.mark.parametrize("name", ("bn1", "conv2", "bn2", "relu", "se", "se.fc1", "downsample", "downsample.1"))
 def test_hooks_are_heard(name: str) -> None:
-    block = filled(basic_projected(reduction=2), 0)
+    block = settled(lambda: basic_projected(reduction=2))
     x = torch.randn(2, 6, 5, 5)
     expected = copy.deepcopy(block)(x)
     heard = []
@@ -147,7 +135,7 @@ def test_hooks_are_heard(name: str) -> None:
 
 
 def test_replaced_activation() -> None:
-    block = filled(basic(), 0)
+    block = settled(basic)
     block.relu = nn.Tanh()
     x = torch.randn(2, 6, 5, 5)
     twin = copy.deepcopy(block)
@@ -156,7 +144,7 @@ def test_replaced_activation() -> None:
 
 
 def test_step_of_ones_and_none() -> None:
-    block = filled(bottleneck(reduction=2), 0).eval()
+    block = settled(lambda: bottleneck(reduction=2)).eval()
     x = torch.randn(2, 8, 5, 5)
     torch.testing.assert_close(block(x, torch.ones(8)), block(x))
     torch.testing.assert_close(block(x, torch.zeros(8)), F.relu(x))

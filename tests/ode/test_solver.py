@@ -212,3 +212,11 @@ def test_bad_arguments(changed: dict[str, Any], error: type[Exception], message:
 def test_no_end(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(RuntimeError, match=f"^{message}"):
         ode.integrate(**(GOOD | changed))
+
+
+@pytest.mark.parametrize("arguments", ({"h": 0.1}, {"tol": 1e-4}), ids=("fixed", "adaptive"))
+def test_f_may_write_into_what_it_gets(arguments: dict[str, Any]) -> None:
+    y = torch.ones(3)
+    found = ode.integrate(lambda _, y: y.mul_(-4), y, 0, 1, "fehlberg45", **arguments)
+    assert torch.equal(y, torch.ones(3))
+    assert torch.equal(found.states, ode.integrate(decay, y, 0, 1, "fehlberg45", **arguments).states)

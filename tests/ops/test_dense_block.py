@@ -29,6 +29,8 @@ SHAPES = {
 }
 NORMS = ("batch", "frozen", "bare", "cumulative")
 MEMORY = {"plain": ("speed",), "sum": ("speed",), "tiles": ("speed",)}
+# memory, size, whether weights have their outputs last
+EVALUATED = (("speed", (9, 7), False), ("min", (9, 7), False), ("speed", (5, 6), False), ("speed", (5, 6), True))
 
 
 class Block:
@@ -163,24 +165,6 @@ def compare(
             assert torch.equal(found[name], truth[name]), name
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("norms", ("batch", "frozen"))
-@pytest.mark.parametrize("memory", ("speed", "min"))
-def test_evaluation_without_gradients(memory: str, norms: str, shape: str, target: Target) -> None:
-    """Where nothing is kept, with norms that have statistics of their own: all, or some."""
-    backend, device = target
-    torch.manual_seed(0)
-    exact = Block(shape, norms).to(torch.float64, device)
-    exact = exact.evaluated() if norms == "batch" else exact
-    x = torch.randn(3, exact.inputs, 9, 7, dtype=torch.float64, device=device)
-    own, plain = (exact.to(torch.float32, device) for _ in range(2))
-    with torch.no_grad():
-        truth = exact.to(torch.float64, device).plain(x)
-        with dispatch.use(backend):
-            ours = own.ours(x.float(), memory=memory)
-        assert_as_good_as(ours, plain.plain(x.float()), truth, "out")
-
-
 @pytest.mark.parametrize("norms", NORMS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_against_float64(shape: str, norms: str, target: Target) -> None:
@@ -190,19 +174,23 @@ def test_against_float64(shape: str, norms: str, target: Target) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_evaluation(shape: str, target: Target) -> None:
-    """Without gradients nothing is kept, and a kernel may go another way."""
+@pytest.mark.parametrize("norms", ("batch", "frozen"))
+def test_evaluation(norms: str, shape: str, target: Target) -> None:
+    """Without gradients nothing is kept, and a kernel may go another way; with norms that have statistics of their own:
+    all, or some."""
     torch.manual_seed(6)
-    block = Block(shape).evaluated()
-    x = torch.randn(3, block.inputs, 5, 6, dtype=torch.float64)
     backend, device = target
-    with torch.no_grad():
-        truth = block.to(torch.float64, device).plain(x.float().double().to(device))
-        own, x = block.to(torch.float32, device), x.float().to(device)
-        with dispatch.use(backend):
-            assert_as_good_as(own.ours(x), own.plain(x), truth, shape)
-            own.conv1, own.conv2 = ([layout.outputs_last(w) for w in ws] for ws in (own.conv1, own.conv2))
-            assert_as_good_as(own.ours(x), own.plain(x), truth, f"{shape}, weights with their outputs last")
+    block = Block(shape, norms)
+    block = block.evaluated() if norms == "batch" else block
+    for memory, size, last in EVALUATED:
+        x = torch.randn(3, block.inputs, *size).to(device)
+        exact, eager, ours = (block.to(t, device) for t in (torch.float64, torch.float32, torch.float32))
+        if last:
+            ours.conv1, ours.conv2 = ([layout.outputs_last(w) for w in ws] for ws in (ours.conv1, ours.conv2))
+        with torch.no_grad():
+            with dispatch.use(backend):
+                found = ours.ours(x, memory=memory)
+            assert_as_good_as(found, eager.plain(x), exact.plain(x.double()), f"{memory}, {size}, {last=}")
 
 
 @pytest.mark.parametrize("how", LAYOUTS)

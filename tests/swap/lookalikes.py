@@ -226,6 +226,23 @@ class Extended(BasicBlock):
         return self.relu(out + shortcut)
 
 
+class Cut(BasicBlock):
+    """The same values, and another gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))) + x.detach())
+
+
+class Dropping(BasicBlock):
+    """With a dropout that is no layer."""
+
+    drop_rate = 0.3
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return self.relu(F.dropout(out, self.drop_rate, self.training) + x)
+
+
 class ResNet(nn.Module):
     def __init__(self, block: Callable[..., nn.Module] = BasicBlock, **options: Any) -> None:
         super().__init__()

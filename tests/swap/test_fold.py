@@ -59,6 +59,12 @@ def attached(make: Callable[[], nn.Module], controller: str = "2fc") -> Callable
     return made
 
 
+def restacked() -> nn.Module:
+    """Two of its blocks are a step."""
+    with pytest.warns(UserWarning, match="left as they are"):
+        return rkfast.restack(ResNet(), "midpoint")
+
+
 # Of each network the BatchNorms and residual blocks that are left.
 NETS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "stem": (Stem, 0, 0),
@@ -66,6 +72,12 @@ NETS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "frozen": (lambda: ResNet(norm=FrozenBatchNorm2d), 0, 4),
     "stepped": (attached(ResNet), 0, 4),
     "scaled": (lambda: ResNet(Scaled), 0, 0),
+    "restacked": (restacked, 0, 2),
+    "restacked ho_resnet-10": (
+        lambda: rkfast.restack(own("ho_resnet-10", method="euler", width=8)(), "midpoint"),
+        9,
+        0,
+    ),
     "densenet": (DenseNet, 14, 0),
     "monai": (lambda: DenseNet(MonaiBlock), 14, 0),
     "densenet-10": (own("densenet-10"), 9, 0),

@@ -7,6 +7,7 @@ import io
 import pickle
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ import rkfast
 from rkfast import dispatch, native
 from rkfast.swap.kind import Kind
 from tests.libraries import network
-from tests.models.tester import difference, seen
+from tests.models.tester import difference, seen, settled
 from tests.swap import lookalikes
 from tests.swap.lookalikes import (
     BasicBlock,
@@ -29,6 +30,7 @@ from tests.swap.lookalikes import (
     FrozenBatchNorm2d,
     MonaiBlock,
     ResNet,
+    Transition,
 )
 
 built = pytest.mark.skipif(native.cpu_reason() is not None, reason="the C++ kernels are not built")
@@ -44,16 +46,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 
 
 def made(name: str, seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    model = NETS[name]()
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.normal_(0, 0.3)
-                module.running_mean.normal_(0, 0.3)
-                module.running_var.uniform_(0.5, 2)
-    return model
+    return settled(NETS[name], seed)
 
 
 def fused_kinds(model: nn.Module) -> Counter[str]:
@@ -333,6 +326,47 @@ def test_compile_and_trace() -> None:
         torch.testing.assert_close(torch.jit.trace(model, x)(x), expected)
 
 
+@pytest.mark.parametrize("name", ("densenet", "resnet"))
+def test_torchscript_is_refused_by_name(name: str) -> None:
+    model = rkfast.fuse(made(name))
+    types = [type(module) for module in model.modules()]
+    with pytest.raises(
+        RuntimeError, match=r"is fused by rkfast.*call rkfast\.unfuse\(model\) first, or .*rkfast\.export"
+    ):
+        torch.jit.script(model)
+    assert [type(module) for module in model.modules()] == types
+
+
+class Within(BasicBlock):
+    """torchvision's sum, which is in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out += x if self.downsample is None else self.downsample(x)
+        return self.relu(out)
+
+
+def frozen_stem(inner: int, out: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(inner, out, 1, bias=False), FrozenBatchNorm2d(out), nn.ReLU())
+
+
+@pytest.mark.parametrize(
+    "block",
+    (Within, BasicBlock, partial(BasicBlock, norm=FrozenBatchNorm2d), frozen_stem, partial(Block, 2), Transition),
+)
+def test_autocast_has_the_dtypes_of_stock(block: Callable[..., nn.Module]) -> None:
+    for out in (8, 12):
+        stock = nn.Sequential(block(8, out))
+        model = rkfast.fuse(copy.deepcopy(stock))
+        assert fused_kinds(model)
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(2, 8, 6, 6, dtype=dtype)
+            with torch.autocast("cpu", torch.bfloat16):
+                ours, theirs = model(x), stock(x)
+            assert ours.dtype == theirs.dtype, (out, dtype)
+            torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
+
+
 def test_autocast_and_transforms() -> None:
     model, stock = rkfast.fuse(made("densenet")).eval(), made("densenet").eval()
     x = torch.randn(2, 3, 10, 10)
@@ -354,15 +388,9 @@ class BasicFused(nn.Module):
         return self.block(x)
 
 
-class Cut(BasicBlock):
-    """The same values, and another gradient."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))) + x.detach())
-
-
-def test_gradients_are_compared() -> None:
-    assert not fused_kinds(rkfast.fuse(nn.Sequential(Cut(4, 4))))
+@pytest.mark.parametrize("block", (lookalikes.Cut, lookalikes.Dropping))
+def test_gradients_and_dropout_are_compared(block: type[nn.Module]) -> None:
+    assert not fused_kinds(rkfast.fuse(nn.Sequential(block(4, 4))))
 
 
 @pytest.mark.parametrize("name", ("conv1", "bn1", "relu", "conv2", "bn2"))

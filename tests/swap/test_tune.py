@@ -125,6 +125,13 @@ def test_what_is_clearly_slower(costs: tuple[float, ...], stays: bool, monkeypat
     assert module._rkfast.slower is None
 
 
+@pytest.mark.parametrize(("fused", "choice"), ((1.02, "fused: slower (0.98x), but not clearly"), (0.5, "fused")))
+def test_what_is_slower_and_stays_says_so(fused: float, choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_raced", lambda *_: (1.0, fused, True))
+    rows = str(rkfast.tune(rkfast.fuse(made("resnet")), X)).splitlines()
+    assert rows and all(row.endswith(f"fused {fused:.3g} ms  {choice}") for row in rows)
+
+
 def raced(module: Any, x: Tensor) -> tuple[float, float, bool]:
     return (1.0, 2.0, False) if isinstance(module, FusedBlock) else (2.0, 1.0, True)
 

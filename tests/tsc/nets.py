@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import rkfast
 from tests.models.test_restack import Basic
+from tests.models.tester import settled
 
 
 class SqueezeExcite(nn.Module):
@@ -128,17 +129,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], list[int]]] = {
 
 
 def made(name: str, seed: int = 0) -> Any:
-    """A network whose BatchNorms and statistics are no longer as they were made."""
-    torch.manual_seed(seed)
-    model = NETS[name][0]()
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.normal_(0, 0.3)
-                module.running_mean.normal_(0, 0.3)
-                module.running_var.uniform_(0.5, 2)
-    return model
+    return settled(NETS[name][0], seed)
 
 
 def attached(name: str, *args: Any, seed: int = 0, **options: Any) -> Any:

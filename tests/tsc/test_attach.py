@@ -23,6 +23,7 @@ from rkfast.tsc.stepped import SteppedBlock, SteppedSequential
 from tests.libraries import network
 from tests.models.test_restack import Basic
 from tests.models.tester import difference, seen
+from tests.swap import lookalikes
 from tests.tsc.nets import NETS, ResNet, SqueezeExcite, attached, made, plain
 
 
@@ -258,10 +259,11 @@ def test_what_is_no_such_block_is_left_alone() -> None:
         def forward(self, x: Tensor) -> Tensor:
             raise RuntimeError
 
-    model = ResNet([Basic(8), Other(8), Broken(8)], [Basic(16, stride=2)])
+    others = [Other(8), Broken(8), lookalikes.Cut(8, 8), lookalikes.Dropping(8, 8)]
+    model = ResNet([Basic(8), *others], [Basic(16, stride=2)])
     tsc.attach(model)
     assert [b.name for b in tsc.steps(model).blocks] == ["layer1.0", "layer2.0"]
-    assert [type(m) for m in model.layer1] == [SteppedBlock, Other, Broken]  # type: ignore[union-attr, arg-type]
+    assert [type(m) for m in model.layer1] == [SteppedBlock, *map(type, others)]  # type: ignore[union-attr, arg-type]
     block = Basic(8)
     shared = nn.Sequential(block, Basic(8), block)
     tsc.attach(shared)
