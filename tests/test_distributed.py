@@ -234,19 +234,17 @@ LIBRARIES: dict[str, Callable[[], nn.Module]] = {
     "DenseNet": lambda: network(
         "torchvision.DenseNet", growth_rate=8, block_config=(2, 2), num_init_features=16, bn_size=2
     ),
-    "BasicBlock": lambda: residual_network("BasicBlock"),
-    "Bottleneck": lambda: residual_network("Bottleneck"),
+    "ResNet": lambda: network(
+        "torchvision.ResNet", block=library("torchvision.models.resnet").Bottleneck, layers=(1, 1, 1, 1)
+    ),
 }
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "synchronised": nn.SyncBatchNorm.convert_sync_batchnorm,
     "fused": rkfast.fuse,
     "wrapped": nn.parallel.DistributedDataParallel,
 }
-ORDERS = ("synchronised fused wrapped", "fused synchronised wrapped", "synchronised wrapped fused")
-
-
-def residual_network(block: str) -> nn.Module:
-    return network("torchvision.ResNet", block=getattr(library("torchvision.models.resnet"), block), layers=[1] * 4)
+# DistributedDataParallel refuses to wrap a CPU's SyncBatchNorms, but not that they come later.
+ORDERS = ("wrapped synchronised fused", "wrapped fused synchronised", "fused wrapped synchronised")
 
 
 def of_library(name: str) -> nn.Module:

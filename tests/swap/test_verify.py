@@ -14,6 +14,7 @@ import rkfast
 from rkfast.swap.dense import FusedDenseBlock
 from rkfast.swap.kind import Kind
 from rkfast.swap.residual import FusedBlock
+from rkfast.swap.sequential import FusedSequential
 from tests.libraries import network
 from tests.swap.lookalikes import Block, DenseNet
 from tests.swap.test_fuse import built, made
@@ -129,6 +130,16 @@ def test_a_gradient_that_cancels_hides_nothing(monkeypatch: pytest.MonkeyPatch) 
     broken = model()
     wrong("residual gradient", monkeypatch)
     assert not all(row.ok for row in rkfast.verify(broken, X) if row.what == "training: parameter gradients")
+
+
+def test_a_relu_at_its_edge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs so near zero that stock PyTorch, too, would have them on the other side if they were off by a rounding."""
+    model, x = rkfast.fuse(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())), X.clone()
+    x[0, 0, 0] = 3e-8
+    right: Any = FusedSequential.fused
+    monkeypatch.setattr(FusedSequential, "fused", lambda self, found, x: right(self, found, x - 1e-7))
+    found = rkfast.verify(model, x, draws=1, modes=["evaluation"])
+    assert found, found
 
 
 def test_the_model_is_left_as_it_was() -> None:
