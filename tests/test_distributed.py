@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 import rkfast
 from rkfast import dispatch, ops
+from tests.libraries import library, network
 from tests.ops import test_dense_block
 from tests.ops.tester import CPU_BACKENDS
 
@@ -86,14 +88,15 @@ def synced_batch() -> tuple[Tensor, Tensor]:
 
 
 def stepped(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Gradients of the summed loss, and statistics, after a few steps; and what evaluation gives then."""
+    """Results and gradients of the summed loss, and statistics, after a few steps; and what evaluation gives then."""
     model.train()
     for _ in range(STEPS):
         model.zero_grad()
-        F.cross_entropy(model(images), labels, reduction="sum").backward()
+        out = model(images)
+        F.cross_entropy(out, labels, reduction="sum").backward()
     found = {f"gradient of {name}": p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     found.update({name: b.clone() for name, b in model.named_buffers()})
-    found["evaluated"] = model.eval()(images).detach()
+    found["trained"], found["evaluated"] = out.detach(), model.eval()(images).detach()
     return found
 
 
@@ -122,8 +125,9 @@ def test_synchronised_statistics_are_those_of_the_whole_batch(name: str, tmp_pat
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     torch.manual_seed(0)
     expected = stepped(rkfast.create_model(name, fused=False, **SYNCED[name]).double(), *synced_batch())
-    evaluated = torch.cat([part.pop("evaluated") for part in parts])
-    torch.testing.assert_close(evaluated, expected.pop("evaluated"), rtol=1e-9, atol=1e-9)
+    for key in ("trained", "evaluated"):
+        together = torch.cat([part.pop(key) for part in parts])
+        torch.testing.assert_close(together, expected.pop(key), rtol=1e-9, atol=1e-9)
     blocks = [int(part.pop("served")) for part in parts]
     assert blocks[0] == blocks[1] and (blocks[0] > 0) == ("net-10" not in name)
     for part in parts:
@@ -252,3 +256,65 @@ def test_convolutions_of_two_processes(backend: str, tmp_path: Path) -> None:
     for part in parts:
         for key, value in expected.items():
             torch.testing.assert_close(part[key].double(), value, rtol=tolerance, atol=tolerance)
+
+
+LIBRARIES: dict[str, Callable[[], nn.Module]] = {
+    "DenseNet": lambda: network(
+        "torchvision.DenseNet", growth_rate=8, block_config=(2, 2), num_init_features=16, bn_size=2
+    ),
+    "ResNet": lambda: network(
+        "torchvision.ResNet", block=library("torchvision.models.resnet").Bottleneck, layers=(1, 1, 1, 1)
+    ),
+}
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "synchronised": nn.SyncBatchNorm.convert_sync_batchnorm,
+    "fused": rkfast.fuse,
+    "wrapped": nn.parallel.DistributedDataParallel,
+}
+# DistributedDataParallel refuses to wrap a CPU's SyncBatchNorms, but not that they come later.
+ORDERS = ("wrapped synchronised fused", "wrapped fused synchronised", "fused wrapped synchronised")
+
+
+def of_library(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return LIBRARIES[name]().double()
+
+
+def library_worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    try:
+        part = slice(0, SIZES[0]) if rank == 0 else slice(SIZES[0], None)
+        images, labels = (t[part] for t in synced_batch())
+        found = {}
+        for name in LIBRARIES:
+            with pytest.raises(ValueError, match="SyncBatchNorm expected input tensor to be on"):
+                nn.SyncBatchNorm.convert_sync_batchnorm(of_library(name))(images)
+            for order in ORDERS:
+                model = of_library(name)
+                for wrapper in order.split():
+                    model = WRAPPERS[wrapper](model)
+                found[name, order] = stepped(model, images, labels)
+        torch.save(found, Path(folder) / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_networks_of_libraries(tmp_path: Path) -> None:
+    """Fused, with SyncBatchNorm (which stock PyTorch has for GPUs alone) and in DistributedDataParallel."""
+    library("torchvision")
+    torch.multiprocessing.spawn(library_worker, (str(tmp_path),), nprocs=2)
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for name in LIBRARIES:
+        expected = stepped(of_library(name), *synced_batch())
+        together = {key: expected.pop(key) for key in ("trained", "evaluated")}
+        for order in ORDERS:
+            found = [part[name, order] for part in parts]
+            for key, value in together.items():
+                torch.testing.assert_close(torch.cat([f.pop(key) for f in found]), value, rtol=1e-9, atol=1e-9)
+            for one in found:
+                assert len(one) == len(expected)
+                for key, value in one.items():
+                    # The wrapper takes the mean of the processes' gradients.
+                    value = 2 * value if key.startswith("gradient") else value
+                    torch.testing.assert_close(value, expected[key.replace("module.", "")], rtol=1e-9, atol=1e-9)

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 import rkfast
 from rkfast import dispatch, native
 from rkfast.swap.kind import Kind
-from tests.libraries import network
 from tests.models.tester import difference, seen, settled
 from tests.swap import lookalikes
 from tests.swap.lookalikes import (
@@ -484,36 +483,3 @@ def test_bad_arguments() -> None:
         with pytest.raises(TypeError, match=r"model: expected an nn\.Module"):
             function(3)  # type: ignore[arg-type]
     assert not fused_kinds(model)
-
-
-NETWORKS = (
-    ("torchvision.densenet121", "1 of 1 sequences, 58 of 58 dense layers, 3 of 3 transitions fused"),
-    ("timm.densenet121", "1 of 1 sequences, 58 of 58 dense layers, 3 of 3 transitions fused"),
-    ("torchvision.resnet18", "1 of 1 stems, 8 of 8 residual blocks fused"),
-    ("torchvision.resnet50", "1 of 1 stems, 16 of 16 residual blocks fused"),
-    ("torchvision.wide_resnet50_2", "1 of 1 stems, 16 of 16 residual blocks fused"),
-    ("torchvision.resnext50_32x4d", "1 of 1 stems, 16 of 16 residual blocks fused"),
-    ("timm.resnet18", "1 of 1 stems, 8 of 8 residual blocks fused"),
-    ("timm.resnet50", "1 of 1 stems, 16 of 16 residual blocks fused"),
-    ("timm.resnext50_32x4d", "1 of 1 stems, 16 of 16 residual blocks fused"),
-    ("timm.seresnet50", "1 of 1 stems, 16 of 16 residual blocks fused"),
-)
-
-
-@built
-@pytest.mark.parametrize(("address", "summary"), NETWORKS)
-def test_networks_of_libraries(address: str, summary: str) -> None:
-    torch.manual_seed(0)
-    model = network(address)
-    types, keys = [type(module) for module in model.modules()], list(model.state_dict())
-    x = torch.randn(1, 3, 64, 64)
-    expected = model.eval()(x)
-    rkfast.fuse(model)
-    assert rkfast.report(model, x).summary() == summary
-    assert list(model.state_dict()) == keys
-    before = dispatch.served()
-    torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-4)
-    blocks = (dispatch.served() - before)["dense_block", "cpu"]
-    assert blocks == (4 if "densenet" in address else 0)
-    rkfast.unfuse(model)
-    assert [type(module) for module in model.modules()] == types
