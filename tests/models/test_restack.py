@@ -23,7 +23,6 @@ from tests.libraries import network
 from tests.models.tester import seen, settled
 from tests.nn.test_step import calls
 from tests.swap import lookalikes
-from tests.swap.lookalikes import Cut
 
 METHODS = ("euler", "midpoint", "rk4")
 
@@ -351,9 +350,10 @@ class Branching(Basic):
         self.extra = nn.Identity()
 
 
-@pytest.mark.parametrize(
-    "block", (Scaled, Dropping, Gated, Branching, partial(Cut, 4), partial(lookalikes.Dropping, 4))
-)
+OTHERS = [partial(block, 4) for block in (lookalikes.Cut, lookalikes.Dropping, lookalikes.Counting)]
+
+
+@pytest.mark.parametrize("block", (Scaled, Dropping, Gated, Branching, *OTHERS))
 def test_what_computes_something_else_is_left_alone(block: Callable[[int], nn.Module]) -> None:
     with torch.no_grad():
         model = nn.Sequential(*(block(4) for _ in range(4)))

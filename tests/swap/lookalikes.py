@@ -243,6 +243,16 @@ class Dropping(BasicBlock):
         return self.relu(F.dropout(out, self.drop_rate, self.training) + x)
 
 
+class Counting(BasicBlock):
+    """The same values and gradients, and another count of batches."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        if self.training:
+            self.bn1.num_batches_tracked.add_(1)  # type: ignore[operator, union-attr]
+        return out
+
+
 class ResNet(nn.Module):
     def __init__(self, block: Callable[..., nn.Module] = BasicBlock, **options: Any) -> None:
         super().__init__()

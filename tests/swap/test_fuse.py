@@ -387,8 +387,8 @@ class BasicFused(nn.Module):
         return self.block(x)
 
 
-@pytest.mark.parametrize("block", (lookalikes.Cut, lookalikes.Dropping))
-def test_gradients_and_dropout_are_compared(block: type[nn.Module]) -> None:
+@pytest.mark.parametrize("block", (lookalikes.Cut, lookalikes.Dropping, lookalikes.Counting))
+def test_gradients_dropout_and_statistics_are_compared(block: type[nn.Module]) -> None:
     assert not fused_kinds(rkfast.fuse(nn.Sequential(block(4, 4))))
 
 

@@ -259,7 +259,8 @@ def test_what_is_no_such_block_is_left_alone() -> None:
         def forward(self, x: Tensor) -> Tensor:
             raise RuntimeError
 
-    others = [Other(8), Broken(8), lookalikes.Cut(8, 8), lookalikes.Dropping(8, 8)]
+    alike = (lookalikes.Cut, lookalikes.Dropping, lookalikes.Counting)
+    others = [Other(8), Broken(8), *(block(8, 8) for block in alike)]
     model = ResNet([Basic(8), *others], [Basic(16, stride=2)])
     tsc.attach(model)
     assert [b.name for b in tsc.steps(model).blocks] == ["layer1.0", "layer2.0"]
