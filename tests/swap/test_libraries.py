@@ -216,5 +216,5 @@ def test_backbones(make: Any, size: int) -> None:
                 buffer.uniform_(0.5, 1.5)
     rkfast.fuse(model)
     assert sum(isinstance(module, Kind) and module.title == "residual block" for module in model.modules()) == 16
-    found = rkfast.verify(model, images(size), draws=3)
+    found = rkfast.verify(model, images(size), draws=1)
     assert found, found
