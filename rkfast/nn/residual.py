@@ -396,4 +396,6 @@ def max_pool(pool: nn.Module, x: Tensor, *, fused: bool) -> Tensor:
     """``pool(x)``, which where pool is an nn.MaxPool2d without hooks keeps where the maxima are, and nothing else."""
     if not fused or type(pool) is not nn.MaxPool2d or hooked(pool) or pool.return_indices:
         return pool(x)
+    if not (torch.is_grad_enabled() and x.requires_grad):  # nothing is kept, and Dynamo would not take the function
+        return pool(x)
     return _MaxPool.apply(x, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)[0]

@@ -222,3 +222,12 @@ def test_twice_differentiable(training: bool) -> None:
     assert torch.autograd.gradcheck(block, x)
     inputs = (x, block.bn1.weight, block.bn1.bias, block.conv2.weight)
     assert torch.autograd.gradgradcheck(lambda *_: block(x), inputs)
+
+
+def test_max_pool_compiles_where_nothing_is_kept() -> None:
+    pool, x = nn.MaxPool2d(3, 2, 1), torch.randn(2, 3, 9, 9)
+    compiled = torch.compile(lambda x: max_pool(pool, x, fused=True), backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), pool(x))
+    x.requires_grad_()
+    assert torch.equal(compiled(x), pool(x))
