@@ -134,34 +134,6 @@ def test_synchronised_statistics_are_those_of_the_whole_batch(name: str, tmp_pat
         torch.testing.assert_close(part, expected, rtol=1e-9, atol=1e-9)
 
 
-def wrapped_worker(rank: int, folder: str, name: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    try:
-        torch.manual_seed(0)
-        model = nn.parallel.DistributedDataParallel(rkfast.create_model(name, fused=False, **SYNCED[name]).double())
-        model.module = nn.SyncBatchNorm.convert_sync_batchnorm(model.module)  # which on a CPU it does not wrap
-        part = slice(0, SIZES[0]) if rank == 0 else slice(SIZES[0], None)
-        images, labels = synced_batch()
-        found = stepped(rkfast.fuse(model), images[part], labels[part])
-        torch.save({key.replace("module.", "", 1): value for key, value in found.items()}, Path(folder) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("name", ("densenet-16-bc", "ho_resnet-10"))
-def test_wrapped_on_a_cpu(name: str, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(wrapped_worker, (str(tmp_path), name), nprocs=2)
-    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    torch.manual_seed(0)
-    expected = stepped(rkfast.create_model(name, fused=False, **SYNCED[name]).double(), *synced_batch())
-    evaluated = torch.cat([part.pop("evaluated") for part in parts])
-    torch.testing.assert_close(evaluated, expected.pop("evaluated"), rtol=1e-9, atol=1e-9)
-    for part in parts:
-        found = {key: 2 * value if key.startswith("gradient") else value for key, value in part.items()}  # of averages
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-
-
 def block_worker(rank: int, folder: str, backend: str, dtype: torch.dtype) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)

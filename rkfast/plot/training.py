@@ -102,7 +102,8 @@ def trained(
             torch.empty(0, device=device)
         except (AssertionError, RuntimeError) as error:
             raise ValueError(f"--device {args.device}: {error}") from error
-        partial = partial_beside(file, "--results")  # before minutes of training
+        partial_beside(args.out).unlink()  # before minutes of training
+        partial = partial_beside(file, "--results")
         try:
             for name, group in missing:
                 with tqdm(total=args.epochs, desc=name, unit="epoch", file=sys.stderr) as bar:

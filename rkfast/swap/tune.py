@@ -106,7 +106,8 @@ def tune(model: nn.Module, *inputs: Any, goal: str = "time") -> Tuning:
     this device, number of threads, torch and build of rkfast. The environment variable RKFAST_TUNE is "off" (nothing is
     changed), "cache" (only what the file has is decided) or "force" (all is timed anew).
 
-    In a process group all processes call it, and the first one decides for all.
+    In a process group all processes call it, and the first one decides for all. Blocks with nn.SyncBatchNorm on a CPU,
+    where stock PyTorch has none, stay fused.
 
     Args:
         model: a network after ``fuse``; also one in DistributedDataParallel or torch.compile (before its first call).
@@ -157,12 +158,13 @@ def _together(decide: Callable[[], list[Decision]]) -> list[Decision]:
 def _decided(net: nn.Module, inputs: Any, goal: str, how: str) -> list[Decision]:
     values = [*net.parameters(), *net.buffers(), *(t for _, t in tensors(inputs, "inputs"))]
     twin = copy.deepcopy(net)
+    synced = {name for name, part in net.named_modules() if any(type(m) is nn.SyncBatchNorm for m in part.modules())}
     alone(twin)  # what the processes of a group exchange is the same either way
     for part in twin.modules():
         if isinstance(part, Kind):
             part._rkfast.slower = None
     with torch.random.fork_rng(accelerators(values)):
-        cases = _cases(twin, inputs)
+        cases = _cases(twin, inputs, synced)
         # Those inside others first: the outer ones run with what was decided for them.
         order = sorted(cases, key=lambda key: -max(name.count(".") + bool(name) for name in cases[key].names))
         file = _path(values[0].device) if cases and goal == "time" else None
@@ -201,13 +203,13 @@ def _decided(net: nn.Module, inputs: Any, goal: str, how: str) -> list[Decision]
     return [decisions[key] for key in cases if key in decisions]
 
 
-def _cases(twin: nn.Module, inputs: Any) -> dict[str, _Case]:
-    """The distinct blocks that kernels serve."""
+def _cases(twin: nn.Module, inputs: Any, synced: set[str]) -> dict[str, _Case]:
+    """The distinct blocks that kernels serve, but on a CPU those that stock PyTorch would not."""
     cases: dict[str, _Case] = {}
 
     def note(name: str, module: Kind, args: tuple[Any, ...]) -> None:
         x = args[0] if args else None
-        if isinstance(x, Tensor) and module.found(x) is not None:
+        if isinstance(x, Tensor) and module.found(x) is not None and not (x.device.type == "cpu" and name in synced):
             case = cases.setdefault(_key(module, x), _Case([], x.detach().requires_grad_(x.requires_grad)))
             if name not in case.names:
                 case.names.append(name)

@@ -156,7 +156,11 @@ def test_bad_results_are_named(content: str, message: str, tmp_path: Path, capsy
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_bad_arguments_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_arguments_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is trained."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     for arguments, message in (
         (["--out", str(tmp_path / "a.gif")], "expected a name that ends in"),

@@ -339,7 +339,8 @@ def test_the_first_process_decides(tmp_path: Path) -> None:
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first[:2] == second[:2]
     assert all(first[0][name] == "measured slower (0.50x)" for name in BLOCKS)
-    assert len(first[1][1]) >= 3
+    assert len(first[1][0]) >= 3
+    assert first[1][1] == [], "stock PyTorch has no nn.SyncBatchNorm on a CPU"
     assert first[2].startswith("TypeError: ")
     assert second[2] == f"RuntimeError: rkfast.tune failed in the first process of the group: {first[2]}"
 
