@@ -219,14 +219,22 @@ class Convolutions {
         transform_weight({w.const_data_ptr<float>() + first, size, to * outputs - first, tiles + first, size, false});
       });
     } else {
-      const Tensor dense = taps_first ? w : w.contiguous();
-      const float* taps = transposed(taps_, dense.const_data_ptr<float>(), outputs, 9 * channels);
-      at::parallel_for(0, channels, 16, [&](int64_t from, int64_t to) {
-        if (taps_first) {
-          transform_weight({taps + from * outputs, size, (to - from) * outputs, tiles + from * outputs, size, false});
-        } else {
-          for (int64_t c = from; c < to; ++c)
-            transform_weight({taps + 9 * c * outputs, outputs, outputs, tiles + c * outputs, size, false});
+      const Tensor dense = taps_first ? w : w.contiguous();  // [outputs][channels][9]
+      const float* from = dense.const_data_ptr<float>();
+      constexpr int64_t kEach = 32;
+      at::parallel_for(0, (channels + kEach - 1) / kEach, 1, [&](int64_t begin, int64_t end) {
+        float* taps = scratch(0, 9 * kEach * outputs);
+        for (int64_t first = begin * kEach; first < std::min(channels, end * kEach); first += kEach) {
+          const int64_t n = std::min(kEach, channels - first);
+          float* to = tiles + first * outputs;
+          if (taps_first) {
+            for (int64_t t = 0; t < 9; ++t)
+              transpose_rows({{from + t * channels + first, 9 * channels}, outputs, n, {taps + t * n * outputs, outputs}});
+            transform_weight({taps, n * outputs, n * outputs, to, size, false});
+          } else {
+            transpose_rows({{from + 9 * first, 9 * channels}, outputs, 9 * n, {taps, outputs}});
+            for (int64_t c = 0; c < n; ++c) transform_weight({taps + 9 * c * outputs, outputs, outputs, to + c * outputs, size, false});
+          }
         }
       });
     }
@@ -282,10 +290,17 @@ class Convolutions {
   template <typename Load>
   Tensor weight_gradient_by_tiles(const float* grad, const Load& load, const Tensor& w) {
     const int64_t outputs = w.size(0), channels = w.size(1);
-    const Tensor taps = at::empty({3, 3, outputs, channels}, w.options().memory_format(std::nullopt));
-    // Bands of its own: its sums do not depend on the threads.
-    winograd_weight(Bands(n_, h_, w_, channels + outputs), channels, outputs, by_rows(load, channels), {grad, outputs}, taps.data_ptr<float>());
-    return like(taps.permute({2, 3, 0, 1}), w);
+    const bool taps_first = w.is_contiguous(at::MemoryFormat::ChannelsLast);  // [outputs][9][channels]
+    const Tensor taps = taps_first ? at::empty_like(w) : at::empty({3, 3, outputs, channels}, w.options().memory_format(std::nullopt));
+    const Taps out{taps.data_ptr<float>(), taps_first ? 9 * channels : channels, taps_first ? channels : outputs * channels};
+    const Bands bands(n_, h_, w_, channels + outputs);  // which do not depend on the threads, as its parts must not
+    if (WeightGradient::fits(bands, channels, outputs)) {
+      const Bands spread(n_, h_, w_, channels + outputs, at::get_num_threads());
+      WeightGradient(spread, channels, outputs).at_once(by_rows(load, channels), {grad, outputs}, out);
+    } else {
+      WeightGradient(bands, channels, outputs).by_parts(by_rows(load, channels), {grad, outputs}, out);
+    }
+    return taps_first ? taps : like(taps.permute({2, 3, 0, 1}), w);
   }
   Tensor reused(Tensor& kept, int64_t channels) const {
     materialised(kept, channels);
@@ -329,7 +344,7 @@ class Convolutions {
   const int64_t n_, h_, w_, rows_;
   const Parts parts_;
   const at::TensorOptions options_;
-  Tensor normalised_, dact_, turned_, taps_, tiles_;
+  Tensor normalised_, dact_, turned_, tiles_;
 };
 
 }  // namespace rkfast
