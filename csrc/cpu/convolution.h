@@ -219,22 +219,14 @@ class Convolutions {
         transform_weight({w.const_data_ptr<float>() + first, size, to * outputs - first, tiles + first, size, false});
       });
     } else {
-      const Tensor dense = taps_first ? w : w.contiguous();  // [outputs][channels][9]
-      const float* from = dense.const_data_ptr<float>();
-      constexpr int64_t kEach = 32;
-      at::parallel_for(0, (channels + kEach - 1) / kEach, 1, [&](int64_t begin, int64_t end) {
-        float* taps = scratch(0, 9 * kEach * outputs);
-        for (int64_t first = begin * kEach; first < std::min(channels, end * kEach); first += kEach) {
-          const int64_t n = std::min(kEach, channels - first);
-          float* to = tiles + first * outputs;
-          if (taps_first) {
-            for (int64_t t = 0; t < 9; ++t)
-              transpose_rows({{from + t * channels + first, 9 * channels}, outputs, n, {taps + t * n * outputs, outputs}});
-            transform_weight({taps, n * outputs, n * outputs, to, size, false});
-          } else {
-            transpose_rows({{from + 9 * first, 9 * channels}, outputs, 9 * n, {taps, outputs}});
-            for (int64_t c = 0; c < n; ++c) transform_weight({taps + 9 * c * outputs, outputs, outputs, to + c * outputs, size, false});
-          }
+      const Tensor dense = taps_first ? w : w.contiguous();
+      const float* taps = transposed(taps_, dense.const_data_ptr<float>(), outputs, 9 * channels);
+      at::parallel_for(0, channels, 16, [&](int64_t from, int64_t to) {
+        if (taps_first) {
+          transform_weight({taps + from * outputs, size, (to - from) * outputs, tiles + from * outputs, size, false});
+        } else {
+          for (int64_t c = from; c < to; ++c)
+            transform_weight({taps + 9 * c * outputs, outputs, outputs, tiles + c * outputs, size, false});
         }
       });
     }
@@ -344,7 +336,7 @@ class Convolutions {
   const int64_t n_, h_, w_, rows_;
   const Parts parts_;
   const at::TensorOptions options_;
-  Tensor normalised_, dact_, turned_, tiles_;
+  Tensor normalised_, dact_, turned_, taps_, tiles_;
 };
 
 }  // namespace rkfast
