@@ -282,10 +282,17 @@ class Convolutions {
   template <typename Load>
   Tensor weight_gradient_by_tiles(const float* grad, const Load& load, const Tensor& w) {
     const int64_t outputs = w.size(0), channels = w.size(1);
-    const Tensor taps = at::empty({3, 3, outputs, channels}, w.options().memory_format(std::nullopt));
-    // Bands of its own: its sums do not depend on the threads.
-    winograd_weight(Bands(n_, h_, w_, channels + outputs), channels, outputs, by_rows(load, channels), {grad, outputs}, taps.data_ptr<float>());
-    return like(taps.permute({2, 3, 0, 1}), w);
+    const bool taps_first = w.is_contiguous(at::MemoryFormat::ChannelsLast);  // [outputs][9][channels]
+    const Tensor taps = taps_first ? at::empty_like(w) : at::empty({3, 3, outputs, channels}, w.options().memory_format(std::nullopt));
+    const Taps out{taps.data_ptr<float>(), taps_first ? 9 * channels : channels, taps_first ? channels : outputs * channels};
+    const Bands bands(n_, h_, w_, channels + outputs);  // which do not depend on the threads, as its parts must not
+    if (WeightGradient::fits(bands, channels, outputs)) {
+      const Bands spread(n_, h_, w_, channels + outputs, at::get_num_threads());
+      WeightGradient(spread, channels, outputs).at_once(by_rows(load, channels), {grad, outputs}, out);
+    } else {
+      WeightGradient(bands, channels, outputs).by_parts(by_rows(load, channels), {grad, outputs}, out);
+    }
+    return taps_first ? taps : like(taps.permute({2, 3, 0, 1}), w);
   }
   Tensor reused(Tensor& kept, int64_t channels) const {
     materialised(kept, channels);

@@ -30,6 +30,8 @@ struct Bands {
   }
   int64_t tiles() const { return each * columns; }
   int64_t tiles(int64_t band) const { return std::min(each, rows - band % per_image * each) * columns; }
+  int64_t first_tile(int64_t band) const { return (band / per_image * rows + band % per_image * each) * columns; }
+  int64_t all_tiles() const { return count / per_image * rows * columns; }
   int64_t first_pixel(int64_t band) const { return (band / per_image * height + 2 * (band % per_image) * each) * width; }
   // Bands whose tiles are multiplied together: until a weight that is larger than a cache is read for enough of them, but no
   // fewer than there are of `among`.
@@ -49,7 +51,7 @@ struct Bands {
 // Memory of a thread that outlives the call: fresh pages cost more than the arithmetic on them.
 template <typename T = float>
 T* scratch(int which, int64_t size) {
-  static thread_local std::vector<T> kept[6];
+  static thread_local std::vector<T> kept[8];
   if (static_cast<int64_t>(kept[which].size()) < size) kept[which].resize(size);
   return kept[which].data();
 }
@@ -106,43 +108,104 @@ void winograd(const Bands& s, int64_t channels, int64_t outputs, const Load& loa
   });
 }
 
-// The gradient of weights [9][outputs][channels]; its sums are taken in `parts` that depend on the shape alone.
-template <typename Load>
-void winograd_weight(const Bands& s, int64_t channels, int64_t outputs, const Load& load, Slot<const float> grad, float* out) {
-  constexpr int64_t kSums = 4 << 20;  // at most, or to write and add them up costs more than the products
-  const int64_t size = outputs * channels;
-  const int64_t parts = std::clamp<int64_t>(std::min(s.count / 4, std::max<int64_t>(kSums / (16 * size), 2)), 1, 8);
-  std::vector<float> sums(parts * 16 * size);
-  at::parallel_for(0, parts, 1, [&](int64_t from, int64_t to) {
-    const int64_t each = s.together(2 * parts), most = each * s.tiles();
-    const int64_t read = s.plane(channels, each), plane = s.plane(outputs, each);
-    float *x = scratch(1, 16 * read), *g = scratch(2, 16 * plane), *turned = scratch(3, plane);
-    for (int64_t part = from; part < to; ++part) {
-      float* sum = sums.data() + part * 16 * size;
-      const int64_t begin = part * s.count / parts, end = (part + 1) * s.count / parts;
-      for (int64_t first = begin; first < end; first += each) {
-        int64_t tiles = 0;
-        for (int64_t b = first; b < std::min(end, first + each); ++b) {
-          load_band(s, b, b > begin, channels, load, x + tiles * channels, read);
-          transform_gradient({grad.row(s.first_pixel(b)).data, s.width * grad.pitch, grad.pitch, s.size(b) / s.width,
-                              s.width, s.tiles(b) / s.columns, s.columns, outputs, g + tiles * outputs, plane});
-          tiles += s.tiles(b);
-        }
-        for (int q = 0; q < 16; ++q) {
-          transpose_rows({{g + q * plane, outputs}, tiles, outputs, {turned, most}});
-          at::native::cpublas::brgemm(outputs, channels, tiles, most, channels, channels, true, turned, x + q * read,
-                                      sum + q * size);
+// Where the gradient of a weight goes, rows of channels: from an output to the next, and from a tap of the nine to the next.
+struct Taps {
+  float* data;
+  int64_t output, tap;
+};
+
+// The gradient of a weight. Its sums are taken in parts that depend on the shape alone, or, where all tiles together are
+// less than these, over all of them at once.
+class WeightGradient {
+ public:
+  WeightGradient(const Bands& bands, int64_t channels, int64_t outputs)
+      : s_(bands), channels_(channels), outputs_(outputs), size_(outputs * channels), parts_(parts(bands, size_)) {}
+
+  static bool fits(const Bands& bands, int64_t channels, int64_t outputs) {
+    const int64_t size = outputs * channels;
+    return bands.all_tiles() * (channels + outputs) <= parts(bands, size) * size;
+  }
+
+  template <typename Load>
+  void by_parts(const Load& load, Slot<const float> grad, Taps out) const {
+    std::vector<float> sums(parts_ * 16 * size_);
+    at::parallel_for(0, parts_, 1, [&](int64_t from, int64_t to) {
+      const int64_t each = s_.together(2 * parts_), most = each * s_.tiles();
+      const int64_t read = s_.plane(channels_, each), plane = s_.plane(outputs_, each);
+      float *x = scratch(1, 16 * read), *g = scratch(2, 16 * plane), *turned = scratch(3, plane);
+      for (int64_t part = from; part < to; ++part) {
+        float* sum = sums.data() + part * 16 * size_;
+        const int64_t begin = part * s_.count / parts_, end = (part + 1) * s_.count / parts_;
+        for (int64_t first = begin; first < end; first += each) {
+          int64_t tiles = 0;
+          for (int64_t b = first; b < std::min(end, first + each); ++b) {
+            transform(b, b > begin, load, grad, x + tiles * channels_, read, g + tiles * outputs_, plane);
+            tiles += s_.tiles(b);
+          }
+          for (int q = 0; q < 16; ++q) {
+            transpose_rows({{g + q * plane, outputs_}, tiles, outputs_, {turned, most}});
+            at::native::cpublas::brgemm(outputs_, channels_, tiles, most, channels_, channels_, true, turned, x + q * read,
+                                        sum + q * size_);
+          }
         }
       }
-    }
-    at::native::cpublas::brgemm_release(false);
-  });
-  if (parts > 1)
-    at::parallel_for(0, 16 * size, 1 << 15, [&](int64_t from, int64_t to) {
-      for (int64_t part = 1; part < parts; ++part)
-        for (int64_t i = from; i < to; ++i) sums[i] += sums[part * 16 * size + i];
+      at::native::cpublas::brgemm_release(false);
     });
-  transform_weight({sums.data(), size, size, out, size, true});
-}
+    if (parts_ > 1)
+      at::parallel_for(0, 16 * size_, 1 << 15, [&](int64_t from, int64_t to) {
+        for (int64_t part = 1; part < parts_; ++part)
+          for (int64_t i = from; i < to; ++i) sums[i] += sums[part * 16 * size_ + i];
+      });
+    finish(sums.data(), out);
+  }
+
+  // A product for each transformed value and block of outputs, on whatever threads.
+  template <typename Load>
+  void at_once(const Load& load, Slot<const float> grad, Taps out) const {
+    constexpr int64_t kOutputs = 64;
+    const int64_t tiles = s_.all_tiles(), blocks = (outputs_ + kOutputs - 1) / kOutputs;
+    const int64_t read = tiles * channels_ + 16, plane = tiles * outputs_ + 16;
+    float *x = scratch(6, 16 * (read + plane)), *g = x + 16 * read, *sums = scratch(7, 16 * size_);
+    at::parallel_for(0, s_.count, 1, [&](int64_t from, int64_t to) {
+      for (int64_t b = from; b < to; ++b)
+        transform(b, b > from, load, grad, x + s_.first_tile(b) * channels_, read, g + s_.first_tile(b) * outputs_, plane);
+    });
+    at::parallel_for(0, 16 * blocks, 1, [&](int64_t from, int64_t to) {
+      float* turned = scratch(3, kOutputs * tiles);
+      for (int64_t i = from; i < to; ++i) {
+        const int64_t q = i / blocks, first = i % blocks * kOutputs, n = std::min(kOutputs, outputs_ - first);
+        transpose_rows({{g + q * plane + first, outputs_}, tiles, n, {turned, tiles}});
+        at::native::cpublas::brgemm(n, channels_, tiles, tiles, channels_, channels_, false, turned, x + q * read,
+                                    sums + q * size_ + first * channels_);
+      }
+      at::native::cpublas::brgemm_release(false);
+    });
+    finish(sums, out);
+  }
+
+ private:
+  static int64_t parts(const Bands& bands, int64_t size) {
+    constexpr int64_t kSums = 4 << 20;  // at most, or to write and add them up costs more than the products
+    return std::clamp<int64_t>(std::min(bands.count / 4, std::max<int64_t>(kSums / (16 * size), 2)), 1, 8);
+  }
+
+  template <typename Load>
+  void transform(int64_t b, bool continues, const Load& load, Slot<const float> grad, float* x, int64_t read, float* g,
+                 int64_t plane) const {
+    load_band(s_, b, continues, channels_, load, x, read);
+    transform_gradient({grad.row(s_.first_pixel(b)).data, s_.width * grad.pitch, grad.pitch, s_.size(b) / s_.width, s_.width,
+                        s_.tiles(b) / s_.columns, s_.columns, outputs_, g, plane});
+  }
+
+  void finish(const float* sums, Taps out) const {
+    at::parallel_for(0, outputs_, 16, [&](int64_t from, int64_t to) {
+      for (int64_t k = from; k < to; ++k)
+        transform_weight({sums + k * channels_, size_, channels_, out.data + k * out.output, out.tap, true});
+    });
+  }
+
+  const Bands s_;
+  const int64_t channels_, outputs_, size_, parts_;
+};
 
 }  // namespace rkfast

@@ -87,6 +87,12 @@ class TestBnReluConv(OpTester):
             pytest.skip("only the C++ kernels have bands")
         self.check(case, (9, 16, 8, 7), torch.float32, "channels_last", target)
 
+    def test_few_pixels_of_many_channels(self, case: dict[str, Any], target: Target) -> None:
+        """Where the gradient of the weight is taken over all tiles at once, those of several images."""
+        if target[0] != "cpu":
+            pytest.skip("only the C++ kernels have tiles")
+        self.check(case, (3, 80, 5, 6), torch.float32, "channels_last", target)
+
     @pytest.mark.parametrize("how", ("contiguous", "channels_last", "channels_last_slice"))
     def test_large(self, case: dict[str, Any], how: str, target: Target) -> None:
         if target == ("triton", "cpu"):

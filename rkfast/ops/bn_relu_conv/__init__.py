@@ -103,7 +103,7 @@ def _count_backward(grad: Shape, x: Shape, conv: Shape, *rest: Any, **__: Any) -
 
 # Where the C++ kernel beats BatchNorm, ReLU and oneDNN's convolution (training, two cores with AVX512).
 LARGEST_1X1 = 2**16  # elements of the weight, at most
-LEAST_3X3 = 0.5  # pixels, at least, for each channel of the wider side
+LEAST_3X3 = 0.15  # pixels, at least, for each channel of the wider side
 
 _ARGS = "Tensor x, Tensor conv, Tensor? weight, Tensor? bias"
 # Normalises with the given mean and variance, else with those of x. Returns [out], then x's mean and variance where
