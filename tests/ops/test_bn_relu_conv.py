@@ -362,8 +362,8 @@ def test_why_not() -> None:
         assert "contiguous" in str(kernel_reason(x.float().contiguous(), conv))
         for image, weight in ((x[:, :, :3], conv), (x, conv[:15]), (x, torch.randn(16, 16, 5, 5))):
             assert "gains nothing" in str(kernel_reason(image.float(), weight))
-        few, wide = image_of(64), torch.randn(80, 64, 3, 3)  # 32 pixels
-        assert kernel_reason(few, wide[:64]) is None
+        few, wide = image_of(64), torch.randn(214, 64, 3, 3)  # 32 pixels
+        assert kernel_reason(few, wide[:213]) is None
         assert "too few pixels" in str(kernel_reason(few, wide))
         narrow = torch.randn(257, 256, 1, 1)
         assert kernel_reason(image_of(256), narrow[:256]) is None
