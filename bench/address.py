@@ -17,7 +17,7 @@ from rkfast.swap.max_batch import free_bytes
 
 from .contest import Suite
 from .models import SUITE as MODELS
-from .models import NetworkCase, Networks, Variant
+from .models import NetworkCase, Variant
 
 MODES = ("train", "infer")
 
@@ -105,7 +105,7 @@ def suite(args: argparse.Namespace) -> Suite:
         wanted = [mode for mode in MODES if getattr(args, mode)] or MODES
         return (AddressCase(given, *shape, mode == "train") for shape in shapes(given) for mode in wanted)
 
-    return MODELS._replace(kind="network", cases={args.suite: cases}, field=Networks)
+    return MODELS._replace(cases={args.suite: cases})
 
 
 def largest(args: argparse.Namespace) -> dict[str, Any]:
