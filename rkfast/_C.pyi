@@ -138,3 +138,21 @@ def bn_relu_conv_backward(
     need_conv: bool,
     need_affine: bool,
 ) -> list[Tensor]: ...
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    other: Tensor | None,
+    channels_last: bool,
+    relu: bool,
+    moments: bool,
+) -> list[Tensor]: ...
+def conv_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    other: Tensor | None,
+    channels_last: bool,
+    need_x: bool,
+    need_weight: bool,
+) -> list[Tensor]: ...

@@ -97,4 +97,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("bn_relu_conv_backward", &rkfast::bn_relu_conv_backward, release(), arg("grad"), arg("x"), arg("conv"),
         arg("weight"), arg("bias"), arg("mean"), arg("var"), arg("channels_last"), arg("batch_stats"), arg("eps"),
         arg("need_x"), arg("need_conv"), arg("need_affine"));
+  m.def("conv", &rkfast::conv, release(), arg("x"), arg("weight"), arg("bias"), arg("other"), arg("channels_last"),
+        arg("relu"), arg("moments"));
+  m.def("conv_backward", &rkfast::conv_backward, release(), arg("grad"), arg("x"), arg("weight"), arg("other"),
+        arg("channels_last"), arg("need_x"), arg("need_weight"));
 }

@@ -226,6 +226,30 @@ void read_backward_any(const ReadBackwardRows<G, T>& a) {
   a.act.data ? read_backward<true>(a) : read_backward<false>(a);
 }
 
+template <bool kOther, bool kRelu>
+void add(const AddRows& a) {
+  over_channels<1>(a.channels, [&](int64_t c, auto unroll, auto n) {
+    constexpr int U = decltype(unroll)::value;
+    const Vec zero(0.f);
+    Vec shift[U];
+    for (int u = 0; u < U; ++u) shift[u] = a.shift ? Vec::loadu(a.shift + c + u * kWidth) : zero;
+    for (int64_t i = 0; i < a.rows; ++i) {
+      for (int u = 0; u < U; ++u) {
+        const int64_t at = c + u * kWidth;
+        Vec v = load_lanes<1>(a.x.row(i).data + at, n).v[0] + shift[u];
+        if constexpr (kOther) v = v + load_lanes<1>(a.other.row(i).data + at, n).v[0];
+        if constexpr (kRelu) v = at::vec::clamp_min(v, zero);
+        store_lanes<1>(Lanes<1>{v}, a.out.row(i).data + at, n);
+      }
+    }
+  });
+}
+
+void add_any(const AddRows& a) {
+  const bool other = a.other.data != nullptr;
+  a.relu ? (other ? add<true, true>(a) : add<false, true>(a)) : (other ? add<true, false>(a) : add<false, false>(a));
+}
+
 void transpose(const TransposeRows& a) {
   constexpr int kSide = kWidth;
   const int64_t rows = a.rows / kSide * kSide, channels = a.channels / kSide * kSide;
@@ -259,6 +283,7 @@ const Entered<float, BFloat16> entered_mixed;
 const Entered<BFloat16, BFloat16> entered_reduced;
 const Enter<MomentsOfRows<float>> entered_moments(moments_of_rows<float>, kCapability, moments<float>);
 const Enter<MomentsOfRows<BFloat16>> entered_reduced_moments(moments_of_rows<BFloat16>, kCapability, moments<BFloat16>);
+const Enter<AddRows> entered_add(add_rows, kCapability, add_any);
 const Enter<TransposeRows> entered_transpose(transpose_rows, kCapability, transpose);
 const Enter<PairRows> entered_pair(pair_rows, kCapability, pair);
 

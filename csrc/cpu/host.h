@@ -301,4 +301,9 @@ std::vector<Tensor> bn_relu_conv_backward(const Tensor& grad, const Tensor& x, c
                                           const Optional& bias, const Tensor& mean, const Tensor& var, bool channels_last,
                                           bool batch_stats, double eps, bool need_x, bool need_conv, bool need_affine);
 
+std::vector<Tensor> conv(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& other, bool channels_last,
+                         bool relu, bool moments);
+std::vector<Tensor> conv_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Optional& other,
+                                  bool channels_last, bool need_x, bool need_weight);
+
 }  // namespace rkfast

@@ -1,4 +1,4 @@
-// What dense_block asks of the vectorised kernels, a few rows of channels_last slots at a time. T is what slots hold, float or
+// What convolutions ask of the vectorised kernels, a few rows of channels_last slots at a time. T is what slots hold, float or
 // bfloat16, and G that or, of what a product leaves, float. Vectors per channel are float, padded to kPad.
 #pragma once
 
@@ -62,6 +62,15 @@ struct ReadBackwardRows {
   bool scaled = false;
 };
 
+// out = x + other + shift, without what is null, and its ReLU where `relu`.
+struct AddRows {
+  Slot<const float> x, other;
+  int64_t rows, channels;
+  const float* shift;
+  bool relu;
+  Slot<float> out;
+};
+
 // out[c][i] = x[i][c], of any four bytes.
 struct TransposeRows {
   Slot<const float> x;
@@ -84,6 +93,7 @@ template <typename G, typename T>
 inline Dispatch<FinishRows<G, T>> finish_rows;
 template <typename G, typename T>
 inline Dispatch<ReadBackwardRows<G, T>> read_backward_rows;
+inline Dispatch<AddRows> add_rows;
 inline Dispatch<TransposeRows> transpose_rows;
 inline Dispatch<PairRows> pair_rows;
 

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable, without the import of the compiler
 
-from rkfast.nn.norm import as_norm, frozen, hooked, takes_relu
+from rkfast.nn.norm import as_norm, frozen, hooked, plain_conv, takes_relu
 from rkfast.nn.residual import gate_of, join
 from rkfast.ops import checks, rk_sum
+from rkfast.ops.conv import forward as conv_forward
+from rkfast.ops.conv import transformed, transformed_reason
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -68,11 +70,11 @@ _SIZES = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "di
 
 
 class FoldedConv(nn.Module):
-    """``act(conv(x))`` for inference, one oneDNN kernel on a CPU, which works channels_last and makes 0 of NaN
-    in its ReLU.
+    """``act(conv(x))`` for inference, one kernel on a CPU, which works channels_last: that of ``rkfast.ops.conv`` by
+    tiles where it is the faster one, else oneDNN's, which makes 0 of NaN in its ReLU.
 
-    The weight is kept as that kernel wants it, and nowhere else, so that it cannot be another than the one in use:
-    ``weight`` is a copy, and so are those of the state_dict. Copies, pickles and files hold it as a plain tensor.
+    The weight is kept as these kernels want it, and nobody else has it, so that it cannot be another than the one in
+    use: ``weight`` is a copy, and so are those of the state_dict. Copies, pickles and files hold it as a plain tensor.
 
     Args:
         conv: what it is made of; an nn.Conv2d.
@@ -97,6 +99,8 @@ class FoldedConv(nn.Module):
         self.register_buffer("bias", None if conv.bias is None else conv.bias.detach())
         self._weight = conv.weight.detach()
         self._is_packed = False  # for compilers, to which a packed tensor looks like any other
+        self._tiles: Tensor | None = None
+        self._keeps_size = plain_conv(conv, bias=True)
         self._padding = conv._reversed_padding_repeated_twice
 
     @property
@@ -109,6 +113,8 @@ class FoldedConv(nn.Module):
             y = self._stock(x)
             return torch.relu_(y) if self.relu else y
         x = x.contiguous(memory_format=torch.channels_last)
+        if self._goes_by_tiles(x):
+            return self._by_tiles(x, None, self.relu)
         return _ops().unary(x, self._packed(x), self.bias, *self._window(), "relu" if self.relu else "none", [], "")
 
     def added(self, x: Tensor, other: Tensor, *, into: bool = False) -> Tensor:
@@ -116,10 +122,21 @@ class FoldedConv(nn.Module):
         if torch.compiler.is_compiling() or not (self._served(x) and self._served(other)):
             return torch.relu_(self._stock(x) + other)
         x = x.contiguous(memory_format=torch.channels_last)
+        if self._goes_by_tiles(x):
+            return self._by_tiles(x, other, True)
         rest: Any = (self._packed(x), self.bias, *self._window(), "add", 1.0, "relu", [], None)
         if into and other.is_contiguous(memory_format=torch.channels_last):
             return _ops().binary_(other, x, *rest)
         return _ops().binary(x, other.contiguous(memory_format=torch.channels_last), *rest)
+
+    def _goes_by_tiles(self, x: Tensor) -> bool:
+        return self._keeps_size and transformed_reason(x, self._weight.shape) is None
+
+    def _by_tiles(self, x: Tensor, other: Tensor | None, relu: bool) -> Tensor:
+        if self._tiles is None:
+            with torch.inference_mode(False):
+                self._tiles = transformed(self.weight)
+        return conv_forward(x, self._tiles, self.bias, other, True, relu, False)[0]
 
     def _window(self) -> tuple[Any, Any, Any, int]:
         return self.padding, self.stride, self.dilation, self.groups
@@ -168,10 +185,10 @@ class FoldedConv(nn.Module):
         return nn.Sequential(conv, nn.ReLU()).eval() if self.relu else conv.eval()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_weight": self.weight, "_is_packed": False}
+        return self.__dict__ | {"_weight": self.weight, "_is_packed": False, "_tiles": None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> FoldedConv:
-        self._weight, self._is_packed = fn(self.weight), False
+        self._weight, self._is_packed, self._tiles = fn(self.weight), False, None
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -189,7 +206,7 @@ class FoldedConv(nn.Module):
         elif new.shape != self._weight.shape:
             errors.append(f"size mismatch for {key}: {list(new.shape)} where {list(self._weight.shape)} is expected")
         else:
-            self._weight, self._is_packed = self.weight.copy_(new), False
+            self._weight, self._is_packed, self._tiles = self.weight.copy_(new), False, None
 
     def extra_repr(self) -> str:
         relu = ", relu" if self.relu else ""

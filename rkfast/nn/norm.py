@@ -19,7 +19,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from rkfast.ops import Moments, Norm, bn_relu_conv, bn_rk_sum, checks
+from rkfast.ops import conv as conv_op
 from rkfast.ops.bn_relu_conv import kernel_reason
+from rkfast.ops.conv import kernel_reason as conv_reason
 
 
 def hooked(module: nn.Module) -> bool:
@@ -95,11 +97,12 @@ def one_group(norms: Sequence[nn.Module]) -> bool:
     return len({(type(norm), getattr(norm, "process_group", None)) for norm in norms}) == 1
 
 
-def plain_conv(conv: nn.Module) -> bool:
-    """Whether conv is a convolution without bias that keeps the resolution, and does nothing besides."""
+def plain_conv(conv: nn.Module, *, bias: bool = False) -> bool:
+    """Whether conv is a convolution that keeps the resolution, without a bias unless that is allowed, and does nothing
+    besides."""
     return (
         type(conv) is nn.Conv2d
-        and conv.bias is None
+        and (bias or conv.bias is None)
         and conv.stride == (1, 1)
         and conv.dilation == (1, 1)
         and conv.groups == 1
@@ -211,6 +214,19 @@ def batch_norm_relu_conv(
     moments = None if given.group else moments
     found = bn_relu_conv(x, conv.weight, given, moments=moments, return_moments=return_moments)
     return found if return_moments else (found, None)
+
+
+def shared_conv(
+    conv: nn.Module, x: Tensor, *, fused: bool = True, return_moments: bool = False
+) -> tuple[Tensor, Moments | None, Tensor]:
+    """``conv(x)``, the moments of that if asked for (and one op), and x for who reads it besides: in one op its
+    gradient is added where that of the convolution is written."""
+    if not (fused and isinstance(conv, nn.Conv2d) and plain_conv(conv) and x.dim() == 4):
+        return conv(x), None, x
+    if conv_reason(x, conv.weight.shape) is not None:
+        return conv(x), None, x
+    y, *moments, x = conv_op(x, conv.weight, return_moments=return_moments, return_input=True)
+    return y, moments[0] if moments else None, x
 
 
 def batch_norm_relu(norm: nn.Module, x: Tensor, moments: Moments | None = None, *, fused: bool = True) -> Tensor:

@@ -21,6 +21,7 @@ from rkfast.nn.norm import (
     reads_moments,
     recomputed,
     serves,
+    shared_conv,
     takes_relu,
 )
 from rkfast.ops import Moments, channel_moments, rk_sum
@@ -173,7 +174,9 @@ class BasicBlock(_Residual):
 
     def forward(self, x: Tensor, step: Tensor | None = None) -> Tensor:
         """step: a factor of F per channel, Tensor [C]; None is 1."""
-        return self._behind(self.conv1(x), x, step)
+        wanted = self.fused and reads_moments(self.bn1)
+        y, moments, x = shared_conv(self.conv1, x, fused=self.fused, return_moments=wanted)
+        return self._behind(y, x, step, moments)
 
     def _last(self, y: Tensor, x: Tensor, step: Tensor | None, moments: Moments | None) -> Tensor:
         z, found = self._norm_conv(self.bn1, self.conv2, y, moments, self.bn2)
@@ -227,7 +230,9 @@ class Bottleneck(_Residual):
 
     def forward(self, x: Tensor, step: Tensor | None = None) -> Tensor:
         """step: a factor of F per channel, Tensor [C]; None is 1."""
-        y, moments = self._norm_conv(self.bn1, self.conv2, self.conv1(x), None, self.bn2)
+        wanted = self.fused and reads_moments(self.bn1)
+        y, found, x = shared_conv(self.conv1, x, fused=self.fused, return_moments=wanted)
+        y, moments = self._norm_conv(self.bn1, self.conv2, y, found, self.bn2)
         return self._behind(y, x, step, moments)
 
     def _last(self, y: Tensor, x: Tensor, step: Tensor | None, moments: Moments | None) -> Tensor:

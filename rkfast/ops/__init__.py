@@ -6,6 +6,7 @@ from rkfast.ops.channel_moments import Moments as Moments
 from rkfast.ops.channel_moments import channel_moments as channel_moments
 from rkfast.ops.clique_block import Stages as Stages
 from rkfast.ops.clique_block import clique_block as clique_block
+from rkfast.ops.conv import conv as conv
 from rkfast.ops.dense_block import dense_block as dense_block
 from rkfast.ops.norm import Norm as Norm
 from rkfast.ops.rk_sum import rk_sum as rk_sum
@@ -18,6 +19,7 @@ __all__ = [
     "bn_rk_sum",
     "channel_moments",
     "clique_block",
+    "conv",
     "dense_block",
     "rk_sum",
 ]

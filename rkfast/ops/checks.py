@@ -59,13 +59,14 @@ def activation(x: object, name: str) -> Tensor:
     return x
 
 
-def like(x: object, reference: Tensor, name: str, reference_name: str) -> None:
-    """x has the shape, dtype and device of the tensor it is combined with."""
+def like(x: object, reference: Tensor, name: str, reference_name: str, shape: tuple[int, ...] | None = None) -> None:
+    """x has the shape (or the one given), dtype and device of the tensor it is combined with."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
-    if x.shape != reference.shape:
+    shape = tuple(reference.shape) if shape is None else shape
+    if tuple(x.shape) != shape:
         raise ValueError(
-            f"{name}: shape {list(x.shape)} differs from {reference_name}'s {list(reference.shape)}; "
+            f"{name}: shape {list(x.shape)} differs from {reference_name}'s {list(shape)}; "
             "expand it first, the op does not broadcast"
         )
     if x.dtype != reference.dtype:

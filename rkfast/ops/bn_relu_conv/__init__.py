@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,33 +14,18 @@ from rkfast.ops.bn_relu_conv import reference
 from rkfast.ops.bn_rk_sum import with_mean_terms
 from rkfast.ops.channel_moments import Moments, channel_moments, moments_dtype, update_running_stats
 from rkfast.ops.channel_moments import reference as plain_moments
+from rkfast.ops.conv import REASONS, cpu_reason, products, triton_reason
+from rkfast.ops.conv import kernel_reason as conv_reason
 from rkfast.ops.norm import Norm, check_norm
-
-
-def _cpu_reason(x: Tensor, dtype: torch.dtype) -> str | None:
-    if dtype != torch.float32:
-        return f"dtype {dtype}: the C++ kernel serves float32"
-    return _empty_reason(x)
-
-
-def _triton_reason(x: Tensor, dtype: torch.dtype) -> str | None:
-    return _empty_reason(x)
-
-
-def _empty_reason(x: Tensor) -> str | None:
-    return "an empty tensor has no rows" if x.numel() == 0 else None
-
-
-_REASONS = {"triton": _triton_reason, "cpu": _cpu_reason}
 
 
 def _implementations(function: str, lead: int) -> tuple[dispatch.Implementation, ...]:
     """lead: which of the arguments is x."""
     supports = {
-        "triton": lambda *args: _triton_reason(args[lead], args[lead].dtype),
-        "cpu": lambda *args: _cpu_reason(args[lead], args[lead].dtype),
+        "triton": lambda *args: triton_reason(args[lead], args[lead].dtype),
+        "cpu": lambda *args: cpu_reason(args[lead], args[lead].dtype),
     }
-    return dispatch.ordered("rkfast.ops.bn_relu_conv", function, (*_REASONS, "reference"), supports)
+    return dispatch.ordered("rkfast.ops.bn_relu_conv", function, (*REASONS, "reference"), supports)
 
 
 def _fake(
@@ -87,23 +71,14 @@ def _fake_backward(
 Shape = Sequence[int]
 
 
-def _products(x: Shape, conv: Shape) -> int:
-    """Of the convolution by its definition, also where it goes by tiles."""
-    return 2 * x[0] * math.prod(x[2:]) * math.prod(conv)
-
-
 def _count(x: Shape, conv: Shape, *_: Any, **__: Any) -> int:
-    return _products(x, conv)
+    return products(x, conv)
 
 
 def _count_backward(grad: Shape, x: Shape, conv: Shape, *rest: Any, **__: Any) -> int:
     need_x, need_conv, need_affine = rest[-3:]
-    return ((need_x or need_affine) + need_conv) * _products(x, conv)
+    return ((need_x or need_affine) + need_conv) * products(x, conv)
 
-
-# Where the C++ kernel beats BatchNorm, ReLU and oneDNN's convolution (training, two cores with AVX512).
-LARGEST_1X1 = 2**16  # elements of the weight, at most
-LEAST_3X3 = 0.15  # pixels, at least, for each channel of the wider side
 
 _ARGS = "Tensor x, Tensor conv, Tensor? weight, Tensor? bias"
 # Normalises with the given mean and variance, else with those of x. Returns [out], then x's mean and variance where
@@ -211,29 +186,7 @@ def _gradients(
 def kernel_reason(x: Tensor, conv: Tensor) -> str | None:
     """Why BatchNorm and ReLU by ``bn_rk_sum`` and then PyTorch's convolution are the better choice; None where this op
     is, or a backend that serves it is forced. On a GPU it keeps less, but has not been measured."""
-    forced = dispatch.forced()
-    if forced == "reference":
-        return None
-    backend = forced or "cpu"
-    if backend not in _REASONS:
-        return f"there is no kernel of {backend}"
-    if checks.tracing():
-        return "torch.jit.trace records no op of rkfast"
-    missing = checks.missing(backend, x.device.type, forced is not None)
-    return missing or _REASONS[backend](x, checks.dtype_of_call(x)) or (None if forced else _slow_reason(x, conv))
-
-
-def _slow_reason(x: Tensor, conv: Tensor) -> str | None:
-    """Where the C++ kernel gains nothing on PyTorch."""
-    if not layout.is_channels_last(x):
-        return "a contiguous tensor is copied: the C++ kernel works channels_last"
-    if conv.shape[2] == 1:
-        return None if conv.numel() <= LARGEST_1X1 else "a weight beyond the second-level cache is read for every tile"
-    tiles = conv.shape[2] == 3 and min(conv.shape[:2]) >= 16 and min(x.shape[2:]) >= 4  # as csrc/cpu/convolution.h
-    if not tiles:
-        return "the convolution would be PyTorch's, which gains nothing"
-    pixels = x.shape[0] * x.shape[2] * x.shape[3]
-    return None if pixels >= LEAST_3X3 * max(conv.shape[:2]) else "too few pixels pay for the transform of the weight"
+    return conv_reason(x, conv.shape)
 
 
 def bn_relu_conv(

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rkfast.ops import layout
 from rkfast.ops.bn_rk_sum import reference as bn_rk_sum
 from rkfast.ops.channel_moments import reference as channel_moments
+from rkfast.ops.conv.reference import gradients as conv_gradients
+from rkfast.ops.conv.reference import laid
 
 
 def composite(
@@ -46,7 +47,7 @@ def forward(
     """norms, statistics: a backend's bn_rk_sum and channel_moments."""
     with torch.autocast(x.device.type, enabled=False):
         act, *vectors = norms.forward(x, weight, bias, mean, var, [], [], None, channels_last, True, eps, False, False)
-        out = _laid(F.conv2d(act, conv, padding=conv.shape[2] // 2), channels_last)
+        out = laid(F.conv2d(act, conv, padding=conv.shape[2] // 2), channels_last)
         return [out, *vectors, *(statistics.forward(out, channels_last) if moments else ())]
 
 
@@ -68,7 +69,7 @@ def backward(
 ) -> list[Tensor]:
     with torch.autocast(x.device.type, enabled=False):
         act = norms.forward(x, weight, bias, mean, var, [], [], None, channels_last, True, eps, False, False)[0]
-        dact, dconv = _conv_backward(grad, act, conv, need_x or need_affine, need_conv)
+        dact, dconv = conv_gradients(grad, act, conv, need_x or need_affine, need_conv)
         affine: list[Tensor] = []
         result: list[Tensor] = []
         if dact is not None:
@@ -100,20 +101,3 @@ def gradients(
     wanted = [t for t, need in zip(inputs, needed, strict=True) if t is not None and need]
     found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
     return [next(found) if t is not None and need else None for t, need in zip(inputs, needed, strict=True)]
-
-
-def _laid(out: Tensor, channels_last: bool) -> Tensor:
-    """out dense in the layout asked for."""
-    return (
-        out if out.stride() == layout.strides(out.shape, channels_last) else layout.empty(out, channels_last).copy_(out)
-    )
-
-
-def _conv_backward(
-    grad: Tensor, act: Tensor, conv: Tensor, need_act: bool, need_conv: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    pad = conv.shape[2] // 2
-    dact, dconv, _ = torch.ops.aten.convolution_backward(
-        grad, act, conv, None, [1, 1], [pad, pad], [1, 1], False, [0, 0], 1, [need_act, need_conv, False]
-    )
-    return dact, dconv

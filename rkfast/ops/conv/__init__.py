@@ -1,0 +1,288 @@
+"""A convolution with what stands around it in a residual block: moments for the BatchNorm behind it, and the gradient
+of the shortcut that reads the same input; for inference bias, sum and ReLU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rkfast import dispatch
+from rkfast.ops import checks, layout
+from rkfast.ops.channel_moments import Moments, channel_moments, moments_dtype
+from rkfast.ops.conv import reference
+
+
+def cpu_reason(x: Tensor, dtype: torch.dtype) -> str | None:
+    if dtype != torch.float32:
+        return f"dtype {dtype}: the C++ kernel serves float32"
+    return empty_reason(x)
+
+
+def triton_reason(x: Tensor, dtype: torch.dtype) -> str | None:
+    return empty_reason(x)
+
+
+def empty_reason(x: Tensor) -> str | None:
+    return "an empty tensor has no rows" if x.numel() == 0 else None
+
+
+Reasons = Mapping[str, Callable[[Tensor, torch.dtype], str | None]]
+REASONS: Reasons = {"triton": triton_reason, "cpu": cpu_reason}
+
+
+def _implementations(function: str, lead: int) -> tuple[dispatch.Implementation, ...]:
+    """lead: which of the arguments is x."""
+    supports = {
+        "triton": lambda *args: triton_reason(args[lead], args[lead].dtype),
+        "cpu": lambda *args: cpu_reason(args[lead], args[lead].dtype),
+    }
+    return dispatch.ordered("rkfast.ops.conv", function, (*REASONS, "reference"), supports)
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    other: Tensor | None,
+    channels_last: bool,
+    relu: bool,
+    moments: bool,
+) -> list[Tensor]:
+    outputs = weight.shape[2 if weight.dim() == 3 else 0]
+    shape = (x.shape[0], outputs, *x.shape[2:])
+    vectors = [x.new_empty(outputs, dtype=moments_dtype(x.dtype)) for _ in range(2 if moments else 0)]
+    return [x.new_empty_strided(shape, layout.strides(shape, channels_last)), *vectors]
+
+
+def _fake_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    other: Tensor | None,
+    channels_last: bool,
+    need_x: bool,
+    need_weight: bool,
+) -> list[Tensor]:
+    return [*([layout.empty(x, channels_last)] if need_x else []), *([torch.empty_like(weight)] if need_weight else [])]
+
+
+Shape = Sequence[int]
+
+
+def products(x: Shape, weight: Shape) -> int:
+    """FLOPs of the convolution by its definition, also where it goes by tiles."""
+    taps = 9 * math.prod(weight[1:]) if len(weight) == 3 else math.prod(weight)
+    return 2 * x[0] * math.prod(x[2:]) * taps
+
+
+def _count(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    return products(x, weight)
+
+
+def _count_backward(grad: Shape, x: Shape, weight: Shape, *rest: Any, **__: Any) -> int:
+    need_x, need_weight = rest[-2:]
+    return (need_x + need_weight) * products(x, weight)
+
+
+# out = conv(x) + bias + other, or its ReLU. weight is [K, C, n, n], or by tiles [16, C, K]. Returns
+# [out], and its mean and variance where asked for.
+forward = dispatch.register(
+    "conv(Tensor x, Tensor weight, Tensor? bias, Tensor? other, bool channels_last, bool relu, bool moments) "
+    "-> Tensor[]",
+    dispatch.Op("conv", _implementations("forward", 0)),
+    _fake,
+    _count,
+)
+# Of the bare convolution. Returns [dx + other], [dweight], each where needed.
+_backward = dispatch.register(
+    "conv_backward(Tensor grad, Tensor x, Tensor weight, Tensor? other, bool channels_last, bool need_x, "
+    "bool need_weight) -> Tensor[]",
+    dispatch.Op("conv_backward", _implementations("backward", 1)),
+    _fake_backward,
+    _count_backward,
+)
+
+
+class _Call(NamedTuple):
+    channels_last: bool
+    moments: bool
+    passes: bool  # x comes out again
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: _Call, x: Tensor, weight: Tensor) -> Any:
+        out, *vectors = forward(x, weight, None, None, call.channels_last, False, call.moments)
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight)
+        ctx.mark_non_differentiable(*vectors)
+        return (out, *vectors, x.view_as(x)) if call.passes else (out, *vectors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *rest: Any) -> Any:
+        call: _Call = ctx.call
+        other = rest[-1] if call.passes else None
+        need_x, need_weight = ctx.needs_input_grad[1:]
+        if grad is None:
+            return None, other, None
+        x, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            dx, dweight = reference.gradients(grad, x, weight, need_x, need_weight)
+            return None, dx if other is None or dx is None else dx + other, dweight
+        found = iter(_backward(grad, x, weight, other, call.channels_last, need_x, need_weight))
+        return None, next(found) if need_x else None, next(found) if need_weight else None
+
+
+# Where the C++ kernels beat oneDNN's convolution, on two cores with AVX512: pixels, at least, for each channel of the
+# wider side of a 3x3 convolution.
+LEAST_3X3 = 0.15  # forward and backward
+LEAST_FORWARD = 2.0  # forward alone
+LEAST_TRANSFORMED = 0.2  # the same of a weight that is transformed already
+
+
+def kernel_reason(x: Tensor, weight: Shape) -> str | None:
+    """Why PyTorch's convolution with a weight of this shape is the better choice; None where this op is, or a backend
+    that serves it is forced. On a GPU it is cuDNN's in either case."""
+    forced = dispatch.forced()
+    if forced == "reference":
+        return None
+    if torch.is_grad_enabled():
+        return _refusal(x) or (None if forced else _slow_reason(x, weight, LEAST_3X3))
+    if forced is None and weight[2] == 1:
+        return "forward alone, oneDNN's 1x1 convolution is no slower"
+    return _refusal(x) or (None if forced else _slow_reason(x, weight, LEAST_FORWARD))
+
+
+def transformed_reason(x: Tensor, weight: Shape) -> str | None:
+    """``kernel_reason`` of an inference whose weight of this shape is by tiles already."""
+    if weight[2] == 1:
+        return "there are no tiles of 1x1 convolutions"
+    return _refusal(x) or _slow_reason(x, weight, LEAST_TRANSFORMED)
+
+
+def _refusal(x: Tensor) -> str | None:
+    """Why no kernel can serve x."""
+    forced = dispatch.forced()
+    backend = forced or "cpu"
+    if backend not in REASONS:
+        return f"there is no kernel of {backend}"
+    if checks.tracing():
+        return "torch.jit.trace records no op of rkfast"
+    return checks.missing(backend, x.device.type, forced is not None) or REASONS[backend](x, checks.dtype_of_call(x))
+
+
+def _slow_reason(x: Tensor, weight: Shape, least: float) -> str | None:
+    """Where the C++ kernel gains nothing on PyTorch."""
+    if not layout.is_channels_last(x):
+        return "a contiguous tensor is copied: the C++ kernel works channels_last"
+    if weight[2] == 1:
+        return None
+    # As csrc/cpu/convolution.h says.
+    if weight[2] != 3 or min(weight[:2]) < 16 or min(x.shape[2:]) < 4:
+        return "the convolution would be PyTorch's, which gains nothing"
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    return None if pixels >= least * max(weight[:2]) else "too few pixels pay for the transform of the weight"
+
+
+def transformed(weight: Tensor) -> Tensor:
+    """A weight, Tensor [K, C, 3, 3], by tiles [16, C, K]: ``forward`` takes it where ``transformed_reason`` is None."""
+    return reference.tiled(weight.detach())
+
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    other: Tensor | None = None,
+    relu: bool = False,
+    return_moments: bool = False,
+    return_input: bool = False,
+) -> Any:
+    """``out = act(conv(x) + bias + other)``, a convolution of stride 1 that keeps the resolution, with what a residual
+    block has around it (He et al., "Deep Residual Learning for Image Recognition").
+
+    Equivalent to::
+
+        out = F.conv2d(x, weight, bias, padding=n // 2) + other
+        out = torch.relu(out) if relu else out
+
+    On a CPU 3x3 convolutions go by 4x4 tiles of 2x2 results (Lavin and Gray, "Fast Algorithms for Convolutional Neural
+    Networks"), and what follows is done while a band of the result is in cache. With gradients bias, other and relu are
+    operations of PyTorch behind the convolution.
+
+    Args:
+        x: Tensor [N, C, H, W]; float32, float64, bfloat16 or float16. Under autocast x and weight are taken in
+            autocast's dtype.
+        weight: Tensor [K, C, n, n], n odd.
+        bias: None or Tensor [K].
+        other: None or a tensor like the result, such as a shortcut.
+        relu: whether act is a ReLU, else nothing.
+        return_moments: also return the moments of ``out``, as stored; not differentiable.
+        return_input: also return x, for whoever reads it besides: gradients of what is returned are added where those
+            of the convolution are written, and not in a pass of their own.
+
+    Returns:
+        Tensor [N, K, H, W] in the memory format of x, channels_last being the fastest; with ``return_moments`` and
+        ``return_input`` a tuple (Tensor, Moments, x) of what was asked for. Kept for the backward are x and weight.
+
+    Differentiable any number of times. Deterministic. A NaN or an infinity in one pixel reaches all results of the 4x4
+    tiles it is in.
+
+    Raises:
+        TypeError: an argument is no tensor, not floating, or the dtypes are mixed.
+        ValueError: a shape or device that does not fit.
+        RuntimeError: a backend was asked for that cannot serve this.
+    """
+    checks.flags(relu=relu, return_moments=return_moments, return_input=return_input)
+    given = x
+    x, weight, bias, other = _checked(x, weight, bias, other)
+    inputs = (x, weight, bias, other)
+    channels_last = layout.is_channels_last(x)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    behind = bias is not None or other is not None or relu
+    if checks.transformed(inputs) or (needs_grad and behind):
+        out = reference.laid(reference.composite(x, weight, bias, other, relu), channels_last)
+        vectors: Sequence[Tensor] = channel_moments(out.detach())[:2] if return_moments else ()
+    elif needs_grad:
+        passes = return_input and given is x and not torch.compiler.is_compiling()
+        out, *vectors = _Conv.apply(_Call(channels_last, return_moments, passes), *checks.distinct((x, weight)))
+        if passes:
+            *vectors, given = vectors
+    else:
+        out, *vectors = forward(x, weight, bias, other, channels_last, relu, return_moments)
+    found: list[Any] = [out]
+    if return_moments:
+        found.append(Moments(vectors[0], vectors[1], layout.count(out)))
+    if return_input:
+        found.append(given)
+    return found[0] if len(found) == 1 else tuple(found)
+
+
+def _checked(x: Tensor, weight: Any, bias: Any, other: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The arguments in the dtype of the call."""
+    checks.activation(x, "x")
+    if x.dim() != 4:
+        raise ValueError(f"x: expected [N, C, H, W], got {x.dim()} dimensions")
+    if checks.autocasts(x) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x = x.to(dtype)
+        weight, bias, other = (t.to(dtype) if isinstance(t, Tensor) else t for t in (weight, bias, other))
+    checks.convolution(weight, "weight", x)
+    if weight.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"weight: expected [K, {x.shape[1]}, n, n] for this x, got {list(weight.shape)}; for groups, strides and "
+            "other paddings take F.conv2d"
+        )
+    if bias is not None:
+        checks.vector(bias, x, "bias", channels=weight.shape[0])
+        if bias.dtype != x.dtype:
+            raise TypeError(f"bias: dtype {bias.dtype} differs from x's {x.dtype}; convert one of them")
+    if other is not None:
+        checks.like(other, x, "other", "the result", (x.shape[0], weight.shape[0], *x.shape[2:]))
+    return checks.held(x), checks.held(weight), checks.held(bias), checks.held(other)
