@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rkfast.nn.chain import chain, chain_with_moments, reads
-from rkfast.nn.norm import hooked, reads_moments, recomputed, shared_conv
+from rkfast.nn.norm import frozen, hooked, reads_moments, recomputed, shared_conv
 from rkfast.nn.residual import join
 
 
@@ -51,7 +51,8 @@ def residual(form: Form, block: Any, x: Tensor, step: Tensor | None = None, memo
         shortcut = x if downsample is None else shortcut_of(downsample, x)
         return join(norm, present(block, form.behind), getattr(block, form.activation), z, shortcut, step, found)
 
-    cut = max(i for i, layer in enumerate(inner) if isinstance(layer, nn.modules.batchnorm._BatchNorm) or not i)
+    norms = [i for i, layer in enumerate(inner) if isinstance(layer, nn.modules.batchnorm._BatchNorm) or frozen(layer)]
+    cut = max(norms, default=1)
     y, moments, x = shared_conv(inner[0], x, return_moments=reads(inner[1:]))
     y, moments = chain_with_moments(inner[1:cut], y, moments, return_moments=reads(inner[cut:]))
     if memory == "min" and not torch.compiler.is_compiling():
