@@ -31,6 +31,7 @@ LAYERS = {
     "papers": 5,
     "info": 6,
     "demo": 6,
+    "train": 6,
     "plot": 6,
     "timm": 6,
     "lightning": 6,

@@ -75,4 +75,4 @@ def test_help_lists_the_figures(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert all(f"\n    {name}" in printed for name in plot.FIGURES)
     # Those that read a file or train have files of their own.
-    assert [*ARGUMENTS, "steps", "stacking", "noise", "depth"] == list(plot.FIGURES)
+    assert [*ARGUMENTS, "steps", "stacking", "noise", "depth", "run"] == list(plot.FIGURES)
