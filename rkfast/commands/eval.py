@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     add = parser.add_argument
     add("--amp", choices=engine.AMP, default="fp32", help="autocast (%(default)s for none)")
-    add("--sigmas", type=float, nargs="*", default=list(SIGMAS), metavar="SIGMA",
-        help=f"standard deviations of noise on the images as normalised ({' '.join(f'{s:g}' for s in SIGMAS)})")  # fmt: skip
+    noise = f"of noise on the images as normalised, standard deviations ({' '.join(f'{s:g}' for s in SIGMAS)})"
+    add("--sigmas", type=float, nargs="*", default=list(SIGMAS), metavar="SIGMA", help=noise)
     add("--json", type=Path, metavar="FILE", help="write the figures there, too")
 
 
@@ -66,7 +66,8 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     loader = DataLoader(data.test, batch_size=recipe.batch)
     models = {
         name: engine.trained(args.trained, data, weights=args.weights, fused=fused).to(
-            device, memory_format=torch.channels_last  # type: ignore[call-overload]
+            device,
+            memory_format=torch.channels_last,  # type: ignore[call-overload]
         )
         for name, fused in VARIANTS.items()
     }
@@ -77,7 +78,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
             found[name] = engine.evaluate(model, loader, data.classes, device)
             if args.sigmas:
                 found[name]["noise"] = [p._asdict() for p in noise_sweep(model, loader, args.sigmas)]
-        found["fused beside stock"] = differences(*models.values(), loader, device)
+        found["fused beside stock"] = differences(models["fused"], models["stock"], loader, device)
     return found
 
 

@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=int, metavar="N", help="images of a step, of all processes together")
     add("--epochs", type=int, metavar="N")
     add("--lr", type=float, metavar="RATE")
-    add("--drops", type=float, nargs="*", metavar="EPOCH", help="of the learning rate; below 1 a fraction of all epochs")
+    add(
+        "--drops", type=float, nargs="*", metavar="EPOCH", help="of the learning rate; below 1 a fraction of all epochs"
+    )
     add("--factor", type=float, help="of each drop")
     add("--weight-decay", type=float, metavar="RATE")
     add("--momentum", type=float)

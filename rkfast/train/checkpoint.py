@@ -95,7 +95,7 @@ def newest(out: Path) -> Checkpoint | None:
     for path in reversed(paths(out)):
         try:
             return read(path)
-        except ValueError as error:
+        except ValueError as error:  # noqa: PERF203  # each is warned of
             warnings.warn(f"{error}; the one before it is used, or none where there is none", stacklevel=2)
     return None
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset
 
 from rkfast import demo
 
@@ -25,10 +25,17 @@ class Data(NamedTuple):
     names: tuple[str, ...]
 
 
-class _Pairs(TensorDataset):
+class _Pairs(Dataset[tuple[Tensor, int]]):
+    """Images [N, C, H, W] and labels [N] in memory."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels.tolist()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = super().__getitem__(index)
-        return image, int(label)
+        return self.images[index], self.labels[index]
 
 
 def load(

@@ -1,8 +1,8 @@
 """The loop that trains a recipe's network, on one process or, under torchrun, on many.
 
-What a step does is a function of recipe, seed and the step alone: the order of the images and the random numbers of their
-augmentation are drawn from (seed, epoch), those of the network (dropout) from (seed, step, process). So a training that
-goes on from a checkpoint is the one that was never interrupted; on a CPU to the last bit.
+What a step does is a function of recipe, seed and the step alone: the order of the images and the random numbers of
+their augmentation are drawn from (seed, epoch), those of the network (dropout) from (seed, step, process). So a
+training that goes on from a checkpoint is the one that was never interrupted; on a CPU to the last bit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,9 +126,9 @@ def train(
 ) -> Result:
     """Train a recipe's network, with checkpoints and logs in the folder ``out``; go on where a run there stopped.
 
-    Under torchrun the processes share each batch, with DistributedDataParallel over gloo on a CPU and NCCL on GPUs; only
-    the first one writes, and only its ``out`` is read. The loss is the mean cross entropy of a batch; gradients of all
-    processes and micro-batches are averaged.
+    Under torchrun the processes share each batch, with DistributedDataParallel over gloo on a CPU and NCCL on GPUs;
+    only the first one writes, and only its ``out`` is read. The loss is the mean cross entropy of a batch; gradients of
+    all processes and micro-batches are averaged.
 
     ``out`` has at the end ``model.safetensors`` and ``config.json`` for ``rkfast.from_pretrained``, the files of
     ``rkfast.train.log``, run.json with the recipe and the arguments, and in ``checkpoints`` the last ones and the best.
@@ -191,7 +191,8 @@ def train(
         rank, world = stack.enter_context(_processes(place))
         if recipe.batch % (world * accumulate):
             raise ValueError(
-                f"batch: {recipe.batch} images cannot be shared evenly by {world} processes and {accumulate} micro-batches"
+                f"batch: {recipe.batch} images cannot be shared evenly by {world} processes with {accumulate} "
+                "micro-batches each"
             )
         if sync_batchnorm and world > 1 and place.type == "cpu" and (fused == "off" or compile):
             raise ValueError(
@@ -264,8 +265,8 @@ class _Run:
         options = dict(batch_size=None, num_workers=workers, pin_memory=device.type == "cuda")
         self.loader = DataLoader(batches, sampler=range(self.step, self.total), **options)  # type: ignore[arg-type]
         part = Subset(data.test, range(rank, len(data.test), world))  # type: ignore[arg-type]
-        size = recipe.batch // world
-        self.tests = DataLoader(part, **{**options, "batch_size": size}, persistent_workers=workers > 0)  # type: ignore[arg-type]
+        options |= dict(batch_size=recipe.batch // world, persistent_workers=workers > 0)
+        self.tests = DataLoader(part, **options)  # type: ignore[arg-type]
 
     def _wrapped(self) -> Any:
         stepped: Any = self.model
@@ -315,7 +316,11 @@ class _Run:
     def _train(self, images: Tensor, labels: Tensor) -> None:
         images = images.to(self.device, memory_format=self.layout, non_blocking=True)
         labels = labels.to(self.device, non_blocking=True)
-        torch.manual_seed(_seed(self.settings["seed"], "network", self.step, self.rank))
+        # torch.manual_seed would also format a stack where CUDA has not started, which takes longer than all else here.
+        seed = _seed(self.settings["seed"], "network", self.step, self.rank)
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
         self.optimizer.zero_grad()
         parts = self.settings["accumulate"]
         for i, (x, y) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True)):
@@ -350,7 +355,9 @@ class _Run:
         }
         for name, model in (("test", self.model), ("ema", self.average)):
             if model is not None:
-                row |= {f"{name}_{key}": value for key, value in self._evaluated(model).items()}
+                found = self._evaluated(model)
+                # JSON has no number for what is not finite.
+                row |= {f"{name}_{key}": value if math.isfinite(value) else None for key, value in found.items()}
         if sizes := step_sizes(self.model):
             row["step_sizes"] = sizes
         error = row["test_error" if self.average is None else "ema_error"]
@@ -460,7 +467,7 @@ def evaluate(
         images = images.to(device, memory_format=layout, non_blocking=True)
         labels = labels.to(device, non_blocking=True)
         answers = model(images).float()
-        loss.update(F.cross_entropy(answers, labels), len(labels))
+        loss.update(F.cross_entropy(answers, labels, reduction="none"))
         probabilities = answers.softmax(1)
         for metric in metrics.values():
             metric.update(probabilities, labels)
@@ -515,8 +522,8 @@ def trained(out: str | Path, data: Data, *, weights: str = "last", fused: str | 
     Args:
         out: the folder.
         data: of the run's recipe.
-        weights: "last", those of the newest intact checkpoint; "best", those of the epoch with the least test error. Of a
-            run with ``ema`` the averages.
+        weights: "last", those of the newest intact checkpoint; "best", those of the epoch with the least test error.
+            Of a run with ``ema`` the averages.
         fused: as in ``train``; None is what the run has.
 
     Raises:
@@ -548,7 +555,9 @@ def _prepared(out: Path, recipe: Recipe, settings: dict[str, Any], resume: bool)
         _same(out, {"recipe": json.loads(json.dumps(dataclasses.asdict(before.recipe))), **before.settings}, said)
         found = checkpoint.newest(out)
     elif checkpoint.paths(out) and resume:
-        raise ValueError(f"out: {out} has checkpoints and no {RUN}, so they may be another training's; take another folder")
+        raise ValueError(
+            f"out: {out} has checkpoints and no {RUN}, so they may be another training's; take another folder"
+        )
     try:
         out.mkdir(parents=True, exist_ok=True)
         with replacing(out / RUN) as path:
@@ -567,8 +576,8 @@ def _same(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     for key in new:
         if key not in (*FREE, "recipe", "published", "source") and old.get(key) != new[key]:
             raise ValueError(
-                f"{key}: the run in {out} has {old.get(key)!r}, and now it is {new[key]!r}; take another folder, or start "
-                "it again with resume=False"
+                f"{key}: the run in {out} has {old.get(key)!r}, and now it is {new[key]!r}; take another folder, or "
+                "start it again with resume=False"
             )
 
 
@@ -628,6 +637,6 @@ def _whole(name: str, value: object, least: int) -> None:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
 
 
-def _choice(name: str, value: object, choices: Iterable[str]) -> None:
+def _choice(name: str, value: object, choices: Collection[object]) -> None:
     if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")

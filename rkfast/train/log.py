@@ -90,7 +90,7 @@ class Log:
             return None
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(str(self.out / TENSORBOARD), purge_step=step + 1)  # type: ignore[no-untyped-call]
+        return SummaryWriter(str(self.out / TENSORBOARD), purge_step=step + 1)
 
 
 class _Bar:

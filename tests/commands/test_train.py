@@ -41,7 +41,7 @@ def test_train(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_plain_lines_when_it_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*SMALL, "--epochs", "1", "--out", str(tmp_path)]) == 0
     row = log.read(tmp_path / log.METRICS)[0]
-    assert f"epoch 1, lr 0.1, train_loss {row['train_loss']:.4g}, train_error" in capsys.readouterr().err
+    assert f"epoch 1, lr {row['lr']:.4g}, train_loss {row['train_loss']:.4g}, train_error" in capsys.readouterr().err
 
 
 def test_values_in_place_of_the_recipes(tmp_path: Path) -> None:

@@ -17,14 +17,15 @@ import torch
 import torchmetrics.classification  # noqa: F401  # before the children are forked
 
 from rkfast.train import checkpoint, engine
+from rkfast.train.recipes import Recipe
 from tests.train import tiny
 
 KILLS = 12
-RECIPE = tiny.recipe("erknet-2x1_1x1-b", {"growth_rate": 4, "drop_rate": 0.2}, epochs=16)
+RECIPE = tiny.recipe("erknet-2x1_1x1-b", {"growth_rate": 4, "drop_rate": 0.2}, epochs=40)
 
 
-def train(out: Path) -> None:
-    engine.train(RECIPE, out, every=2, keep=3, ema=0.9, device="cpu")
+def train(out: Path, recipe: Recipe = RECIPE) -> None:
+    engine.train(recipe, out, every=2, keep=3, ema=0.9, device="cpu")
 
 
 def child(out: Path) -> int:
@@ -50,14 +51,16 @@ def main(folder: Path) -> None:
     print(f"seed {seed}")
     chance = random.Random(seed)
     alone, killed = folder / "alone", folder / "killed"
+    train(
+        folder / "first", tiny.recipe(RECIPE.model, RECIPE.options, epochs=1)
+    )  # what is loaded at first is then there in every child
     start = time.perf_counter()
     assert os.waitpid(child(alone), 0)[1] == 0
     seconds = time.perf_counter() - start
     seen = []
     for _ in range(KILLS):
         pid = child(killed)
-        # All of them together cannot reach the end.
-        time.sleep(chance.uniform(0.02, 1 / (KILLS + 2)) * seconds)
+        time.sleep(chance.uniform(0, 1 / KILLS) * seconds)  # so that all together do not reach the end
         os.kill(pid, signal.SIGKILL)
         assert os.WIFSIGNALED(os.waitpid(pid, 0)[1]), "it ended before it was killed"
         seen.append(int(checkpoint.paths(killed)[-1].name) if checkpoint.paths(killed) else 0)
@@ -68,7 +71,9 @@ def main(folder: Path) -> None:
         assert (alone / name).read_bytes() == (killed / name).read_bytes(), f"{name} is another"
     last = checkpoint.paths(alone)[-1].name
     for file in (alone / checkpoint.FOLDER / last).glob("*.safetensors"):
-        assert file.read_bytes() == (killed / checkpoint.FOLDER / last / file.name).read_bytes(), f"{file.name} is another"
+        assert file.read_bytes() == (killed / checkpoint.FOLDER / last / file.name).read_bytes(), (
+            f"{file.name} is another"
+        )
     assert [path.name for path in checkpoint.paths(alone)] == [path.name for path in checkpoint.paths(killed)]
 
 
