@@ -65,10 +65,13 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
 
     Every epoch has an order of its own; its last images that fill no batch are left out. An image's augmentation draws
     from torch's global generator, seeded for its place in the epoch: the same with any number of workers and processes.
+    ``random`` False spares that where images are as they are.
     """
 
-    def __init__(self, data: Dataset[Any], batch: int, seed: int, rank: int = 0, world: int = 1) -> None:
-        self.data, self.batch, self.seed = data, batch, seed
+    def __init__(
+        self, data: Dataset[Any], batch: int, seed: int, rank: int = 0, world: int = 1, *, random: bool = True
+    ) -> None:
+        self.data, self.batch, self.seed, self.random = data, batch, seed, random
         self.images = len(data)  # type: ignore[arg-type]
         self.steps = self.images // batch
         self.part = slice(rank * batch // world, (rank + 1) * batch // world)
@@ -79,7 +82,8 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
         order, seeds = self._epoch(epoch)
         items = []
         for place in range(at * self.batch, (at + 1) * self.batch)[self.part]:
-            torch.default_generator.manual_seed(seeds[place])
+            if self.random:
+                torch.default_generator.manual_seed(seeds[place])
             items.append(self.data[order[place]])
         images, labels = default_collate(items)
         return images, labels
@@ -199,7 +203,7 @@ def train(
                 "sync_batchnorm: on a CPU PyTorch has none, nor under torch.compile; take fused='auto' and no compile"
             )
         data = _loaded(recipe, root, download, rank, world)
-        batches = Batches(data.train, recipe.batch, seed, rank, world)
+        batches = Batches(data.train, recipe.batch, seed, rank, world, random=recipe.augment is not None)
         if not batches.steps:
             raise ValueError(f"batch: {recipe.batch} images are more than the {batches.images} of {recipe.data}")
         torch.manual_seed(seed)
