@@ -22,15 +22,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    assert cli.main([*SMALL, "--epochs", "3", "--lr", "0.05", "--out", str(folder)]) == 0
+    assert cli.main([*SMALL, "--epochs", "4", "--lr", "0.05", "--out", str(folder)]) == 0
     torch.set_num_threads(threads)
     return folder
 
 
 def test_train(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = log.read(run / log.METRICS)
-    assert [row["epoch"] for row in rows] == [1, 2, 3] and rows[-1]["test_error"] < 50
-    assert cli.main([*SMALL, "--epochs", "3", "--lr", "0.05", "--out", str(run)]) == 0  # finished: nothing but the end
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4] and rows[-1]["test_error"] < 50
+    assert cli.main([*SMALL, "--epochs", "4", "--lr", "0.05", "--out", str(run)]) == 0  # finished: nothing but the end
     out = capsys.readouterr()
     assert out.out == (
         f"test error {rows[-1]['test_error']:.2f} %, at best {min(r['test_error'] for r in rows):.2f} %\nwrote {run}\n"
@@ -149,5 +149,5 @@ def test_plot_run(run: Path, tmp_path: Path) -> None:
     ]
     assert len(error.lines) == 4 and len(rate.lines) == len(speed.lines) == len(memory.lines) == 2
     assert list(speed.lines[0].get_ydata()) == [row["images_per_second"] for row in found]
-    assert [list(line.get_ydata()) for line in steps.lines] == [[0.1 * row["epoch"] for row in found], [0.5] * 3]
+    assert [list(line.get_ydata()) for line in steps.lines] == [[0.1 * row["epoch"] for row in found], [0.5] * 4]
     assert len(runs.draw({"plain": found}).axes) == 5
