@@ -169,8 +169,10 @@ def train(
     if not isinstance(recipe, Recipe):
         raise TypeError(f"recipe: expected a Recipe, got {type(recipe).__name__}; see rkfast.train.recipes.recipe")
     out = Path(out)
-    for name, value, least in (("accumulate", accumulate, 1), ("workers", workers, 0), ("keep", keep, 1)):
-        _whole(name, value, least)
+    _whole("seed", seed, 0)
+    _whole("accumulate", accumulate, 1)
+    _whole("workers", workers, 0)
+    _whole("keep", keep, 1)
     if every is not None:
         _whole("every", every, 1)
     _choice("fused", fused, FUSED)
@@ -441,7 +443,7 @@ class _Run:
         if self.average is not None:
             self.average.load_state_dict(found.tensors["ema"])
         if self.rank == 0:  # the sums are of all processes
-            self.seen += torch.tensor(state["seen"], dtype=torch.float64)
+            self.seen += torch.tensor(state["seen"], dtype=torch.float64, device=self.device)
         self.seconds = state["seconds"]
         self.best = state["best"]
 

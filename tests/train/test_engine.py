@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -347,52 +348,94 @@ def test_compiled(tmp_path: Path) -> None:
 
 
 needs_gloo = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo")
-SHARED = dict(batch=32, augment="crop", lr=0.01)
+SHARED = tiny.recipe(batch=32, lr=0.01)
+SYNCED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "residual": ("resnet-8", {}, {}),
+    "dense": ("erknet-2x1_1x1-b", {"growth_rate": 4}, {"ema": 0.9}),
+    "controller": ("tsc_resnet-8", {}, {}),
+}
 
 
-def worker(rank: int, folder: str, model: str, made: dict[str, Any], options: dict[str, Any]) -> None:
+def network(model: str, made: dict[str, Any]) -> Recipe:
+    return dataclasses.replace(SHARED, model=model, options=made)
+
+
+def worker(rank: int, folder: Path) -> None:
+    """Everything that two processes do here, as it takes them long to start."""
     torch.set_num_threads(1)
     engine.load = tiny.load  # type: ignore[assignment]
-    out = Path(folder)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
-        result = engine.train(tiny.recipe(model, made, **SHARED), out / "run", device="cpu", **options)
-        torch.save(result.model.state_dict(), out / f"{rank}.pt")
+        for name, (model, made, options) in SYNCED.items():
+            result = train(folder / name, network(model, made), sync_batchnorm=True, **options)
+            torch.save(result.model.state_dict(), folder / f"{name}{rank}.pt")
+        train(folder / "begun alone", SHARED, sync_batchnorm=True)
+        train(folder / "local", SHARED, every=2)
+        with pytest.MonkeyPatch.context() as patch:
+            killed(folder / "stopped", 2, patch, SHARED, every=1)
+            killed(folder / "stopped", 5, patch, SHARED, every=2)
+        train(folder / "stopped", SHARED, every=2)
+        train(folder / "parts", SHARED, accumulate=2)
+        with pytest.raises(ValueError, match="sync_batchnorm: on a CPU PyTorch has none"):
+            train(folder / "refused", SHARED, sync_batchnorm=True, fused="off")
     finally:
         dist.destroy_process_group()
 
 
-def two(folder: Path, model: str, made: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
-    (folder / "store").unlink(missing_ok=True)
-    torch.multiprocessing.spawn(worker, (str(folder), model, made, options), nprocs=2)
-    return log.read(folder / "run" / log.METRICS)
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of what two processes trained."""
+    folder = tmp_path_factory.mktemp("two")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "load", tiny.load)
+        killed(folder / "begun alone", 4, patch, SHARED, every=2, sync_batchnorm=True)
+    torch.multiprocessing.spawn(worker, (folder,), nprocs=2)
+    return folder
 
 
-@needs_gloo
-@pytest.mark.parametrize(
-    ("model", "made", "options"),
-    (
-        ("resnet-8", {}, {}),
-        ("erknet-2x1_1x1-b", {"growth_rate": 4}, {"accumulate": 1, "ema": 0.9}),
-        ("tsc_resnet-8", {}, {}),
-    ),
-)
-def test_two_processes_follow_one(model: str, made: dict[str, Any], options: dict[str, Any], tmp_path: Path) -> None:
-    expected = train(tmp_path / "alone", tiny.recipe(model, made, **SHARED), **options)
-    rows = two(tmp_path, model, made, sync_batchnorm=True, **options)
-    for row, alone in zip(rows, expected.rows, strict=True):
+def close(run: Path, alone: engine.Result) -> None:
+    for row, expected in zip(log.read(run / log.METRICS), alone.rows, strict=True):
         for key in ("train_loss", "test_loss"):
-            assert row[key] == pytest.approx(alone[key], rel=1e-4), key
-    states = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
-    assert rkfast.from_pretrained(tmp_path / "run").config == expected.model.config
+            assert row[key] == pytest.approx(expected[key], rel=1e-4), key
 
 
 @needs_gloo
-def test_without_synchronised_statistics_they_do_not(tmp_path: Path) -> None:
-    expected = train(tmp_path / "alone", tiny.recipe(**SHARED))
-    rows = two(tmp_path, "resnet-8", {}, accumulate=2)
-    assert rows[0]["train_loss"] != pytest.approx(expected.rows[0]["train_loss"], rel=1e-4)
+@pytest.mark.parametrize("case", SYNCED)
+def test_two_processes_follow_one(case: str, two: Path, tmp_path: Path) -> None:
+    model, made, options = SYNCED[case]
+    expected = train(tmp_path, network(model, made), **options)
+    close(two / case, expected)
+    states = [torch.load(two / f"{case}{rank}.pt") for rank in range(2)]
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+    assert rkfast.from_pretrained(two / case).config == expected.model.config
+
+
+@needs_gloo
+def test_two_processes_go_on_where_one_stopped(two: Path, tmp_path: Path) -> None:
+    close(two / "begun alone", train(tmp_path, SHARED))
+
+
+@needs_gloo
+def test_two_processes_go_on_to_the_last_bit(two: Path) -> None:
+    same(two / "local", two / "stopped")
+
+
+@needs_gloo
+def test_two_processes_test_the_network_that_is_kept(two: Path) -> None:
+    """Not one with statistics of its own on each."""
+    data = tiny.load("tiny")
+    batches = torch.utils.data.DataLoader(data.test, batch_size=10)
+    model = engine.trained(two / "local", data).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    found = engine.evaluate(model, batches, data.classes, torch.device("cpu"))
+    last = log.read(two / "local" / log.METRICS)[-1]
+    assert found == pytest.approx({key: last[f"test_{key}"] for key in found}, rel=1e-5, abs=1e-4)
+
+
+@needs_gloo
+def test_without_synchronised_statistics_they_do_not_follow(two: Path, tmp_path: Path) -> None:
+    expected = train(tmp_path, SHARED).rows[0]["train_loss"]
+    for run in ("local", "parts"):
+        assert log.read(two / run / log.METRICS)[0]["train_loss"] != pytest.approx(expected, rel=1e-4)
 
 
 @needs_gloo
@@ -402,9 +445,3 @@ def test_torchrun_and_the_command(tmp_path: Path) -> None:
     out = python(*command.split(), "--device", "cpu", "--out", str(tmp_path), OMP_NUM_THREADS="1")
     assert out.count("wrote") == 1
     assert len(log.read(tmp_path / log.METRICS)) == 1
-
-
-@needs_gloo
-def test_stock_batchnorm_cannot_be_synchronised_on_a_cpu(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="sync_batchnorm: on a CPU PyTorch has none"):
-        two(tmp_path, "resnet-8", {}, sync_batchnorm=True, fused="off")
