@@ -69,6 +69,7 @@ def draw(runs: dict[str, Rows]) -> Any:
                     color=look.COLOURS[i % len(look.COLOURS)],
                     linestyle=":" if training else "-",
                     linewidth=1.2,
+                    drawstyle="steps-mid" if key == "lr" else "default",
                 )
         axes.set(xlabel="epoch", ylabel=label, yscale=scale)
         look.tidy(axes)
@@ -84,7 +85,7 @@ def draw(runs: dict[str, Rows]) -> Any:
             alpha = 0.25 + 0.75 * order / len(blocks)
             last.plot(*zip(*known, strict=True), color=look.COLOURS[i % len(look.COLOURS)], alpha=alpha, linewidth=1.2)
     if stepped:
-        last.set(xlabel="epoch", ylabel="step size of each block, paler for the first")
+        last.set(xlabel="epoch", ylabel="step sizes, first blocks paler")
         look.tidy(last)
     look.legend(figure.axes[0])
     figure.axes[0].set_title("dotted: training images", fontsize=8)
