@@ -15,6 +15,12 @@ from rkfast.extras import MissingExtra
 COMMANDS = {
     "info": ("rkfast.info", "versions, build, devices, and which backend serves which op"),
     "demo": ("rkfast.demo", "train a network of RK4 blocks on handwritten digits, stock and fused side by side"),
+    "train": (
+        "rkfast.commands.train",
+        "train a network by a recipe of the papers, on one process or many; or go on with it",
+    ),
+    "eval": ("rkfast.commands.eval", "test a trained network: errors, calibration, noise; fused beside stock PyTorch"),
+    "predict": ("rkfast.commands.predict", "the classes that a trained network sees in images"),
     "plot": (
         "rkfast.plot",
         "draw a figure: those of the papers, orders and stability of methods, the steps of a network",

@@ -19,3 +19,27 @@ def replacing(path: Path) -> Iterator[Path]:
         with open(new, "rb") as file:
             os.fsync(file.fileno())
         os.replace(new, path)
+
+
+@contextlib.contextmanager
+def making(path: Path) -> Iterator[Path]:
+    """A new folder beside ``path``, which becomes it at the end, with all files in it on the disk; what was at ``path``
+    goes then. On an error the new folder goes, and what was at ``path`` stays."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+        new = Path(folder, path.name)
+        new.mkdir()
+        yield new
+        for part in (*new.iterdir(), new):
+            _to_disk(part)
+        if path.exists():
+            path.rename(Path(folder, "before"))
+        new.rename(path)
+        _to_disk(path.parent)
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

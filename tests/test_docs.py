@@ -19,7 +19,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NEEDS = {
     "torchvision": r"\btorchvision\b",
     "timm": r"\btimm\b",
-    "safetensors": r"save_pretrained",
+    "safetensors": r"save_pretrained|rkfast train",
+    "torchmetrics": r"rkfast train",
     "matplotlib": r"\brkfast plot\b",
     "sklearn": r"\bdigits\b",
 }

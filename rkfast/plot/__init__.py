@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from rkfast.extras import require
-from rkfast.plot import depth, figure4, increments, noise, order, region, stability, stacking, steps, trajectory
+from rkfast.plot import depth, figure4, increments, noise, order, region, runs, stability, stacking, steps, trajectory
 from rkfast.plot.output import SUFFIXES, partial_beside
 
 FIGURES = {
@@ -28,6 +28,7 @@ FIGURES = {
     "stacking": stacking,
     "noise": noise,
     "depth": depth,
+    "run": runs,
 }
 
 

@@ -11,7 +11,7 @@ def test_help_imports_no_command() -> None:
     code = (
         "import sys\nfrom rkfast.cli import main\n"
         "try: main(['--help'])\nexcept SystemExit as end: assert end.code == 0\n"
-        "assert not {'rkfast.info', 'rkfast.demo', 'rkfast.plot', 'rkfast.bench'} & set(sys.modules)"
+        "assert not {'rkfast.info', 'rkfast.demo', 'rkfast.plot', 'rkfast.bench', 'rkfast.train'} & set(sys.modules)"
     )
     out = python("-c", code)
     assert all(command in out for command in ("info", "demo", "plot", "bench"))
@@ -19,7 +19,7 @@ def test_help_imports_no_command() -> None:
 
 def test_version_and_unknown_command() -> None:
     assert python("-m", "rkfast", "--version").strip() == f"rkfast {rkfast.__version__}"
-    assert "invalid choice" in python("-m", "rkfast", "train", status=2)
+    assert "invalid choice" in python("-m", "rkfast", "fit", status=2)
     assert "COMMAND" in python("-m", "rkfast", status=2)
 
 

@@ -8,7 +8,7 @@ from tests.package.process import python
 BLOCK = """
 import os, subprocess, sys, time
 import torch
-BLOCKED = "triton torchvision timm lightning transformers accelerate sklearn tqdm matplotlib".split()
+BLOCKED = "triton torchvision timm lightning transformers accelerate sklearn tqdm matplotlib torchmetrics rich".split()
 class Blocked:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in BLOCKED or name in (

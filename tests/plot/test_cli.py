@@ -74,5 +74,5 @@ def test_help_lists_the_figures(capsys: pytest.CaptureFixture[str]) -> None:
     assert end.value.code == 0
     printed = capsys.readouterr().out
     assert all(f"\n    {name}" in printed for name in plot.FIGURES)
-    # Those that read a file or train have files of their own.
-    assert [*ARGUMENTS, "steps", "stacking", "noise", "depth"] == list(plot.FIGURES)
+    # Those that read a file or train have files of their own; run is in tests/commands/test_train.py.
+    assert [*ARGUMENTS, "steps", "stacking", "noise", "depth", "run"] == list(plot.FIGURES)

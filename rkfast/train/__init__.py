@@ -1,0 +1,1 @@
+"""Training of the papers' networks: data, recipes, and the engine behind ``rkfast train``."""
