@@ -36,6 +36,7 @@ LAYERS = {
     "lightning": 6,
     "transformers": 6,
     "commands": 6,
+    "train": 6,
     "bench": 6,
     "cli": 7,
     "__main__": 8,
