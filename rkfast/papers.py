@@ -204,7 +204,9 @@ TSC_TABLE_3 = [
     )
     for row in (
         # The first ResNet's stride, as in the networks of tsc_...; the two smallest have no such convolution.
-        Row(model, {} if model in ("resnet18", "resnet34") else {"stride_in_1x1": True}, None, None, {"imagenet": stock}),
+        Row(
+            model, {} if model in ("resnet18", "resnet34") else {"stride_in_1x1": True}, None, None, {"imagenet": stock}
+        ),
         Row(f"tsc_{model}", {}, None, None, {"imagenet": stepped}),
     )
 ]

@@ -12,7 +12,11 @@ from rkfast.train.recipes import Recipe, matching
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "pattern", nargs="?", default="*", metavar="PATTERN", help="part of a name, or a pattern such as 'ho/*/rk4*' (all)"
+        "pattern",
+        nargs="?",
+        default="*",
+        metavar="PATTERN",
+        help="part of a name, or a pattern such as 'ho/*/rk4*' (all)",
     )
     parser.add_argument("--json", action="store_true", help="every field of them, as a JSON list")
 

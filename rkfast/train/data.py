@@ -104,7 +104,9 @@ def load(
         return _digits(size)
     root = Path("data" if root is None else root)
     if name == "imagenet" and download:
-        raise ValueError("download: ImageNet is not to be had without asking; get it from image-net.org, then give root")
+        raise ValueError(
+            "download: ImageNet is not to be had without asking; get it from image-net.org, then give root"
+        )
     train, test = _transforms(kind, augment, size)
     try:
         read = {"svhn": _svhn, "imagenet": _imagenet}.get(name) or functools.partial(_cifar, name)

@@ -81,7 +81,9 @@ class Recipe:
             if real("drops", drop, 0, 1e6, "(]") >= 1 and drop != int(drop):
                 raise ValueError(f"drops: expected shares of the epochs, below 1, or whole epochs, got {drop}")
         if list(self.milestones) != sorted(set(self.milestones)):
-            raise ValueError(f"drops: expected each later than the one before, got {self.drops} of {self.epochs} epochs")
+            raise ValueError(
+                f"drops: expected each later than the one before, got {self.drops} of {self.epochs} epochs"
+            )
         real("factor", self.factor, 0, 1, "(]")
         real("weight_decay", self.weight_decay, 0, 1e6, "[]")
         real("momentum", self.momentum, 0, 1, "[)")

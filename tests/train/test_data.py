@@ -1,4 +1,4 @@
-"""The papers' images: read from files in their formats by torchvision's classes, augmented, and refused where damaged."""
+"""The papers' images: read from files in their formats by torchvision's classes, and augmented, or refused."""
 
 from __future__ import annotations
 
@@ -184,7 +184,9 @@ def test_torchvision_is_not_imported_for_the_digits() -> None:
 
 def test_without_torchvision_the_pip_line_is_told() -> None:
     out = python(
-        "-c", "import sys\nsys.modules['torchvision'] = None\nfrom rkfast.train.data import load\nload('svhn')", status=1
+        "-c",
+        "import sys\nsys.modules['torchvision'] = None\nfrom rkfast.train.data import load\nload('svhn')",
+        status=1,
     )
     assert "pip install 'rkfast[train]'" in out
 
