@@ -80,7 +80,8 @@ class Recipe:
         for drop in self.drops:
             if real("drops", drop, 0, 1e6, "(]") >= 1 and drop != int(drop):
                 raise ValueError(f"drops: expected shares of the epochs, below 1, or whole epochs, got {drop}")
-        if list(self.milestones) != sorted(set(self.milestones)):
+        ends = [drop * self.epochs if drop < 1 else drop for drop in self.drops]
+        if ends != sorted(set(ends)):
             raise ValueError(
                 f"drops: expected each later than the one before, got {self.drops} of {self.epochs} epochs"
             )
@@ -94,7 +95,7 @@ class Recipe:
 
     @property
     def milestones(self) -> tuple[int, ...]:
-        """The drops in epochs: so many are trained before each."""
+        """The drops in whole epochs: so many are trained before each. In a short training some may be equal."""
         return tuple(round(drop * self.epochs) if drop < 1 else int(drop) for drop in self.drops)
 
 

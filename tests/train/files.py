@@ -69,6 +69,7 @@ def svhn(_: str, root: Path, monkeypatch: pytest.MonkeyPatch, *, label: int = 10
 
 def imagenet(_: str, root: Path, monkeypatch: pytest.MonkeyPatch, *, classes: int = CLASSES, side: int = 8) -> None:
     """One image of each class in every split, of random colours."""
+    library("torchvision")
     image = library("PIL.Image")
     for seed, split in enumerate(("train", "val")):
         colours = pixels((classes, 2, 3, 3), seed)

@@ -103,8 +103,8 @@ def test_imagenet(roots: dict[str, Path]) -> None:
 
 def test_the_middle_of_an_image_is_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A frame of a seventh of the image is cut off: 256 - 224 pixels of 256."""
-    image = library("PIL.Image")
     imagenet("imagenet", tmp_path, monkeypatch)
+    image = library("PIL.Image")
     picture = np.zeros((256, 512, 3), np.uint8)
     picture[16:240, 144:368] = 255
     image.fromarray(picture).save(tmp_path / "val" / "n00000000" / "val_0.JPEG", quality=100)
@@ -152,6 +152,7 @@ def test_crop_is_a_window_of_the_padded_image_or_its_mirror(roots: dict[str, Pat
 
 def test_scale_keeps_the_shape_of_things(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The short side becomes 256 to 480 pixels: a step of brightness along the long one keeps its slope."""
+    library("torchvision")
     resize = data.RandomShortSide(256, 480)
     image = library("PIL.Image").new("RGB", (60, 40))
     torch.manual_seed(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from rkfast import cli, papers
 from rkfast.models import create_model
-from rkfast.train.data import DATA, load
+from rkfast.train.data import DATA, Data, load
 from rkfast.train.recipes import RECIPES, Recipe, from_toml, matching, overridden, recipe
 from tests.libraries import library
 from tests.train.files import write
@@ -147,27 +148,45 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]
         yield {name: write(name, tmp_path_factory.mktemp(name), patch) for name in files}
 
 
-@pytest.mark.parametrize("name", different("family", "data"))
-def test_two_steps(name: str, roots: dict[str, Path]) -> None:
-    one = RECIPES[name]
+def trained(one: Recipe, found: Data, steps: int) -> torch.nn.Module:
+    """A network after so many steps, or all, of a recipe."""
     torch.manual_seed(0)
-    found = load(one.data, roots.get(one.data), augment=one.augment)
     net = network(one).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(
         net.parameters(), one.lr, momentum=one.momentum, weight_decay=one.weight_decay, nesterov=one.nesterov
     )
-    before = [parameter.clone() for parameter in net.parameters()]
-    batches = iter(DataLoader(found.train, batch_size=2, shuffle=True))
-    for _ in range(2):
-        x, y = next(batches)
-        loss = F.cross_entropy(net(x.contiguous(memory_format=torch.channels_last)), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        assert loss.isfinite()
-    changed = [not torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True)]
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, one.milestones, one.factor)
+    for _ in range(one.epochs):
+        for x, y in itertools.islice(DataLoader(found.train, one.batch, shuffle=True, drop_last=True), steps):
+            loss = F.cross_entropy(net(x.contiguous(memory_format=torch.channels_last)), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            assert loss.isfinite()
+        schedule.step()
+    return net
+
+
+@pytest.mark.parametrize("name", different("family", "data"))
+def test_two_steps(name: str, roots: dict[str, Path]) -> None:
+    one = overridden(RECIPES[name], batch=2, epochs=1)
+    found = load(one.data, roots.get(one.data), augment=one.augment)
+    torch.manual_seed(0)
+    before = list(network(one).parameters())
+    after = list(trained(one, found, 2).parameters())
+    changed = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
     assert sum(changed) > 0.9 * len(changed)
-    assert all(parameter.isfinite().all() for parameter in net.parameters())
+    assert all(parameter.isfinite().all() for parameter in after)
+
+
+def test_the_digits_are_learned() -> None:
+    pytest.importorskip("sklearn")
+    one = recipe("digits")
+    found = load(one.data)
+    net = trained(one, found, 1000).eval()
+    images, labels = next(iter(DataLoader(found.test, batch_size=360)))
+    with torch.no_grad():
+        assert (net(images).argmax(1) == labels).float().mean() > 0.97
 
 
 def test_unknown_names() -> None:
@@ -189,6 +208,7 @@ def test_overridden() -> None:
     short = overridden(one, epochs=26, lr=0.2)
     assert (short.milestones, short.lr, short.published) == ((10, 15, 20, 23), 0.2, one.published)
     assert overridden(one, epochs=26, drops=(13,)).milestones == (13,)
+    assert overridden(one, epochs=2).milestones == (1, 1, 2, 2)
     assert overridden(recipe("rknet/t1/erknet-6"), epochs=10).milestones == (5, 8)
     narrow = overridden(one, options={"width": 8})
     assert (narrow.options, narrow.published) == ({"method": "rk4", "width": 8}, None)
