@@ -173,6 +173,22 @@ def test_light_moves_along_principal_axes() -> None:
     torch.testing.assert_close(along.std(0), 0.1 * values, rtol=0.1, atol=1e-4)
 
 
+def test_colours_of_an_even_grey(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Howard's distortions leave a grey grey, and 40 % brighter or darker at most; light gives it a tint."""
+    imagenet("imagenet", tmp_path, monkeypatch)
+    library("PIL.Image").new("RGB", (64, 64), (128, 128, 128)).save(tmp_path / "train" / "n00000000" / "train_0.JPEG")
+    found = load("imagenet", tmp_path, augment="inception", size=32)
+    kind = DATA["imagenet"]
+    assert kind.mean and kind.std
+    torch.manual_seed(0)
+    drawn = torch.stack([found.train[0][0] for _ in range(40)])
+    drawn = drawn * torch.tensor(kind.std)[:, None, None] + torch.tensor(kind.mean)[:, None, None]
+    colours = drawn[:, :, 0, 0]
+    assert torch.allclose(drawn, colours[:, :, None, None].expand_as(drawn), atol=1e-5)
+    assert 0.001 < (colours - colours.mean(1, keepdim=True)).abs().mean() < 0.02
+    assert colours.mean(1).min() < 0.8 * 128 / 255 and colours.mean(1).max() > 1.2 * 128 / 255
+
+
 def test_torchvision_is_not_imported_for_the_digits() -> None:
     pytest.importorskip("sklearn")
     python(

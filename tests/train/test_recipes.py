@@ -250,8 +250,8 @@ def test_what_is_refused(values: dict[str, Any], message: str) -> None:
 def test_json_gives_the_same_recipe() -> None:
     for one in RECIPES.values():
         again = Recipe(**json.loads(json.dumps(dataclasses.asdict(one))))
-        assert (again.milestones, again.name, again.published) == (one.milestones, one.name, one.published)
-        assert network(again, fused=False) is not None if one.name == "rknet/t4/rknet-1x8_1x2_1x2-b-k12-time" else True
+        assert dataclasses.replace(again, options=one.options) == one  # which may have tuples
+    network(Recipe(**json.loads(json.dumps(dataclasses.asdict(recipe("rknet/t4/rknet-1x8_1x2_1x2-b-k12-time"))))))
 
 
 def toml(folder: Path, text: str) -> Path:
