@@ -30,6 +30,7 @@ COMMANDS = {
         "rkfast.commands.recipes",
         "list how the networks of the papers were trained, with the published errors",
     ),
+    "table": ("rkfast.commands.table", "train the rows of a table of the papers, and write our errors beside theirs"),
     "bench": (
         "rkfast.bench.run",
         "measure the ops, our models, or a network of yours beside stock and compiled PyTorch",

@@ -36,22 +36,25 @@ def run(args: argparse.Namespace) -> int:
 
 
 def table(recipes: list[Recipe]) -> str:
-    rows = [("recipe", "network", "data", "batch", "epochs", "error published, %")]
-    for recipe in recipes:
-        options = " ".join(f"{key}={_plain(value)}" for key, value in recipe.options.items())
-        rows.append(
-            (
-                recipe.name,
-                f"{recipe.model} {options}".rstrip(),
-                recipe.data + (f", {recipe.augment}" if recipe.augment else ""),
-                str(recipe.batch),
-                str(recipe.epochs),
-                "" if recipe.published is None else f"{recipe.published:.2f}",
-            )
-        )
+    rows = [
+        ("recipe", "network", "data", "batch", "epochs", "error published, %"),
+        *((one.name, network(one), images(one), str(one.batch), str(one.epochs), published(one)) for one in recipes),
+    ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
+
+
+def network(recipe: Recipe) -> str:
+    return " ".join([recipe.model, *(f"{key}={_plain(value)}" for key, value in recipe.options.items())])
+
+
+def images(recipe: Recipe) -> str:
+    return f"{recipe.data}, {recipe.augment}" if recipe.augment else recipe.data
+
+
+def published(recipe: Recipe) -> str:
+    return "" if recipe.published is None else f"{recipe.published:.2f}"
 
 
 def _plain(value: object) -> str:
