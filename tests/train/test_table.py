@@ -89,6 +89,18 @@ def test_what_is_refused(
     assert not trained
 
 
+def test_results_of_others_are_not_taken(
+    trained: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"recipe": {"name": "digits", "model": "resnet-8"}, "settings": {}, "error": 1.0, "best": 1.0}
+    assert table.page([row | {"settings": {"seed": 0, "fused": "auto", "amp": "fp32"}}])
+    for change in ({"recipe": {"name": "of another version", "model": "resnet-8"}}, {"recipe": 3}, {"more": 1}):
+        (tmp_path / table.FILE).write_text(json.dumps([row | change]))
+        assert cli.main(["table", "digits", "--out", str(tmp_path)]) == 2
+        assert "take another folder" in capsys.readouterr().err
+    assert not trained
+
+
 def test_a_real_table(tmp_path: Path) -> None:
     pytest.importorskip("rkfast.train.engine")
     for module in ("sklearn", "torchmetrics", "rich", "safetensors"):
