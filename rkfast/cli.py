@@ -32,6 +32,11 @@ COMMANDS = {
         "where the time and the bytes of a step go, by kind of operation, stock and fused",
     ),
     "export": ("rkfast.commands.export", "write a network for inference as ONNX, torch.export or AOTInductor file"),
+    "recipes": (
+        "rkfast.commands.recipes",
+        "list how the networks of the papers were trained, with the published errors",
+    ),
+    "table": ("rkfast.commands.table", "train the rows of a table of the papers, and write our errors beside theirs"),
     "bench": (
         "rkfast.bench.run",
         "measure the ops, our models, or a network of yours beside stock and compiled PyTorch",

@@ -93,6 +93,11 @@ RKNET_TABLE_3 = [
     Row("erknet-3x1_3x1_6x1_2x1-b", _IMAGENET | {"m": (2, 4, 8, 28)}, "25.51", "8.50", {"imagenet": 23.14}),
 ]
 
+# The network of appendix C, of which the paper prints the step sizes alone.
+RKNET_TABLE_4 = [
+    Row("rknet-1x8_1x2_1x2-b", {"growth_rate": 12, "m": (2, 9, 12), "time_channel": True}, None, None, {}),
+]
+
 # DenseNet: Huang et al., "Densely Connected Convolutional Networks", Table 2; FLOPs and SVHN from RKNet's Table 2.
 DENSENET_TABLE_2 = [
     Row("densenet-40", {}, "1.0", None, {"cifar10": 7.00, "cifar10+": 5.24, "cifar100": 27.55, "cifar100+": 24.42}),
@@ -133,6 +138,9 @@ CLIQUENET = [
     Row("cliquenet-30-abc", {"growth_rate": 150}, "10.48", "10.56", {"cifar10": 5.06, "cifar100": 21.83, "svhn": 1.64}),
 ]
 
+# What RKNet's Table 2 prints of other networks, as far as they are here.
+RKNET_TABLE_2_QUOTED = [*(row for row in DENSENET_TABLE_2 if row.billions), *CLIQUENET[-2:]]
+
 # HO-ResNet: Luo et al., "Rethinking ResNets: Improved Stacking Strategies With High Order Schemes". Printed are
 # accuracies, and parameters of convolutions and linear layer only, so that these rows stand apart from ROWS. The
 # "HO-ResNet-34" of Table 4 has 30 layers: its 93.39 and 94.17 are those of RK8 X1 in Table 2.
@@ -171,6 +179,43 @@ HO_RESNET_TABLE_4 = [
     for factor, accuracy in ((1.0, 93.39), (1.2, 93.56), (2.0, 94.17), (2.5, 94.09), (3.0, 93.67))
 ]
 HO_RESNET = [*HO_RESNET_TABLE_2, *HO_RESNET_TABLE_3, *HO_RESNET_TABLE_4]
+
+# TSC: Yang et al., "Dynamical System Inspired Adaptive Time Stepping Controller for Residual Network Families". Its
+# parameters differ between training and inference, and its FLOPs are multiplications: neither stands here.
+
+TSC_TABLE_2 = [
+    Row("resnet50", {"stride_in_1x1": True}, None, None, {"imagenet": 24.42}),
+    *(
+        Row("tsc_resnet50", {"controller": controller}, None, None, {"imagenet": error})
+        for controller, error in (("indp", 24.12), ("2fc", 23.90), ("lstm", 23.63))
+    ),
+]
+TSC_TABLE_3 = [
+    row
+    for model, stock, stepped in (
+        ("resnet18", 29.41, 28.80),
+        ("resnet34", 26.03, 25.39),
+        ("resnet50", 24.42, 23.63),
+        ("resnet101", 22.94, 22.24),
+        ("resnext50_32x4d", 22.84, 22.23),
+        ("resnext101_32x4d", 21.88, 21.17),
+        ("seresnet50", 23.27, 22.75),
+        ("seresnet101", 22.37, 21.82),
+    )
+    for row in (
+        # The first ResNet's stride, as in the networks of tsc_...; the two smallest have no such convolution.
+        Row(
+            model, {} if model in ("resnet18", "resnet34") else {"stride_in_1x1": True}, None, None, {"imagenet": stock}
+        ),
+        Row(f"tsc_{model}", {}, None, None, {"imagenet": stepped}),
+    )
+]
+TSC_TABLE_5 = [
+    Row("densenet-40", {}, None, None, {"cifar10+": 5.24, "cifar100+": 24.42}),
+    Row("tsc_densenet-40", {}, None, None, {"cifar10+": 5.10, "cifar100+": 23.35}),
+    Row("cliquenet-12", {"growth_rate": 36}, None, None, {"cifar10+": 5.03, "cifar100+": 22.80}),
+    Row("tsc_cliquenet-12", {"growth_rate": 36}, None, None, {"cifar10+": 4.79, "cifar100+": 22.04}),
+]
 
 RKNET = [*RKNET_TABLE_1, *RKNET_TABLE_2, *RKNET_TABLE_3]
 ROWS = [*RKNET, *DENSENET_TABLE_2, *DENSENET_IMAGENET, *CLIQUENET]

@@ -1,1 +1,1 @@
-"""Training of the papers' networks: data, recipes, and the engine behind ``rkfast train``."""
+"""Training as the papers do it: their data, their recipes, and an engine for one process or many."""
