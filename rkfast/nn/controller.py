@@ -199,13 +199,22 @@ CONTROLLERS: dict[str, Callable[..., Controller]] = {
 
 def averaged(weights: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> Tensor:
     """Of each of L blocks the weights [C_out, C_in, ...] of some convolutions, averaged over their input channels and
-    one behind the other, Tensor [L, features]. Neighbours of one shape take two launches."""
+    one behind the other, Tensor [L, features]. Neighbours of one shape take two launches, unless to copy them together
+    costs more than as many launches as there are."""
     columns = []
     for conv in zip(*weights, strict=True):
         runs = [list(run) for _, run in itertools.groupby(conv, key=_shape)]
         # The gradient of a sum is a view; mean would write one as large as the weights.
-        columns.append(torch.cat([torch.stack(run).sum(2).flatten(1) / run[0].shape[1] for run in runs]))
+        columns.append(torch.cat([_summed(run).flatten(1) / run[0].shape[1] for run in runs]))
     return torch.cat(columns, 1).to(dtype)
+
+
+def _summed(run: Sequence[Tensor]) -> Tensor:
+    apart = run[0].device.type == "cpu" and run[0].numel() > _LARGE
+    return torch.stack([weight.sum(1) for weight in run]) if apart else torch.stack(list(run)).sum(2)
+
+
+_LARGE = 1 << 16  # elements of a weight: on a CPU, two cores
 
 
 def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:

@@ -128,3 +128,11 @@ def test_few_launches() -> None:
         averaged(weights, torch.float32)
     counts = {event.key: event.count for event in profile.key_averages()}
     assert counts["aten::sum"] == 3
+
+
+def test_large_and_small_weights_are_averaged_alike() -> None:
+    """Over their input channels, one by one or together."""
+    for channels in (8, 1024):
+        blocks = [[torch.randn(6, channels, 3, 3), torch.randn(80, channels, 1, 1)] for _ in range(3)]
+        expected = torch.stack([torch.cat([weight.mean(1).flatten() for weight in block]) for block in blocks])
+        torch.testing.assert_close(averaged(blocks, torch.float32), expected)
