@@ -228,8 +228,9 @@ def reduce(kernel: Any, lead: Tensor, groups: int, rows: int, channels: int, *ar
         )
 
 
-def merge_moments(partials: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance from partials [3, rows, C]: counts, means and sums of squared deviations."""
+def merge_moments(partials: Tensor, into: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance from partials [3, rows, C]: counts, means and sums of squared deviations. into: where
+    they are written, if not into new vectors."""
     _, rows, c = partials.shape
     if rows > 2 * PARTIAL_ROWS:  # by more programs than there are blocks of channels
         span = max(2, math.isqrt(rows))
@@ -237,7 +238,7 @@ def merge_moments(partials: Tensor) -> tuple[Tensor, Tensor]:
         merged = partials.new_empty((3, groups, c))
         reduce(_merge_kernel, partials, groups, span, c, partials, merged, None, None, rows)
         partials, rows = merged, groups
-    mean, var = partials.new_empty(c), partials.new_empty(c)
+    mean, var = into or (partials.new_empty(c), partials.new_empty(c))
     reduce(_merge_kernel, partials, 1, rows, c, partials, None, mean, var, rows)
     return mean, var
 
@@ -405,7 +406,8 @@ def column_sum(partials, rows, channels, c, ROWS: tl.constexpr, COLS: tl.constex
     return tl.sum(acc, 0)
 
 
-@jit
+# mean and var may be slots of vectors, which begin anywhere.
+@jit(do_not_specialize_on_alignment=["channels", "mean", "var"])
 def _merge_kernel(
     partials,  # [3, every, C]
     merged,  # [3, groups, C] or None

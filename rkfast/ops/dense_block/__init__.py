@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rkfast import dispatch
-from rkfast.ops import checks, collective, layout
+from rkfast.ops import autocast, checks, collective, layout
 from rkfast.ops.channel_moments import Moments, moments_dtype, update_running_stats
 from rkfast.ops.norm import Norm, check_norm
 
@@ -542,8 +542,9 @@ def checked(
     if checks.autocasts(x) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
-        conv1 = [w.to(dtype) if isinstance(w, Tensor) else w for w in conv1]
-        conv2 = [w.to(dtype) if isinstance(w, Tensor) else w for w in conv2]
+        if all(isinstance(w, Tensor) for w in (*conv1, *conv2)):  # else they are refused below
+            cast = autocast.cast([*conv1, *conv2], dtype)
+            conv1, conv2 = cast[: len(conv1)], cast[len(conv1) :]
     for name, weights in (("conv1", conv1), ("conv2", conv2)):
         for i, weight in enumerate(weights):
             checks.convolution(weight, f"{name}[{i}]", x)

@@ -85,6 +85,7 @@ def forward(
     moments: bool,
     mask: bool,
     out: Tensor | None = None,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> list[Tensor]:
     x = terms[0]
     if x.numel() == 0:
@@ -125,7 +126,7 @@ def forward(
     return [
         out,
         *([] if bits is None else [bits]),
-        *([] if partials is None else kernels.merge_moments(partials)),
+        *([] if partials is None else kernels.merge_moments(partials, into)),
     ]
 
 
