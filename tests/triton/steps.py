@@ -240,15 +240,17 @@ def running(counted: Counted) -> Iterator[None]:
     def lstm(x: Tensor, state: Any, weights: list[Tensor], *_: Any) -> tuple[Tensor, Tensor, Tensor]:
         return _Lstm.apply(counted, weights[1].shape[1], x, *weights), *state
 
-    def relu(x: Tensor, weight: Tensor, bias: Tensor, *sizes: Any) -> Tensor:
+    def convolution(*args: Any) -> Tensor:
         with _disable_current_modes():
-            out = F.conv2d(x, weight, bias, *sizes)
+            return F.conv2d(*args).contiguous(memory_format=torch.channels_last)
+
+    def relu(x: Tensor, weight: Tensor, bias: Tensor, *sizes: Any) -> Tensor:
+        out = convolution(x, weight, bias, *sizes)
         counted.add("cudnn_convolution_relu", [x, weight, out])
         return out
 
     def add_relu(x: Tensor, weight: Tensor, other: Tensor, alpha: float, bias: Tensor, *sizes: Any) -> Tensor:
-        with _disable_current_modes():
-            out = F.conv2d(x, weight, bias, *sizes)
+        out = convolution(x, weight, bias, *sizes)
         counted.add("cudnn_convolution_add_relu", [x, weight, other, out])
         return out
 

@@ -268,13 +268,31 @@ def _result(result: list[Tensor], slots: Slots, moments: bool) -> Tensor:
 def turned(t: Tensor, turn: tuple[int, int], axis: int = 0, back: bool = False) -> Tensor:
     """t with its channels from turn[0] on rolled, turn[1] of them from their beginning to their end: from the order in
     which parameters are stored to that of the slots."""
-    first, shift = turn
-    if not shift:
+    if not turn[1]:
         return t
+    plain = torch.compiler.is_compiling() or not (torch.is_grad_enabled() and t.requires_grad)
+    return _rolled(t, turn, axis, back) if plain or checks.transformed((t,)) else _Turned.apply(t, turn, axis, back)
+
+
+def _rolled(t: Tensor, turn: tuple[int, int], axis: int, back: bool) -> Tensor:
+    first, shift = turn
     size = t.shape[axis] - first
     shift = size - shift if back else shift
     parts = (t.narrow(axis, 0, first), t.narrow(axis, first + shift, size - shift), t.narrow(axis, first, shift))
     return torch.cat(parts, axis)
+
+
+class _Turned(torch.autograd.Function):
+    """Whose backward is one copy, where that of views and their concatenation is a dozen."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, turn: tuple[int, int], axis: int, back: bool) -> Tensor:
+        ctx.call = turn, axis, not back
+        return _rolled(t, turn, axis, back)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return turned(grad, *ctx.call), None, None, None
 
 
 def _split(tensors: Sequence[Any], counts: Sequence[int]) -> list[list[Any]]:

@@ -528,12 +528,14 @@ def forward(
         buffer = layout.empty(like(x, channels), True)
         moments = (x.new_empty(channels, dtype=dtype), x.new_empty(channels, dtype=dtype))
         block = _Block(buffer, *moments, keep_scale, group)
-        block.put(slice(0, inputs), x, mean is None)
+        order = list(growths(conv1, conv2, norms, keeps, reads, writes, eps))
+        wanted = keep or total_moments or any(g.norm1[2] is None for g in order)
+        block.put(slice(0, inputs), x, wanted and mean is None)
         if mean is not None and var is not None:
             torch._foreach_copy_([block.mean[:inputs], block.var[:inputs]], [mean, var])
         mids: list[Tensor] = []
         mid_moments: list[Tensor] = []
-        for g in growths(conv1, conv2, norms, keeps, reads, writes, eps):
+        for g in order:
             norm = block.norm1(g)
             if g.conv2 is None:
                 growth = dropped(conv(block.read(g, norm), g.conv1), g.keep1, keep_scale)
@@ -551,7 +553,7 @@ def forward(
                     mid_moments.extend(m.clone() if own else m for m in moments)  # no result is an argument
                     act = _normalised(mid, norm2, moments)
                 growth = dropped(conv(act, g.conv2), g.keep2, keep_scale)
-            block.put(g.slot, growth)
+            block.put(g.slot, growth, wanted)
         result = [buffer, block.mean, block.var]
         if keep:
             result += [*mid_moments, *mids]
@@ -601,7 +603,9 @@ def backward(
         block = _Block(buffer, mean, var, keep_scale, group)
         count = collective.count(layout.count(buffer), mean, group)
         total = layout.empty(buffer, True)
-        if summed:
+        if summed and [0, *summed] == list(range(0, buffer.shape[1], inputs)):
+            total.unflatten(1, (-1, inputs)).copy_(grad[:, None])
+        elif summed:
             total.zero_()
             for first in (0, *summed):
                 total[:, first : first + inputs] = grad
