@@ -17,8 +17,8 @@ _refused: set[tuple[Any, ...]] = set()
 
 
 def relu_of_conv(conv: Any, x: Tensor, other: Tensor | None) -> Tensor | None:
-    """``relu(conv(x) + other)`` of a FoldedConv, without a gradient; None where cuDNN has no such kernel. Under autocast
-    in its dtype, with copies of the weight and bias that are made once. A NaN may become 0."""
+    """``relu(conv(x) + other)`` of a FoldedConv, without a gradient; None where cuDNN has no such kernel. Under
+    autocast in its dtype, with copies of the weight and bias that are made once. A NaN may become 0."""
     dtype = _dtype(conv, x, other)
     if dtype is None:
         return None

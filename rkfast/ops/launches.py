@@ -19,7 +19,7 @@ SMALLEST = 16  # side that the tensor cores take
 UNTUNED = {2: Cut(128, 128, 64, 8, 2), 4: Cut(64, 128, 32, 8, 2)}  # by bytes of an element
 GPUS = ("A100", "H100", "H200")
 TUNED: dict[tuple[str, str, int], Cut] = {}
-"""By GPU, kernel and bytes of an element, as ``python -m bench.launches`` measures it; nothing has been measured yet."""
+"""By GPU, kernel and bytes of an element, what was measured to be fastest there; nothing has been measured yet."""
 
 
 def gpu(name: str) -> str:

@@ -110,7 +110,7 @@ def _lay(module: nn.Module) -> None:
     """Weights of a module that an op serves, as its C++ kernels want them."""
     for conv in module.modules():
         if plain_conv(conv) and conv.weight.dtype == torch.float32 and conv.weight.device.type == "cpu":
-            conv.weight = nn.Parameter(layout.outputs_last(conv.weight), requires_grad=False)  # type: ignore[arg-type]
+            conv.weight = nn.Parameter(layout.outputs_last(conv.weight), requires_grad=False)
 
 
 def evaluated(model: nn.Module) -> nn.Module:

@@ -123,7 +123,7 @@ def _checked(model_or_step: object, sample: object, warmup: object) -> list[Tens
         _check_model(model_or_step)
         tensors += [*model_or_step.named_parameters(), *model_or_step.named_buffers()]
     if not torch.cuda.is_available():
-        raise RuntimeError("CUDA graphs need a GPU, and torch sees none; rkfast info says what this installation can do")
+        raise RuntimeError("CUDA graphs need a GPU, and torch sees none; rkfast info says what there is")
     device = given[0].device
     for name, t in tensors:
         if t.device.type != "cuda":
@@ -169,7 +169,7 @@ def _trained(model: nn.Module, static: list[Tensor], warmup: int) -> Callable[..
             torch.autograd.grad(outs, wanted, [torch.ones_like(t) for t in outs], allow_unused=True)
 
     _warm(step, static[0].device, 1)
-    return torch.cuda.make_graphed_callables(  # type: ignore[no-any-return]
+    return torch.cuda.make_graphed_callables(
         whole, tuple(static), num_warmup_iters=warmup, allow_unused_input=True
     )
 

@@ -22,11 +22,11 @@ Written by `python -m tests.triton.kernels` with Triton {triton.__version__}, wi
 
 ## What a step launches
 
-Fused networks in bfloat16, channels_last, counted on meta tensors (`tests/triton/steps.py`): Triton's launches are those
-of the real launchers, PyTorch's operators count as the kernels that they are on CUDA. "Inference" is that of
-`rkfast.fold`. Launches are on activations; the small ones are on vectors and weights alone, as second stages of sums are.
-The design is that of fused 1x1 products, which counts no small ones. Bytes are what a kernel must read and write. Not
-counted are the optimizer, and the casts of autocast, two small ones for each weight.
+Fused networks in bfloat16, channels_last, counted on meta tensors (`tests/triton/steps.py`): Triton's launches are
+those of the real launchers, PyTorch's operators count as the kernels that they are on CUDA. "Inference" is that of
+`rkfast.fold`. Launches are on activations; the small ones are on vectors and weights alone, as second stages of sums
+are. The design is that of fused 1x1 products, which counts no small ones. Bytes are what a kernel must read and write.
+Not counted are the optimizer, and the casts of autocast: two small launches for each weight, or for all of a block.
 
 | network | step | launches | design | small | GB | design |
 |---|---|--:|--:|--:|--:|--:|
@@ -34,9 +34,9 @@ counted are the optimizer, and the casts of autocast, two small ones for each we
 MIDDLE = """
 ## What a kernel takes
 
-Of all specialisations that these steps ask for, compiled ahead of time: least and most registers of a thread, bytes of
-shared memory, share of a multiprocessor's warps that run at once, and bytes that a thread loads and stores at once where
-that is widest. None spills, products use tensor cores, and those that stream move 16 bytes at once.
+Of all specialisations that these steps ask for, compiled ahead of time: least and most registers of a thread, bytes
+of shared memory, share of a multiprocessor's warps that run at once, and bytes that a thread loads and stores at once
+where that is widest. None spills, products use tensor cores, and those that stream move 16 bytes at once.
 
 | kernel | sm | specialisations | warps | registers | shared | occupancy | loads | stores |
 |---|--:|--:|--:|--:|--:|--:|--:|--:|

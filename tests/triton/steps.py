@@ -56,9 +56,10 @@ class Network(NamedTuple):
         return f"{self.name}{options}, {self.batch} x {self.size}²"
 
 
+ERK = {"growth_rate": 32, "stem": "imagenet", "num_classes": 1000, "m": (2, 4, 8, 20)}
 NETWORKS = (
     Network("densenet121", 224, 256, {}, Plan(616, 65.42), Plan(187, 13.38)),
-    Network("erknet-3x1_3x1_4x1_2x1-b", 224, 256, {"growth_rate": 32, "stem": "imagenet", "num_classes": 1000, "m": (2, 4, 8, 20)}, Plan(944, 76.70), Plan(287, 15.95)),
+    Network("erknet-3x1_3x1_4x1_2x1-b", 224, 256, ERK, Plan(944, 76.70), Plan(287, 15.95)),
     Network("erknet-7x1_7x1_7x1", 32, 64, {"growth_rate": 36}, Plan(204, 2.50), Plan(77, 0.74)),
     Network("irknet-5x1_5x1_5x1-ab", 32, 64, {"growth_rate": 80}, Plan(337, 5.79), Plan(106, 1.36)),
     Network("irknet-5x1_5x1_5x1-ab", 32, 64, {"growth_rate": 150}, Plan(337, 10.92), Plan(106, 2.55)),

@@ -96,9 +96,8 @@ def _running_stats_kernel(
         _move(running_mean[i], m, weight, c, exists)
         _move(running_var[i], v * kernels.scalar_of(unbias, tl.float64).to(v.dtype), weight, c, exists)
     if not CUMULATIVE:
-        if tl.program_id(0) == 0:
-            for i in tl.static_range(len(counters)):
-                tl.store(counters[i], tl.load(counters[i]) + 1)
+        for i in tl.static_range(len(counters)):
+            tl.store(counters[i], tl.load(counters[i]) + 1, mask=tl.program_id(0) == 0)
 
 
 def update_running_stats(

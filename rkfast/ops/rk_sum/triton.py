@@ -12,7 +12,6 @@ from rkfast.ops import kernels, layout
 from rkfast.ops.channel_moments.reference import moments_dtype
 from rkfast.ops.rk_sum import reference
 
-
 # ptxas, left alone, spills a register or two of a plain copy in order to fit twice as many warps.
 NO_TARGET = {"maxnreg": 255}
 
