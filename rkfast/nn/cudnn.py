@@ -71,11 +71,11 @@ def on_gpu(t: Tensor) -> bool:
 
 
 def _cast(conv: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias in dtype and channels_last, kept until the module has others."""
-    kept = conv.__dict__.get("_cast")
-    if kept is None or kept[0] is not conv._weight or kept[1] is not conv.bias or kept[2].dtype != dtype:
+    """Weight and bias in dtype and channels_last, kept until the module has others, which it tells by None."""
+    kept: tuple[Tensor, Tensor | None] | None = conv._cast
+    if kept is None or kept[0].dtype != dtype:
         with torch.inference_mode(False):
             weight = conv._weight.to(dtype).contiguous(memory_format=torch.channels_last)
             bias = None if conv.bias is None else conv.bias.to(dtype)
-        kept = conv.__dict__["_cast"] = (conv._weight, conv.bias, weight, bias)
-    return kept[2], kept[3]
+        kept = conv._cast = weight, bias
+    return kept

@@ -26,8 +26,11 @@ from rkfast.ops import layout
 THREAD_BYTES = 16  # of one tensor, loaded by one thread at once
 WARPS = 4
 MOST_HELD = 96  # registers of a thread that may stay occupied while tiles pass; a thread has 255
+NARROW = 8  # bytes; what loads fewer at once keeps an address for each
 PROGRAMS = 4096  # enough for a small tail on any GPU, few enough for a cheap second stage
 PARTIAL_ROWS = 1024  # read at once by the second stage
+# For those of which ptxas, left alone, spills a register or two in order to fit more warps.
+NO_TARGET = {"maxnreg": 255}
 GEOMETRY = ("channels", "length", "chunks", "blocks", "splits", "pieces", "span", "share", "tiles")
 PITCHES = ("pitch", "x_pitch", "out_pitch")
 
@@ -89,6 +92,8 @@ class View(NamedTuple):
         per_thread = THREAD_BYTES // itemsize
         held = (sums + vectors * self.channels_last) * max(1, itemsize // 4)  # registers
         while held * per_thread > MOST_HELD and per_thread > 1:
+            per_thread //= 2
+        if sums and unit * itemsize < NARROW and per_thread > 1:
             per_thread //= 2
         elements = 32 * WARPS * per_thread * (2 if operands + sums <= 4 else 1)
         return _tiling(*self[:4], itemsize, unit, per_thread, elements, per_sample, reduces)

@@ -16,6 +16,7 @@ class Cut(NamedTuple):
 
 
 SMALLEST = 16  # side that the tensor cores take
+NARROW = 8  # bytes
 UNTUNED = {2: Cut(128, 128, 64, 8, 2), 4: Cut(64, 128, 32, 8, 2)}  # by bytes of an element
 GPUS = ("A100", "H100", "H200")
 TUNED: dict[tuple[str, str, int], Cut] = {}
@@ -27,9 +28,15 @@ def gpu(name: str) -> str:
     return next((known for known in GPUS if known in name), "")
 
 
-def cut(kernel: str, device: str, itemsize: int, rows: int, width: int, read: int) -> Cut:
-    """For a product of these sizes on the device of this name: no side is longer than its size."""
+def cut(kernel: str, device: str, itemsize: int, unit: int, rows: int, width: int, read: int) -> Cut:
+    """For a product of these sizes on the device of this name: no side is longer than its size.
+
+    unit: elements that a thread may load at once; what loads few keeps an address for each, and has registers for half
+    as many rows.
+    """
     most = TUNED.get((gpu(device), kernel, itemsize), UNTUNED[itemsize])
+    if unit * itemsize < NARROW:
+        most = most._replace(rows=most.rows // 2)
     sides = (_side(limit, size) for limit, size in zip(most, (rows, width, read), strict=False))
     found = most._replace(**dict(zip(("rows", "width", "read"), sides, strict=True)))
     # A small tile is the work of few warps.

@@ -169,9 +169,7 @@ def _trained(model: nn.Module, static: list[Tensor], warmup: int) -> Callable[..
             torch.autograd.grad(outs, wanted, [torch.ones_like(t) for t in outs], allow_unused=True)
 
     _warm(step, static[0].device, 1)
-    return torch.cuda.make_graphed_callables(
-        whole, tuple(static), num_warmup_iters=warmup, allow_unused_input=True
-    )
+    return torch.cuda.make_graphed_callables(whole, tuple(static), num_warmup_iters=warmup, allow_unused_input=True)
 
 
 class _Whole(nn.Module):

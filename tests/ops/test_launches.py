@@ -21,7 +21,7 @@ from rkfast.ops.launches import Cut
 def test_no_side_is_longer_than_its_size(
     itemsize: int, sizes: tuple[int, int, int], sides: tuple[int, int, int], warps: int
 ) -> None:
-    found = launches.cut("bottleneck", "", itemsize, *sizes)
+    found = launches.cut("bottleneck", "", itemsize, 8, *sizes)
     assert found == Cut(*sides, warps, 2)
 
 
@@ -43,15 +43,20 @@ def test_what_was_tuned_is_taken_on_its_device(monkeypatch: pytest.MonkeyPatch) 
     tuned = Cut(256, 64, 32, 4, 3)
     monkeypatch.setitem(launches.TUNED, ("H200", "bottleneck", 2), tuned)
     sizes = (802816, 128, 992)
-    assert launches.cut("bottleneck", "NVIDIA H200", 2, *sizes) == tuned
+    assert launches.cut("bottleneck", "NVIDIA H200", 2, 8, *sizes) == tuned
     for kernel, device, itemsize in (
         ("read_backward", "NVIDIA H200", 2),
         ("bottleneck", "NVIDIA H100", 2),
         ("bottleneck", "NVIDIA H200", 4),
     ):
-        assert launches.cut(kernel, device, itemsize, *sizes) == launches.UNTUNED[itemsize]
+        assert launches.cut(kernel, device, itemsize, 8, *sizes) == launches.UNTUNED[itemsize]
 
 
 def test_names_are_those_of_kernels() -> None:
     kernels = {"bottleneck", "read_backward", "weight_gradient"}
     assert all(gpu in launches.GPUS and kernel in kernels for gpu, kernel, _ in launches.TUNED)
+
+
+@pytest.mark.parametrize(("itemsize", "unit", "rows"), ((2, 8, 128), (2, 4, 128), (2, 2, 64), (4, 2, 64), (4, 1, 32)))
+def test_narrow_loads_take_fewer_rows(itemsize: int, unit: int, rows: int) -> None:
+    assert launches.cut("bottleneck", "", itemsize, unit, 65536, 150, 600).rows == rows

@@ -58,7 +58,16 @@ def forward(x: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]:
     view = kernels.view([x], channels_last, per_channel=True, mask=False)
     tiling = view.tiling(x.element_size(), operands=1, sums=2, reduces=True)
     partials = kernels.empty_partials(x, 3, tiling, dtype)
-    tiling.launch(_moments_kernel, x, x, *view.units(tiling), partials, tiling.partials, WIDE=kernels.WIDE[dtype])
+    tiling.launch(
+        _moments_kernel,
+        x,
+        x,
+        *view.units(tiling),
+        partials,
+        tiling.partials,
+        WIDE=kernels.WIDE[dtype],
+        **kernels.NO_TARGET,
+    )
     return kernels.merge_moments(partials)
 
 

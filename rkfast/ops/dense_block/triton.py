@@ -69,7 +69,7 @@ def _plan(kernel: str, buffer: Tensor, g: Growth, width: int) -> _Plan:
     n, *others = (size // unit for size in sizes)
     rows = layout.count(buffer)
     widest = max(end0 - begin0, end1 - begin1)
-    blocks = launches.cut(kernel, _device_name(buffer.device), buffer.element_size(), rows, width, widest)
+    blocks = launches.cut(kernel, _device_name(buffer.device), buffer.element_size(), unit, rows, width, widest)
     return _Plan(rows, n, others[0], tuple(others[1:]), unit, blocks)
 
 

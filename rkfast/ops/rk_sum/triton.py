@@ -12,9 +12,6 @@ from rkfast.ops import kernels, layout
 from rkfast.ops.channel_moments.reference import moments_dtype
 from rkfast.ops.rk_sum import reference
 
-# ptxas, left alone, spills a register or two of a plain copy in order to fit twice as many warps.
-NO_TARGET = {"maxnreg": 255}
-
 
 @kernels.jit
 def _forward_kernel(
@@ -125,7 +122,7 @@ def forward(
         tiling.partials,
         RELU=relu,
         WIDE=kernels.WIDE[dtype],
-        **({} if moments else NO_TARGET),
+        **({} if moments else kernels.NO_TARGET),
     )
     return [
         out,
