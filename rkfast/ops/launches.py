@@ -31,12 +31,12 @@ def gpu(name: str) -> str:
 def cut(kernel: str, device: str, itemsize: int, unit: int, rows: int, width: int, read: int) -> Cut:
     """For a product of these sizes on the device of this name: no side is longer than its size.
 
-    unit: elements that a thread may load at once; what loads few keeps an address for each, and has registers for half
-    as many rows.
+    unit: elements that a thread may load at once; what loads few keeps an address for each, and has registers for tiles
+    of half the rows and half of what is read.
     """
     most = TUNED.get((gpu(device), kernel, itemsize), UNTUNED[itemsize])
     if unit * itemsize < NARROW:
-        most = most._replace(rows=most.rows // 2)
+        most = most._replace(rows=most.rows // 2, read=most.read // 2)
     sides = (_side(limit, size) for limit, size in zip(most, (rows, width, read), strict=False))
     found = most._replace(**dict(zip(("rows", "width", "read"), sides, strict=True)))
     # A small tile is the work of few warps.

@@ -57,6 +57,10 @@ def test_names_are_those_of_kernels() -> None:
     assert all(gpu in launches.GPUS and kernel in kernels for gpu, kernel, _ in launches.TUNED)
 
 
-@pytest.mark.parametrize(("itemsize", "unit", "rows"), ((2, 8, 128), (2, 4, 128), (2, 2, 64), (4, 2, 64), (4, 1, 32)))
-def test_narrow_loads_take_fewer_rows(itemsize: int, unit: int, rows: int) -> None:
-    assert launches.cut("bottleneck", "", itemsize, unit, 65536, 150, 600).rows == rows
+@pytest.mark.parametrize(
+    ("itemsize", "unit", "rows", "read"),
+    ((2, 8, 128, 64), (2, 4, 128, 64), (2, 2, 64, 32), (4, 2, 64, 32), (4, 1, 32, 16)),
+)
+def test_narrow_loads_take_smaller_tiles(itemsize: int, unit: int, rows: int, read: int) -> None:
+    found = launches.cut("bottleneck", "", itemsize, unit, 65536, 150, 600)
+    assert (found.rows, found.read) == (rows, read)
