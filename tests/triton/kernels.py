@@ -42,8 +42,8 @@ MIDDLE = """
 Of all specialisations that these steps ask for, compiled ahead of time: least and most registers of a thread, bytes
 of shared memory, share of a multiprocessor's warps that run at once, and bytes that a thread loads and stores at once
 where that is widest. None spills, products use tensor cores, and those that stream
-load 16 bytes at once where rows divide into 16 (at 36 and 150 channels they do not; there slots of a buffer, which may
-begin at any channel, are loaded one by one).
+load 16 bytes at once where rows divide into 16: at 36 and 150 channels they do not, and what begins at any of these
+channels of a buffer is loaded and stored one by one.
 
 | kernel | sm | specialisations | warps | registers | shared | occupancy | loads | stores |
 |---|--:|--:|--:|--:|--:|--:|--:|--:|
