@@ -51,7 +51,7 @@ channels of a buffer is loaded and stored one by one.
 TARGETS = (80, 90, 100)
 STREAMS = {"forward", "backward", "moments"}  # they read whole tensors
 PRODUCTS = {"bottleneck", "read_backward", "weight_gradient"}
-QUICK = ("densenet121", "irknet-5x1_5x1_5x1-ab, growth_rate 150")
+QUICK = ("irknet-5x1_5x1_5x1-ab, growth_rate 150",)
 
 
 class Specialisation(NamedTuple):

@@ -66,7 +66,7 @@ def forward(x: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]:
         partials,
         tiling.partials,
         WIDE=kernels.WIDE[dtype],
-        **({"maxnreg": 80} if x.element_size() == 2 else {}),  # as NO_TARGET, and as many warps as without
+        **({"maxnreg": 80} if channels_last and x.element_size() == 2 else {}),  # as NO_TARGET, for more warps
     )
     return kernels.merge_moments(partials)
 
