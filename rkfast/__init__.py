@@ -18,6 +18,7 @@ from rkfast.swap import export as export
 from rkfast.swap import fold as fold
 from rkfast.swap import fuse as fuse
 from rkfast.swap import fused as fused
+from rkfast.swap import graphed as graphed
 from rkfast.swap import max_batch as max_batch
 from rkfast.swap import profile as profile
 from rkfast.swap import report as report

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable, without the import of the compiler
 
+from rkfast.nn import cudnn
 from rkfast.nn.norm import as_norm, frozen, hooked, plain_conv, takes_relu
 from rkfast.nn.residual import gate_of, join
 from rkfast.ops import checks, rk_sum
@@ -70,8 +71,8 @@ _SIZES = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "di
 
 
 class FoldedConv(nn.Module):
-    """``act(conv(x))`` for inference, one kernel on a CPU, which works channels_last: that of ``rkfast.ops.conv`` by
-    tiles where it is the faster one, else oneDNN's, which makes 0 of NaN in its ReLU.
+    """``act(conv(x))`` for inference, one kernel, which works channels_last: on a CPU that of ``rkfast.ops.conv`` by
+    tiles where it is the faster one, else oneDNN's, which makes 0 of NaN in its ReLU; with a ReLU on a GPU cuDNN's.
 
     The weight is kept as these kernels want it, and nobody else has it, so that it cannot be another than the one in
     use: ``weight`` is a copy, and so are those of the state_dict. Copies, pickles and files hold it as a plain tensor.
@@ -101,6 +102,7 @@ class FoldedConv(nn.Module):
         self._is_packed = False  # for compilers, to which a packed tensor looks like any other
         self._tiles: Tensor | None = None
         self._keeps_size = plain_conv(conv, bias=True)
+        self._cast: Any = None  # of cudnn.py
         self._padding = conv._reversed_padding_repeated_twice
 
     @property
@@ -110,6 +112,9 @@ class FoldedConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or not self._served(x):
+            y = self._by_cudnn(x) if self.relu else None
+            if y is not None:
+                return y
             y = self._stock(x)
             return torch.relu_(y) if self.relu else y
         x = x.contiguous(memory_format=torch.channels_last)
@@ -120,7 +125,8 @@ class FoldedConv(nn.Module):
     def added(self, x: Tensor, other: Tensor, *, into: bool = False) -> Tensor:
         """``relu(conv(x) + other)``. into: other may be overwritten."""
         if torch.compiler.is_compiling() or not (self._served(x) and self._served(other)):
-            return torch.relu_(self._stock(x) + other)
+            y = self._by_cudnn(x, other)
+            return torch.relu_(self._stock(x) + other) if y is None else y
         x = x.contiguous(memory_format=torch.channels_last)
         if self._goes_by_tiles(x):
             return self._by_tiles(x, other, True)
@@ -168,6 +174,9 @@ class FoldedConv(nn.Module):
             and not checks.transformed((x,))
         )
 
+    def _by_cudnn(self, x: Tensor, other: Tensor | None = None) -> Tensor | None:
+        return None if torch.compiler.is_compiling() else cudnn.relu_of_conv(self, x, other)
+
     def _stock(self, x: Tensor) -> Tensor:
         weight = _dense(self) if self._is_packed or self._weight.is_mkldnn else self._weight
         padding: Any = self.padding
@@ -185,10 +194,10 @@ class FoldedConv(nn.Module):
         return nn.Sequential(conv, nn.ReLU()).eval() if self.relu else conv.eval()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_weight": self.weight, "_is_packed": False, "_tiles": None}
+        return self.__dict__ | {"_weight": self.weight, "_is_packed": False, "_tiles": None, "_cast": None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> FoldedConv:
-        self._weight, self._is_packed, self._tiles = fn(self.weight), False, None
+        self._weight, self._is_packed, self._tiles, self._cast = fn(self.weight), False, None, None
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -197,6 +206,7 @@ class FoldedConv(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         metadata, strict, missing, unexpected, errors = args
+        self._cast = None
         key = prefix + "weight"
         rest = {k: v for k, v in state_dict.items() if k != key}
         super()._load_from_state_dict(rest, prefix, metadata, strict, missing, unexpected, errors)

@@ -26,8 +26,11 @@ from rkfast.ops import layout
 THREAD_BYTES = 16  # of one tensor, loaded by one thread at once
 WARPS = 4
 MOST_HELD = 96  # registers of a thread that may stay occupied while tiles pass; a thread has 255
+NARROW = 8  # bytes; what loads fewer at once keeps an address for each
 PROGRAMS = 4096  # enough for a small tail on any GPU, few enough for a cheap second stage
 PARTIAL_ROWS = 1024  # read at once by the second stage
+# For those of which ptxas, left alone, spills a register or two in order to fit more warps.
+NO_TARGET = {"maxnreg": 255}
 GEOMETRY = ("channels", "length", "chunks", "blocks", "splits", "pieces", "span", "share", "tiles")
 PITCHES = ("pitch", "x_pitch", "out_pitch")
 
@@ -89,6 +92,8 @@ class View(NamedTuple):
         per_thread = THREAD_BYTES // itemsize
         held = (sums + vectors * self.channels_last) * max(1, itemsize // 4)  # registers
         while held * per_thread > MOST_HELD and per_thread > 1:
+            per_thread //= 2
+        if sums and unit * itemsize < NARROW and per_thread > 1:
             per_thread //= 2
         elements = 32 * WARPS * per_thread * (2 if operands + sums <= 4 else 1)
         return _tiling(*self[:4], itemsize, unit, per_thread, elements, per_sample, reduces)
@@ -228,8 +233,9 @@ def reduce(kernel: Any, lead: Tensor, groups: int, rows: int, channels: int, *ar
         )
 
 
-def merge_moments(partials: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance from partials [3, rows, C]: counts, means and sums of squared deviations."""
+def merge_moments(partials: Tensor, into: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance from partials [3, rows, C]: counts, means and sums of squared deviations. into: where
+    they are written, if not into new vectors."""
     _, rows, c = partials.shape
     if rows > 2 * PARTIAL_ROWS:  # by more programs than there are blocks of channels
         span = max(2, math.isqrt(rows))
@@ -237,7 +243,7 @@ def merge_moments(partials: Tensor) -> tuple[Tensor, Tensor]:
         merged = partials.new_empty((3, groups, c))
         reduce(_merge_kernel, partials, groups, span, c, partials, merged, None, None, rows)
         partials, rows = merged, groups
-    mean, var = partials.new_empty(c), partials.new_empty(c)
+    mean, var = into or (partials.new_empty(c), partials.new_empty(c))
     reduce(_merge_kernel, partials, 1, rows, c, partials, None, mean, var, rows)
     return mean, var
 
@@ -405,7 +411,8 @@ def column_sum(partials, rows, channels, c, ROWS: tl.constexpr, COLS: tl.constex
     return tl.sum(acc, 0)
 
 
-@jit
+# mean and var may be slots of vectors, which begin anywhere.
+@jit(do_not_specialize_on_alignment=["channels", "mean", "var"])
 def _merge_kernel(
     partials,  # [3, every, C]
     merged,  # [3, groups, C] or None

@@ -7,6 +7,8 @@ from rkfast.swap.fold import fold as fold
 from rkfast.swap.fuse import fuse as fuse
 from rkfast.swap.fuse import fused as fused
 from rkfast.swap.fuse import unfuse as unfuse
+from rkfast.swap.graphed import Graphed as Graphed
+from rkfast.swap.graphed import graphed as graphed
 from rkfast.swap.max_batch import max_batch as max_batch
 from rkfast.swap.profile import Profile as Profile
 from rkfast.swap.profile import profile as profile

@@ -32,7 +32,7 @@ def fold(model: nn.Module) -> nn.Module:
     """A copy of a network for inference: the fastest that is known here.
 
     - A BatchNorm behind a convolution goes into its weights, in float64 and rounded once; that, the ReLU behind it and
-      the sum that ends a residual block are one oneDNN kernel on a CPU.
+      the sum that ends a residual block are one kernel: oneDNN's on a CPU, cuDNN's on a GPU.
     - A BatchNorm before a convolution, which no weights can take, becomes scale, shift and ReLU of what the convolution
       reads: dense blocks, clique blocks and Runge-Kutta steps run their fused operations.
     - Step sizes (``rkfast.tsc``) go into the weights, or are computed this once; dropout is gone.
@@ -109,8 +109,8 @@ def _replaced(net: nn.Module, new: dict[nn.Module, nn.Module]) -> nn.Module:
 def _lay(module: nn.Module) -> None:
     """Weights of a module that an op serves, as its C++ kernels want them."""
     for conv in module.modules():
-        if plain_conv(conv) and conv.weight.dtype == torch.float32:
-            conv.weight = nn.Parameter(layout.outputs_last(conv.weight), requires_grad=False)  # type: ignore[arg-type]
+        if plain_conv(conv) and conv.weight.dtype == torch.float32 and conv.weight.device.type == "cpu":
+            conv.weight = nn.Parameter(layout.outputs_last(conv.weight), requires_grad=False)
 
 
 def evaluated(model: nn.Module) -> nn.Module:

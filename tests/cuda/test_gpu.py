@@ -15,6 +15,8 @@ from torch import Tensor
 
 import rkfast
 from rkfast import dispatch
+from rkfast.nn import cudnn
+from rkfast.nn.folded import FoldedConv
 from rkfast.ops import bn_rk_sum, channel_moments, rk_sum
 from tests.cuda.test_emulated import close, lay
 from tests.models.tester import check_fused
@@ -236,3 +238,95 @@ def test_other_device(backend: str) -> None:
     x = torch.randn(4, 8, 5, 5, device="cuda:1")
     torch.testing.assert_close(rk_sum([x, x], [1.0, 2.0]), 3 * x)
     assert torch.cuda.current_device() == 0
+
+
+def net(**options: Any) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return rkfast.create_model("irknet-3x1_3x1-ab", growth_rate=16, **options).to(DEVICE)
+
+
+def batch() -> Tensor:
+    return torch.randn(4, 3, 16, 16, device=DEVICE).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_graphed_training(autocast: bool) -> None:
+    """Forward and backward replay as they run, statistics move once a step, and nothing moves at the capture."""
+    eager, model = net(), net()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+        graph = rkfast.graphed(model, batch())
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+        assert all(p.grad is None for p in model.parameters())
+        for _ in range(2):
+            x = batch()
+            for each, call in ((eager, eager), (model, graph)):
+                each.zero_grad()
+                call(x).float().square().sum().backward()
+            for a, b in zip(eager.parameters(), model.parameters(), strict=True):
+                torch.testing.assert_close(a.grad, b.grad)
+    for a, b in zip(eager.buffers(), model.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_graphed_inference(folded: bool) -> None:
+    model = net().eval()
+    model = rkfast.fold(model) if folded else model
+    graph = rkfast.graphed(model, batch())
+    for _ in range(2):
+        x = batch()
+        with torch.no_grad():
+            torch.testing.assert_close(graph(x), model(x))
+
+
+def test_graphed_step() -> None:
+    losses = []
+    for captured in (False, True):
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+        x = batch()
+
+        def step(x: Tensor, model: Any = model, optimizer: Any = optimizer) -> Tensor:
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        torch.manual_seed(1)
+        x = batch()
+        call = rkfast.graphed(step, x, warmup=2) if captured else step
+        found = [call(x).item() for _ in range(3 if captured else 6)]
+        losses.append(found[-3:])
+    torch.testing.assert_close(*map(torch.tensor, losses))
+
+
+def test_graphed_names_what_waits() -> None:
+    model = net().eval()
+
+    def step(x: Tensor) -> Tensor:
+        y = model(x)
+        return y if y.sum().item() > 0 else -y
+
+    with pytest.raises(RuntimeError, match="makes the host wait for the GPU"):
+        rkfast.graphed(step, batch())
+    assert torch.isfinite(model(batch())).all()  # nothing is left of the attempt
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_folded_convolutions(kernel: int, dtype: torch.dtype) -> None:
+    """cuDNN's convolution with bias, sum and ReLU has the error of its convolution alone."""
+    conv = torch.nn.Conv2d(64, 32, kernel, padding=kernel // 2, device=DEVICE, dtype=dtype).requires_grad_(False)
+    folded = FoldedConv(conv, relu=True)
+    x, z = (torch.randn(8, c, 14, 14, device=DEVICE).to(dtype, memory_format=torch.channels_last) for c in (64, 32))
+    with torch.no_grad():
+        wide = torch.nn.functional.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=kernel // 2)
+        plain = conv(x)
+        for found, truth, eager in (
+            (folded(x), wide.relu(), plain.relu()),
+            (folded.added(x, z), (wide + z.double()).relu(), (plain + z).relu()),
+        ):
+            close(found, eager, truth, "folded", 0)
+    assert not cudnn._refused, "cuDNN has no engine for this"

@@ -45,6 +45,13 @@ class Kernel(NamedTuple):
         """Whether it multiplies as this GPU does fastest."""
         return {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[self.cc] in self.ptx
 
+    @property
+    def occupancy(self) -> float:
+        """The share of a multiprocessor's warps that run at once."""
+        registers = -(-32 * self.registers // 256) * 256  # of a warp, which takes 256 at a time
+        blocks = min(32, 64 // self.warps, 65536 // registers // self.warps)
+        return min(blocks, (SHARED[self.cc] + 1024) // (self.shared + 1024)) * self.warps / 64
+
     def accesses(self, kind: str) -> set[int]:
         """How many bytes a thread loads ("ld") or stores ("st") in global memory at once, here and there."""
         found = re.findall(rf"\b{kind}\.global\S*?(?:\.v(\d))?\.b(\d+)", self.ptx)

@@ -365,6 +365,7 @@ def backward(
             tuple(kernels.scalar(each, dtype) for each in coeffs) if writes else (),
             RECOMPUTE=recompute,
             WIDE=kernels.WIDE[dtype],
+            **({} if reduces else kernels.NO_TARGET),
         )
         return partials
 

@@ -58,7 +58,16 @@ def forward(x: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]:
     view = kernels.view([x], channels_last, per_channel=True, mask=False)
     tiling = view.tiling(x.element_size(), operands=1, sums=2, reduces=True)
     partials = kernels.empty_partials(x, 3, tiling, dtype)
-    tiling.launch(_moments_kernel, x, x, *view.units(tiling), partials, tiling.partials, WIDE=kernels.WIDE[dtype])
+    tiling.launch(
+        _moments_kernel,
+        x,
+        x,
+        *view.units(tiling),
+        partials,
+        tiling.partials,
+        WIDE=kernels.WIDE[dtype],
+        **({"maxnreg": 80} if channels_last and x.element_size() == 2 else {}),  # as NO_TARGET, for more warps
+    )
     return kernels.merge_moments(partials)
 
 
@@ -77,7 +86,7 @@ def _running_stats_kernel(
     var,  # [C]
     running_mean,  # tuple of vectors, each of the first channels
     running_var,
-    counters,
+    counters,  # of batches, which are one more afterwards; with CUMULATIVE they are that already
     sizes,
     unbias,
     momentum,
@@ -95,6 +104,9 @@ def _running_stats_kernel(
         v = tl.load(var + c, mask=exists, other=0.0)
         _move(running_mean[i], m, weight, c, exists)
         _move(running_var[i], v * kernels.scalar_of(unbias, tl.float64).to(v.dtype), weight, c, exists)
+    if not CUMULATIVE:
+        for i in tl.static_range(len(counters)):
+            tl.store(counters[i], tl.load(counters[i]) + 1, mask=tl.program_id(0) == 0)
 
 
 def update_running_stats(
@@ -106,13 +118,16 @@ def update_running_stats(
     num_batches_tracked: list[Tensor],
     momentum: float | None,
 ) -> None:
-    if num_batches_tracked:
+    cumulative = momentum is None
+    nothing = count == 0 or mean.numel() == 0
+    here = all(n.device == mean.device for n in num_batches_tracked) and len(num_batches_tracked) <= len(running_mean)
+    in_kernel = here and not cumulative and not nothing
+    if num_batches_tracked and not in_kernel:
         torch._foreach_add_(num_batches_tracked, 1)
-    if count == 0 or mean.numel() == 0:
+    if nothing:
         return
     mean, var = mean.contiguous(), var.contiguous()
     dense = [[r.contiguous() for r in each] for each in (running_mean, running_var)]
-    cumulative = momentum is None
     for i in range(0, len(running_mean), STATS_AT_ONCE):
         means, variances = (tuple(each[i : i + STATS_AT_ONCE]) for each in dense)
         with torch.cuda.device_of(mean):
@@ -121,7 +136,7 @@ def update_running_stats(
                 var,
                 means,
                 variances,
-                tuple(num_batches_tracked[i : i + STATS_AT_ONCE]) if cumulative else (),
+                tuple(num_batches_tracked[i : i + STATS_AT_ONCE]),
                 tuple(r.shape[0] for r in means),
                 # PyTorch keeps the unbiased variance; one value per channel has none.
                 kernels.scalar(count / max(count - 1, 1), torch.float64),

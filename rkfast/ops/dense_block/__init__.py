@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rkfast import dispatch
-from rkfast.ops import checks, collective, layout
+from rkfast.ops import autocast, checks, collective, layout
 from rkfast.ops.channel_moments import Moments, moments_dtype, update_running_stats
 from rkfast.ops.norm import Norm, check_norm
 
@@ -268,13 +268,31 @@ def _result(result: list[Tensor], slots: Slots, moments: bool) -> Tensor:
 def turned(t: Tensor, turn: tuple[int, int], axis: int = 0, back: bool = False) -> Tensor:
     """t with its channels from turn[0] on rolled, turn[1] of them from their beginning to their end: from the order in
     which parameters are stored to that of the slots."""
-    first, shift = turn
-    if not shift:
+    if not turn[1]:
         return t
+    plain = torch.compiler.is_compiling() or not (torch.is_grad_enabled() and t.requires_grad)
+    return _rolled(t, turn, axis, back) if plain or checks.transformed((t,)) else _Turned.apply(t, turn, axis, back)
+
+
+def _rolled(t: Tensor, turn: tuple[int, int], axis: int, back: bool) -> Tensor:
+    first, shift = turn
     size = t.shape[axis] - first
     shift = size - shift if back else shift
     parts = (t.narrow(axis, 0, first), t.narrow(axis, first + shift, size - shift), t.narrow(axis, first, shift))
     return torch.cat(parts, axis)
+
+
+class _Turned(torch.autograd.Function):
+    """Whose backward is one copy, where that of views and their concatenation is a dozen."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, turn: tuple[int, int], axis: int, back: bool) -> Tensor:
+        ctx.call = turn, axis, not back
+        return _rolled(t, turn, axis, back)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return turned(grad, *ctx.call), None, None, None
 
 
 def _split(tensors: Sequence[Any], counts: Sequence[int]) -> list[list[Any]]:
@@ -542,8 +560,9 @@ def checked(
     if checks.autocasts(x) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
-        conv1 = [w.to(dtype) if isinstance(w, Tensor) else w for w in conv1]
-        conv2 = [w.to(dtype) if isinstance(w, Tensor) else w for w in conv2]
+        if all(isinstance(w, Tensor) for w in (*conv1, *conv2)):  # else they are refused below
+            cast = autocast.cast([*conv1, *conv2], dtype)
+            conv1, conv2 = cast[: len(conv1)], cast[len(conv1) :]
     for name, weights in (("conv1", conv1), ("conv2", conv2)):
         for i, weight in enumerate(weights):
             checks.convolution(weight, f"{name}[{i}]", x)

@@ -12,10 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rkfast.ops import collective, kernels, layout
+from rkfast.ops import collective, kernels, launches, layout
 from rkfast.ops.bn_rk_sum import triton as bn_rk_sum
 from rkfast.ops.channel_moments.reference import moments_dtype
 from rkfast.ops.dense_block.reference import Growth, conv, conv_backward, dropped, growths, like
+from rkfast.ops.launches import Cut
 from rkfast.ops.rk_sum import triton as rk_sum
 
 # Layers differ in these; one compiled kernel serves them all.
@@ -25,16 +26,6 @@ _jit = functools.partial(
 )
 
 
-class _Blocks(NamedTuple):
-    """Sides of the tiles of a product."""
-
-    rows: int
-    width: int  # channels of the bottleneck
-    read: int  # channels that are read
-
-
-_LARGEST = {2: _Blocks(128, 128, 64), 4: _Blocks(64, 128, 32)}  # by bytes of an element
-_SMALLEST = 16  # that the tensor cores take
 _PROGRAMS = 1024  # that share the rows: enough for any GPU, few enough for a cheap second stage
 
 
@@ -46,7 +37,7 @@ class _Plan(NamedTuple):
     pitch: int
     ranges: tuple[int, ...]  # begin and size of both that are read
     unit: int
-    blocks: _Blocks
+    blocks: Cut
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -70,21 +61,21 @@ class _Plan(NamedTuple):
         return share, triton.cdiv(self.tiles, share)
 
 
-def _plan(buffer: Tensor, g: Growth, width: int) -> _Plan:
+def _plan(kernel: str, buffer: Tensor, g: Growth, width: int) -> _Plan:
     (begin0, end0), (begin1, end1) = g.reads
     channels = buffer.shape[1]
     sizes = (width, channels, begin0, end0 - begin0, begin1, end1 - begin1)
     unit = kernels.unit_of(buffer.element_size(), *sizes)
     n, *others = (size // unit for size in sizes)
-    largest = _LARGEST[buffer.element_size()]
-
-    def side(most: int, size: int) -> int:
-        return max(_SMALLEST, min(most, triton.next_power_of_2(size)))
-
     rows = layout.count(buffer)
     widest = max(end0 - begin0, end1 - begin1)
-    blocks = _Blocks(side(largest.rows, rows), side(largest.width, width), side(largest.read, widest))
+    blocks = launches.cut(kernel, _device_name(buffer.device), buffer.element_size(), unit, rows, width, widest)
     return _Plan(rows, n, others[0], tuple(others[1:]), unit, blocks)
+
+
+@functools.cache
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
 def _precision() -> str:
@@ -400,10 +391,12 @@ class _Block:
     def put(self, slot: slice, x: Tensor, moments: bool = True) -> None:
         """x into its slot, and its moments into theirs."""
         x = layout.conform(x, True)
-        found = rk_sum.forward([x], [1.0], [None], None, True, False, moments, False, self.buffer[:, slot])
-        if moments:
-            own = collective.moments(found[1], found[2], layout.count(x), self.group)
-            torch._foreach_copy_([self.mean[slot], self.var[slot]], own)
+        own = self.mean[slot], self.var[slot]
+        into = own if moments and not self.group else None
+        found = rk_sum.forward([x], [1.0], [None], None, True, False, moments, False, self.buffer[:, slot], into)
+        if moments and self.group:
+            shared = collective.moments(found[1], found[2], layout.count(x), self.group)
+            torch._foreach_copy_(list(own), list(shared))
 
     def norm1(self, g: Growth) -> _Norm:
         return _norm(g.norm1, self.mean, self.var, g.eps1)
@@ -424,7 +417,7 @@ class _Block:
     def bottleneck(self, g: Growth, norm: _Norm, norm2: _Norm | None, moments: bool) -> tuple[Tensor, Tensor | None]:
         """(the first convolution, or with norm2 relu(norm2(it)); partial moments [3, tiles, width])."""
         width = g.conv1.shape[0]
-        plan = _plan(self.buffer, g, width)
+        plan = _plan("bottleneck", self.buffer, g, width)
         out = layout.empty(like(self.buffer, width), True)
         share, programs = plan.split(plan.width_blocks)
         partials = self.mean.new_empty((3, plan.tiles, width)) if moments else None
@@ -434,7 +427,7 @@ class _Block:
             _bottleneck_kernel, plan, plan.width_blocks * programs,
             out, self.buffer, _matrix(g.conv1), *norm[:5], *then, keep, self.keep_scale, partials,
             plan.rows, plan.width, plan.pitch, *plan.ranges, share,
-            OWN=norm.own, STAGES=2, PRECISION=self.precision,
+            OWN=norm.own, PRECISION=self.precision,
         )  # fmt: skip
         return out, partials
 
@@ -444,7 +437,7 @@ class _Block:
         """From the gradient of the bottleneck, or else of what was read, back into the slots; the gradients of weight
         and bias. ``left`` is what the BatchNorms leave to be added: slope and offset of each channel."""
         neck = g.conv2 is not None
-        plan = _plan(self.buffer, g, g.conv1.shape[0])
+        plan = _plan("read_backward", self.buffer, g, g.conv1.shape[0])
         blocks = plan.column_blocks(plan.blocks.read)
         share, programs = plan.split(blocks)
         partials = self.mean.new_empty((2, programs, sum(plan.sizes)))
@@ -452,7 +445,7 @@ class _Block:
             _read_backward_kernel, plan, blocks * programs,
             grad, _matrix(g.conv1) if neck else None, self.buffer, total, *norm[:5], partials, plan.rows, plan.width,
             plan.pitch, *plan.ranges, share, programs,
-            OWN=norm.own, STAGES=2, PRECISION=self.precision,
+            OWN=norm.own, PRECISION=self.precision,
         )  # fmt: skip
         dweight, dbias = (self.mean.new_empty(sum(plan.sizes)) for _ in range(2))
         cols = 32
@@ -467,14 +460,14 @@ class _Block:
 
     def weight_gradient(self, g: Growth, norm: _Norm, grad: Tensor) -> Tensor:
         """Of the first convolution of a bottleneck."""
-        plan = _plan(self.buffer, g, g.conv1.shape[0])
+        plan = _plan("weight_gradient", self.buffer, g, g.conv1.shape[0])
         blocks = plan.column_blocks(plan.blocks.read) * plan.width_blocks
         share, programs = plan.split(4 * blocks)
         products = self.mean.new_empty((programs, g.conv1.shape[0], sum(plan.sizes)))
         self._launch(
             _weight_gradient_kernel, plan, blocks * programs,
             grad, self.buffer, *norm[:5], products, plan.rows, plan.width, plan.pitch, *plan.ranges, share,
-            OWN=norm.own, STAGES=2, PRECISION=self.precision,
+            OWN=norm.own, PRECISION=self.precision,
         )  # fmt: skip
         return torch.empty_like(g.conv1).copy_(products.sum(0).view(g.conv1.shape))
 
@@ -490,11 +483,11 @@ class _Block:
         )[0]  # fmt: skip
 
     def _launch(self, kernel: Any, plan: _Plan, grid: int, *args: Any, **constants: Any) -> None:
-        rows, width, read = plan.blocks
+        rows, width, read, warps, stages = plan.blocks
         with torch.cuda.device_of(self.buffer):
             kernel[(grid,)](
-                *args, BLOCK_ROWS=rows, BLOCK_WIDTH=width, BLOCK_READ=read, UNIT=plan.unit, **constants,
-                num_warps=8 if rows * width >= 8192 else 4,
+                *args, BLOCK_ROWS=rows, BLOCK_WIDTH=width, BLOCK_READ=read, UNIT=plan.unit, STAGES=stages,
+                **constants, num_warps=warps,
             )  # fmt: skip
 
 
@@ -535,12 +528,14 @@ def forward(
         buffer = layout.empty(like(x, channels), True)
         moments = (x.new_empty(channels, dtype=dtype), x.new_empty(channels, dtype=dtype))
         block = _Block(buffer, *moments, keep_scale, group)
-        block.put(slice(0, inputs), x, mean is None)
+        order = list(growths(conv1, conv2, norms, keeps, reads, writes, eps))
+        wanted = keep or total_moments or any(g.norm1[2] is None for g in order)
+        block.put(slice(0, inputs), x, wanted and mean is None)
         if mean is not None and var is not None:
             torch._foreach_copy_([block.mean[:inputs], block.var[:inputs]], [mean, var])
         mids: list[Tensor] = []
         mid_moments: list[Tensor] = []
-        for g in growths(conv1, conv2, norms, keeps, reads, writes, eps):
+        for g in order:
             norm = block.norm1(g)
             if g.conv2 is None:
                 growth = dropped(conv(block.read(g, norm), g.conv1), g.keep1, keep_scale)
@@ -555,13 +550,13 @@ def forward(
                     if partials is not None:
                         moments = collective.moments(*kernels.merge_moments(partials), layout.count(x), group)
                     mids.append(mid)
-                    mid_moments.extend(moments)
+                    mid_moments.extend(m.clone() if own else m for m in moments)  # no result is an argument
                     act = _normalised(mid, norm2, moments)
                 growth = dropped(conv(act, g.conv2), g.keep2, keep_scale)
-            block.put(g.slot, growth)
+            block.put(g.slot, growth, wanted)
         result = [buffer, block.mean, block.var]
         if keep:
-            result += [*(m.clone() for m in mid_moments), *mids]
+            result += [*mid_moments, *mids]
         if summed:
             result += _summed(buffer, [0, *summed], inputs, total_moments)
         return result
@@ -608,7 +603,9 @@ def backward(
         block = _Block(buffer, mean, var, keep_scale, group)
         count = collective.count(layout.count(buffer), mean, group)
         total = layout.empty(buffer, True)
-        if summed:
+        if summed and [0, *summed] == list(range(0, buffer.shape[1], inputs)):
+            total.unflatten(1, (-1, inputs)).copy_(grad[:, None])
+        elif summed:
             total.zero_()
             for first in (0, *summed):
                 total[:, first : first + inputs] = grad

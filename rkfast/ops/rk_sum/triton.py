@@ -85,6 +85,7 @@ def forward(
     moments: bool,
     mask: bool,
     out: Tensor | None = None,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> list[Tensor]:
     x = terms[0]
     if x.numel() == 0:
@@ -121,11 +122,12 @@ def forward(
         tiling.partials,
         RELU=relu,
         WIDE=kernels.WIDE[dtype],
+        **({} if moments else kernels.NO_TARGET),
     )
     return [
         out,
         *([] if bits is None else [bits]),
-        *([] if partials is None else kernels.merge_moments(partials)),
+        *([] if partials is None else kernels.merge_moments(partials, into)),
     ]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import rkfast
 from rkfast import dispatch, ops
-from rkfast.ops import kernels, layout
+from rkfast.ops import kernels, launches, layout
 from rkfast.ops.bn_rk_sum import reference as bn_reference
 from rkfast.ops.bn_rk_sum import triton as bn_triton
 from rkfast.ops.channel_moments import reference as moments_reference
@@ -376,8 +376,8 @@ def test_running_statistics(momentum: float | None, count: int) -> None:
 @pytest.fixture(params=("few programs", "small blocks"))
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products of several tiles: all rows in one program's loop, or each tile in a program of its own."""
-    small = dense_block._Blocks(16, 16, 16)
-    monkeypatch.setattr(dense_block, "_LARGEST", {2: small, 4: small})
+    small = launches.Cut(16, 16, 16, 4, 2)
+    monkeypatch.setattr(launches, "UNTUNED", {2: small, 4: small})
     monkeypatch.setattr(dense_block, "_PROGRAMS", 1 if request.param == "few programs" else 1 << 20)
     monkeypatch.setattr(kernels, "PARTIAL_ROWS", 2)
 

@@ -1,0 +1,47 @@
+"""How the fused products are cut into tiles: a pure function of kernel, GPU and sizes. Nothing is tried at run time."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Cut(NamedTuple):
+    """Sides of the tiles of a product, and how many warps and loads in flight work on one."""
+
+    rows: int
+    width: int  # channels of the bottleneck
+    read: int  # channels that are read
+    warps: int
+    stages: int
+
+
+SMALLEST = 16  # side that the tensor cores take
+NARROW = 8  # bytes
+UNTUNED = {2: Cut(128, 128, 64, 8, 2), 4: Cut(64, 128, 32, 8, 2)}  # by bytes of an element
+GPUS = ("A100", "H100", "H200")
+TUNED: dict[tuple[str, str, int], Cut] = {}
+"""By GPU, kernel and bytes of an element, what was measured to be fastest there; nothing has been measured yet."""
+
+
+def gpu(name: str) -> str:
+    """Of those in TUNED, the one that a device's name ("NVIDIA H200", "NVIDIA A100-SXM4-80GB") tells of, else ""."""
+    return next((known for known in GPUS if known in name), "")
+
+
+def cut(kernel: str, device: str, itemsize: int, unit: int, rows: int, width: int, read: int) -> Cut:
+    """For a product of these sizes on the device of this name: no side is longer than its size.
+
+    unit: elements that a thread may load at once; what loads few keeps an address for each, and has registers for tiles
+    of half the rows and half of what is read.
+    """
+    most = TUNED.get((gpu(device), kernel, itemsize), UNTUNED[itemsize])
+    if unit * itemsize < NARROW:
+        most = most._replace(rows=most.rows // 2, read=most.read // 2)
+    sides = (_side(limit, size) for limit, size in zip(most, (rows, width, read), strict=False))
+    found = most._replace(**dict(zip(("rows", "width", "read"), sides, strict=True)))
+    # A small tile is the work of few warps.
+    return found._replace(warps=min(most.warps, 8 if found.rows * found.width >= 8192 else 4))
+
+
+def _side(limit: int, size: int) -> int:
+    return max(SMALLEST, min(limit, 1 << (size - 1).bit_length()))
