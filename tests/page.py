@@ -33,9 +33,7 @@ LENIENT = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 PROGRAMS = {
     "python": "",
     "torchrun": "-m torch.distributed.run",
-    # As `rkfast`, where torchvision may be one for another torch.
-    "rkfast": "-c 'import sys; from rkfast import cli; from tests import libraries; libraries.prepare(); "
-    "sys.exit(cli.main())'",
+    "rkfast": "-m tests.command",
 }
 
 

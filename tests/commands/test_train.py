@@ -11,7 +11,9 @@ import torch
 from rkfast import cli
 from rkfast.commands import train
 from rkfast.train import log
+from tests import libraries
 
+libraries.prepare()  # torchmetrics imports torchvision
 for package in ("safetensors", "torchmetrics", "sklearn"):
     pytest.importorskip(package)
 SMALL = ("train", "--recipe", "digits", "--model", "resnet-8", "--options", "{}", "--device", "cpu", "--batch", "64")

@@ -5,6 +5,7 @@ Children are forked from a process that has everything imported, so that the tim
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 import signal
@@ -14,11 +15,14 @@ import warnings
 from pathlib import Path
 
 import torch
-import torchmetrics.classification  # noqa: F401  # before the children are forked
 
 from rkfast.train import checkpoint, engine
 from rkfast.train.recipes import Recipe
+from tests import libraries
 from tests.train import tiny
+
+libraries.prepare()
+importlib.import_module("torchmetrics.classification")  # before the children are forked
 
 KILLS = 12
 RECIPE = tiny.recipe("erknet-2x1_1x1-b", {"growth_rate": 4, "drop_rate": 0.2}, epochs=40)

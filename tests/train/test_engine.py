@@ -17,9 +17,11 @@ from torch.nn import functional as F
 import rkfast
 from rkfast.train import checkpoint, engine, log
 from rkfast.train.recipes import Recipe
+from tests import libraries
 from tests.package.process import python
 from tests.train import tiny
 
+libraries.prepare()  # torchmetrics imports torchvision
 for package in ("safetensors", "torchmetrics"):
     pytest.importorskip(package)
 
@@ -441,7 +443,9 @@ def test_without_synchronised_statistics_they_do_not_follow(two: Path, tmp_path:
 @needs_gloo
 def test_torchrun_and_the_command(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
-    command = "-m torch.distributed.run --standalone --nproc-per-node 2 -m rkfast train --epochs 1 --lr 0.01 --seed 5"
+    command = (
+        "-m torch.distributed.run --standalone --nproc-per-node 2 -m tests.command train --epochs 1 --lr 0.01 --seed 5"
+    )
     out = python(*command.split(), "--device", "cpu", "--out", str(tmp_path), OMP_NUM_THREADS="1")
     assert out.count("wrote") == 1
     assert len(log.read(tmp_path / log.METRICS)) == 1

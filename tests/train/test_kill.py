@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tests import libraries
 from tests.package.process import python
 
+libraries.prepare()  # torchmetrics imports torchvision
 for package in ("safetensors", "torchmetrics"):
     pytest.importorskip(package)
 

@@ -469,6 +469,7 @@ def test_public_functions_are_served(how: str) -> None:
         conv = torch.randn(4, 6, 3, 3, requires_grad=True)
         torch.autograd.grad(ops.dense_block(x, [conv], [ops.Norm(None, None, None, None)]).sum(), conv)
         torch.autograd.grad(ops.bn_relu_conv(x, conv, ops.Norm(None, None, None, None)).sum(), conv)
+        torch.autograd.grad(ops.conv(x, conv).sum(), conv)
     served = dispatch.served() - before
     expected = [op.name for op in dispatch.OPS.values() if any(i.backend == "triton" for i in op.implementations)]
     assert "bn_rk_sum_backward" in expected
