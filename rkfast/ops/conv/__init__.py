@@ -4,7 +4,7 @@ of the shortcut that reads the same input; for inference bias, sum and ReLU."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,31 +16,26 @@ from rkfast.ops.channel_moments import Moments, channel_moments, moments_dtype
 from rkfast.ops.conv import reference
 
 
-def cpu_reason(x: Tensor, dtype: torch.dtype) -> str | None:
+def _cpu_reason(x: Tensor, dtype: torch.dtype) -> str | None:
     if dtype != torch.float32:
         return f"dtype {dtype}: the C++ kernel serves float32"
-    return empty_reason(x)
+    return _empty_reason(x, dtype)
 
 
-def triton_reason(x: Tensor, dtype: torch.dtype) -> str | None:
-    return empty_reason(x)
-
-
-def empty_reason(x: Tensor) -> str | None:
+def _empty_reason(x: Tensor, dtype: torch.dtype) -> str | None:
     return "an empty tensor has no rows" if x.numel() == 0 else None
 
 
-Reasons = Mapping[str, Callable[[Tensor, torch.dtype], str | None]]
-REASONS: Reasons = {"triton": triton_reason, "cpu": cpu_reason}
+REASONS = {"triton": _empty_reason, "cpu": _cpu_reason}
 
 
-def _implementations(function: str, lead: int) -> tuple[dispatch.Implementation, ...]:
-    """lead: which of the arguments is x."""
+def implementations(home: str, function: str, lead: int) -> tuple[dispatch.Implementation, ...]:
+    """Of an op around one convolution. lead: which of the arguments is x."""
     supports = {
-        "triton": lambda *args: triton_reason(args[lead], args[lead].dtype),
-        "cpu": lambda *args: cpu_reason(args[lead], args[lead].dtype),
+        backend: lambda *args, reason=reason: reason(args[lead], args[lead].dtype)
+        for backend, reason in REASONS.items()
     }
-    return dispatch.ordered("rkfast.ops.conv", function, (*REASONS, "reference"), supports)
+    return dispatch.ordered(home, function, (*REASONS, "reference"), supports)
 
 
 def _fake(
@@ -93,7 +88,7 @@ def _count_backward(grad: Shape, x: Shape, weight: Shape, *rest: Any, **__: Any)
 forward = dispatch.register(
     "conv(Tensor x, Tensor weight, Tensor? bias, Tensor? other, bool channels_last, bool relu, bool moments) "
     "-> Tensor[]",
-    dispatch.Op("conv", _implementations("forward", 0)),
+    dispatch.Op("conv", implementations("rkfast.ops.conv", "forward", 0)),
     _fake,
     _count,
 )
@@ -101,7 +96,7 @@ forward = dispatch.register(
 _backward = dispatch.register(
     "conv_backward(Tensor grad, Tensor x, Tensor weight, Tensor? other, bool channels_last, bool need_x, "
     "bool need_weight) -> Tensor[]",
-    dispatch.Op("conv_backward", _implementations("backward", 1)),
+    dispatch.Op("conv_backward", implementations("rkfast.ops.conv", "backward", 1)),
     _fake_backward,
     _count_backward,
 )
