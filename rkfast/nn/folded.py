@@ -196,8 +196,12 @@ class FoldedConv(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_weight": self.weight, "_is_packed": False, "_tiles": None, "_cast": None}
 
+    def _hold(self, weight: Tensor) -> None:
+        """weight, and nothing made of another."""
+        self._weight, self._is_packed, self._tiles, self._cast = weight, False, None, None
+
     def _apply(self, fn: Any, recurse: bool = True) -> FoldedConv:
-        self._weight, self._is_packed, self._tiles, self._cast = fn(self.weight), False, None, None
+        self._hold(fn(self.weight))
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -216,7 +220,7 @@ class FoldedConv(nn.Module):
         elif new.shape != self._weight.shape:
             errors.append(f"size mismatch for {key}: {list(new.shape)} where {list(self._weight.shape)} is expected")
         else:
-            self._weight, self._is_packed, self._tiles = self.weight.copy_(new), False, None
+            self._hold(self.weight.copy_(new))
 
     def extra_repr(self) -> str:
         relu = ", relu" if self.relu else ""

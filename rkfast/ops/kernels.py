@@ -22,11 +22,11 @@ import triton.language as tl
 from torch import Tensor
 
 from rkfast.ops import layout
+from rkfast.ops.launches import NARROW
 
 THREAD_BYTES = 16  # of one tensor, loaded by one thread at once
 WARPS = 4
 MOST_HELD = 96  # registers of a thread that may stay occupied while tiles pass; a thread has 255
-NARROW = 8  # bytes; what loads fewer at once keeps an address for each
 PROGRAMS = 4096  # enough for a small tail on any GPU, few enough for a cheap second stage
 PARTIAL_ROWS = 1024  # read at once by the second stage
 # For those of which ptxas, left alone, spills a register or two in order to fit more warps.

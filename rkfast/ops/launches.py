@@ -16,7 +16,7 @@ class Cut(NamedTuple):
 
 
 SMALLEST = 16  # side that the tensor cores take
-NARROW = 8  # bytes
+NARROW = 8  # bytes; what loads fewer at once keeps an address for each
 UNTUNED = {2: Cut(128, 128, 64, 8, 2), 4: Cut(64, 128, 32, 8, 2)}  # by bytes of an element
 GPUS = ("A100", "H100", "H200")
 TUNED: dict[tuple[str, str, int], Cut] = {}
