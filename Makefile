@@ -22,8 +22,9 @@ endif
 demo: $(VENV)/.demo
 	$(BIN)/rkfast demo $(DEMO)
 
+# A test on each core, and no threads within: those of one would wait for those of the other.
 test: lint
-	$(BIN)/python -m pytest $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(TESTS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
