@@ -156,3 +156,30 @@ def conv_backward(
     need_x: bool,
     need_weight: bool,
 ) -> list[Tensor]: ...
+def residual_block(
+    x: Tensor,
+    shortcut: Tensor | None,
+    convs: Sequence[Tensor],
+    norms: Sequence[Tensor | None],
+    step: Tensor | None,
+    eps: Sequence[float],
+    channels_last: bool,
+    keep: bool,
+) -> list[Tensor]: ...
+def residual_block_backward(
+    grad: Tensor,
+    x: Tensor,
+    outs: Sequence[Tensor],
+    mask: Tensor,
+    convs: Sequence[Tensor],
+    norms: Sequence[Tensor | None],
+    step: Tensor | None,
+    eps: Sequence[float],
+    batch: Sequence[bool],
+    channels_last: bool,
+    own: bool,
+    need_x: bool,
+    need_shortcut: bool,
+    need_convs: bool,
+    need_step: bool,
+) -> list[Tensor]: ...

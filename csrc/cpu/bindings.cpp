@@ -94,11 +94,19 @@ PYBIND11_MODULE(_C, m) {
         arg("keep_scale"), arg("reads"), arg("writes"), arg("eps"), arg("inputs"), arg("summed"));
   m.def("bn_relu_conv", &rkfast::bn_relu_conv, release(), arg("x"), arg("conv"), arg("weight"), arg("bias"), arg("mean"),
         arg("var"), arg("channels_last"), arg("eps"), arg("moments"));
-  m.def("bn_relu_conv_backward", &rkfast::bn_relu_conv_backward, release(), arg("grad"), arg("x"), arg("conv"),
+  m.def("bn_relu_conv_backward",
+        py::overload_cast<const at::Tensor&, const at::Tensor&, const at::Tensor&, const rkfast::Optional&, const rkfast::Optional&,
+                          const at::Tensor&, const at::Tensor&, bool, bool, double, bool, bool, bool>(&rkfast::bn_relu_conv_backward),
+        release(), arg("grad"), arg("x"), arg("conv"),
         arg("weight"), arg("bias"), arg("mean"), arg("var"), arg("channels_last"), arg("batch_stats"), arg("eps"),
         arg("need_x"), arg("need_conv"), arg("need_affine"));
   m.def("conv", &rkfast::conv, release(), arg("x"), arg("weight"), arg("bias"), arg("other"), arg("channels_last"),
         arg("relu"), arg("moments"));
   m.def("conv_backward", &rkfast::conv_backward, release(), arg("grad"), arg("x"), arg("weight"), arg("other"),
         arg("channels_last"), arg("need_x"), arg("need_weight"));
+  m.def("residual_block", &rkfast::residual_block, release(), arg("x"), arg("shortcut"), arg("convs"), arg("norms"),
+        arg("step"), arg("eps"), arg("channels_last"), arg("keep"));
+  m.def("residual_block_backward", &rkfast::residual_block_backward, release(), arg("grad"), arg("x"), arg("outs"),
+        arg("mask"), arg("convs"), arg("norms"), arg("step"), arg("eps"), arg("batch"), arg("channels_last"), arg("own"),
+        arg("need_x"), arg("need_shortcut"), arg("need_convs"), arg("need_step"));
 }

@@ -50,6 +50,23 @@ class BnReluConv : OneConvolution {
   std::vector<Tensor> backward(const Tensor& gradient, const Tensor& mean, const Tensor& var, bool batch_stats, double eps,
                                bool need_x, bool need_conv, bool need_affine) {
     const Tensor dense = like_images("grad", gradient, outputs_);
+    return backward(Gradient{dense.const_data_ptr<float>()}, mean, var, batch_stats, eps, need_x, need_conv, need_affine);
+  }
+  // make(row, n, out) writes rows of the gradient.
+  std::vector<Tensor> backward_of_rows(const RowsOfGradient& make, const Tensor& mean, const Tensor& var, bool batch_stats,
+                                       double eps, bool need_conv) {
+    TORCH_CHECK_VALUE(makes_gradient(), "conv: the gradient goes by rows in 1x1 convolutions alone");
+    const Gradient rows{nullptr, [&](int64_t row, int64_t n) {
+      float* out = scratch(4, n * outputs_);
+      make(row, n, out);
+      return out;
+    }};
+    return backward(rows, mean, var, batch_stats, eps, true, need_conv, true);
+  }
+
+ private:
+  std::vector<Tensor> backward(const Gradient& grad, const Tensor& mean, const Tensor& var, bool batch_stats, double eps,
+                               bool need_x, bool need_conv, bool need_affine) {
     const Read read = fold_with(mean, var, eps);
     const bool need_data = need_x || need_affine;
     const int64_t pad = padded(channels_);
@@ -61,7 +78,7 @@ class BnReluConv : OneConvolution {
       read_backward_rows<float, float>({{}, {d.data, d.pitch}, x_.row(pixel), n, channels_, read.scale.data(), read.shift.data(),
                           read.center.data(), {s, s + pad}, {}, d, true});
     };
-    const auto [dx, dconv] = convolved_backward(dense.const_data_ptr<float>(), normalised(read), need_data, need_conv, through_relu);
+    const auto [dx, dconv] = convolved_backward(grad, normalised(read), need_data, need_conv, through_relu);
     std::vector<Tensor> result;
     const Sums s = total(sums, read, channels_);
     if (need_x) {
@@ -69,11 +86,10 @@ class BnReluConv : OneConvolution {
       result.push_back(laid(dx));
     }
     if (need_conv) result.push_back(dconv);
-    if (need_affine) result.insert(result.end(), {as_tensor(s.product, dense), as_tensor(s.grad, dense)});
+    if (need_affine) result.insert(result.end(), {as_tensor(s.product, given_), as_tensor(s.grad, given_)});
     return result;
   }
 
- private:
   Read fold_with(const Tensor& mean, const Tensor& var, double eps) {
     norm_[2] = vector("mean", mean, channels_);
     norm_[3] = vector("var", var, channels_);
@@ -115,6 +131,12 @@ std::vector<Tensor> bn_relu_conv_backward(const Tensor& grad, const Tensor& x, c
   at::NoGradGuard no_grad;
   return BnReluConv(x, conv, weight, bias, channels_last)
       .backward(grad, mean, var, batch_stats, eps, need_x, need_conv, need_affine);
+}
+
+std::vector<Tensor> bn_relu_conv_backward(const RowsOfGradient& grad, const Tensor& x, const Tensor& conv, const Optional& weight,
+                                          const Optional& bias, const Tensor& mean, const Tensor& var, bool batch_stats,
+                                          double eps, bool need_conv) {
+  return BnReluConv(x, conv, weight, bias, true).backward_of_rows(grad, mean, var, batch_stats, eps, need_conv);
 }
 
 }  // namespace rkfast

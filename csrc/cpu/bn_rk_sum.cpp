@@ -1,57 +1,6 @@
-#include "common/arithmetic.h"
-#include "cpu/host.h"
+#include "cpu/bn_rk_sum.h"
 
 namespace rkfast {
-namespace {
-
-// step * BN(x) = scale * (x - mean) + shift, as vectors for the kernels.
-struct Folded {
-  Factor scale, shift, center;
-};
-
-class Norm {
- public:
-  Norm(const Rows& rows, const Optional& weight, const Optional& bias, const Tensor& mean, const Tensor& var,
-       const Optional& step, double eps)
-      : weight_("weight", weight, rows.channels, 1.0),
-        bias_("bias", bias, rows.channels, 0.0),
-        mean_("mean", mean, rows.channels, 0.0),
-        var_("var", var, rows.channels, 1.0),
-        step_("step", step, rows.channels, 1.0, rows.samples),
-        has_bias_(bias.has_value()),
-        samples_(step_.by_sample() ? rows.samples : 1),
-        eps_(eps) {}
-
-  bool by_sample() const { return step_.by_sample(); }
-  double weight(int64_t c) const { return weight_.at(0, c); }
-  double bias(int64_t c) const { return bias_.at(0, c); }
-  double step(int64_t n, int64_t c) const { return step_.at(n, c); }
-  double rstd(int64_t c) const { return inverse_std(var_.at(0, c), eps_); }
-
-  Folded fold(Vectors& vectors) const {
-    Folded f;
-    f.scale = vectors.add(samples_, [&](int64_t n, int64_t c) { return affine(n, c).scale; });
-    if (has_bias_) {
-      f.shift = vectors.add(samples_, [&](int64_t n, int64_t c) { return affine(n, c).shift; });
-    } else {
-      f.shift.scalar = 0;
-    }
-    f.center = vectors.add(1, [&](int64_t, int64_t c) { return mean_.at(0, c); });
-    return f;
-  }
-
- private:
-  Affine<double> affine(int64_t n, int64_t c) const {
-    return rkfast::fold(rstd(c), weight(c), bias(c), step(n, c));
-  }
-
-  Vector weight_, bias_, mean_, var_, step_;
-  bool has_bias_;
-  int64_t samples_;
-  double eps_;
-};
-
-}  // namespace
 
 std::vector<Tensor> bn_rk_sum(const Tensor& x, const Optional& weight, const Optional& bias, const Optional& mean,
                               const Optional& var, const std::vector<Tensor>& terms, const std::vector<double>& coeffs,
@@ -70,7 +19,7 @@ std::vector<Tensor> bn_rk_sum(const Tensor& x, const Optional& weight, const Opt
     auto [own_mean, own_var] = own_moments(x, normalised, rows, operands.all_dense());
     statistics = {own_mean, own_var};
   }
-  const Norm norm(rows, weight, bias, mean ? *mean : statistics[0], mean ? *var : statistics[1], step, eps);
+  const ScaledNorm norm(rows, weight, bias, mean ? *mean : statistics[0], mean ? *var : statistics[1], step, eps);
 
   Combine a{};
   a.dtype = dtype_of(x);
@@ -108,62 +57,53 @@ std::vector<Tensor> bn_rk_sum(const Tensor& x, const Optional& weight, const Opt
   return result;
 }
 
-std::vector<Tensor> bn_rk_sum_backward(const Tensor& grad, const Tensor& x, const Optional& weight,
-                                       const Optional& bias, const Tensor& mean, const Tensor& var,
-                                       const Optional& step, const Optional& mask, const std::vector<double>& coeffs,
-                                       bool channels_last, bool relu, bool batch_stats, double eps, bool need_x,
-                                       bool need_affine, bool need_step) {
-  WithoutAutocast guard;
+BnRkSumBackward::BnRkSumBackward(const Tensor& grad, const Tensor& x, const Optional& weight, const Optional& bias,
+                                 const Tensor& mean, const Tensor& var, const Optional& step, const Optional& mask,
+                                 const std::vector<double>& coeffs, bool channels_last, bool relu, bool batch_stats, double eps,
+                                 bool need_x, bool need_affine, bool need_step, bool by_rows)
+    : x_(x), rows_(x, channels_last), norm_(rows_, weight, bias, mean, var, step, eps), need_x_(need_x), operands_(x_, rows_) {
   TORCH_CHECK_VALUE(coeffs.size() < kMaxTerms, "terms: at most 16");
   TORCH_CHECK_VALUE(step || !need_step, "step: need_step asks for its gradient, and there is none");
-  const Rows rows(x, channels_last);
-  const int64_t channels = rows.channels;
-  const Norm norm(rows, weight, bias, mean, var, step, eps);
-  std::vector<Tensor> result;
-  Tensor dx = need_x ? empty_rows(x, channels_last) : Tensor();
-  std::vector<Tensor> dterms;
-  for (size_t k = 0; k < coeffs.size(); ++k) dterms.push_back(empty_rows(x, channels_last));
+  const int64_t channels = rows_.channels;
+  if (need_x && !by_rows) dx_ = empty_rows(x, channels_last);
+  for (size_t k = 0; k < coeffs.size(); ++k) dterms_.push_back(empty_rows(x, channels_last));
 
-  Operands operands(x, rows);
-  Operand input = operands.add(x);
-  Backward a{};
-  a.dtype = dtype_of(x);
-  a.grad = operands.add(grad);
-  if (need_x) a.outputs[a.n_outputs++] = operands.output(dx);
-  for (const Tensor& d : dterms) a.outputs[a.n_outputs++] = operands.output(d);
-  a.shape = shape_of(rows, norm.by_sample());
-  const int64_t join = join_rows(a.shape, operands.all_dense(), relu);
+  Operand input = operands_.add(x);
+  a_.dtype = dtype_of(x);
+  a_.grad = operands_.add(grad);
+  if (need_x) a_.outputs[a_.n_outputs++] = by_rows ? Operand{nullptr, 0, channels} : operands_.output(dx_);
+  for (const Tensor& d : dterms_) a_.outputs[a_.n_outputs++] = operands_.output(d);
+  a_.shape = shape_of(rows_, norm_.by_sample());
+  const int64_t join = by_rows ? 1 : join_rows(a_.shape, operands_.all_dense(), relu);
   input.inner *= join;
-  a.grad.inner *= join;
-  for (int k = 0; k < a.n_outputs; ++k) a.outputs[k].inner *= join;
+  a_.grad.inner *= join;
+  for (int k = 0; k < a_.n_outputs; ++k) a_.outputs[k].inner *= join;
 
-  Vectors vectors(a.shape, moments_dtype(x.scalar_type()));
-  const Folded folded = norm.fold(vectors);
-  a.center = folded.center.vector;
-  Combine sign{};
-  Tensor recomputed;
+  kept_ = std::make_unique<Vectors>(a_.shape, moments_dtype(x.scalar_type()));
+  const Folded folded = norm_.fold(*kept_);
+  a_.center = folded.center.vector;
   if (mask) {
-    a.mask = operands.mask(*mask);
+    a_.mask = operands_.mask(*mask);
   } else if (relu) {
-    recomputed = empty_mask(x, rows);
-    a.mask = recomputed.mutable_data_ptr<uint8_t>();
-    sign.shape = a.shape;
-    sign.dtype = a.dtype;
-    sign.n = 1;
-    sign.terms[0] = input;
-    sign.factors[0] = folded.scale;
-    sign.shift = folded.shift;
-    sign.center = a.center;
-    sign.relu = true;
-    a.sign = &sign;
+    recomputed_ = empty_mask(x, rows_);
+    a_.mask = recomputed_.mutable_data_ptr<uint8_t>();
+    sign_.shape = a_.shape;
+    sign_.dtype = a_.dtype;
+    sign_.n = 1;
+    sign_.terms[0] = input;
+    sign_.factors[0] = folded.scale;
+    sign_.shift = folded.shift;
+    sign_.center = a_.center;
+    sign_.relu = true;
+    a_.sign = &sign_;
   }
 
   // s0 = sum g' and s1 = sum g' x_hat, over the channel or over the channel of each sample; hs0 and hs1 with the step.
-  const int64_t samples = norm.by_sample() ? rows.samples : 1;
+  const int64_t samples = norm_.by_sample() ? rows_.samples : 1;
   std::vector<double> s0, s1, hs0(channels), hs1(channels);
   if (need_affine || need_step || (need_x && batch_stats)) {
-    Partials partials(a.shape, 2);
-    Backward r = a;
+    Partials partials(a_.shape, 2);
+    Backward r = a_;
     r.n_outputs = 0;
     r.sum_grad = true;
     r.n_summed = 1;
@@ -174,55 +114,88 @@ std::vector<Tensor> bn_rk_sum_backward(const Tensor& grad, const Tensor& x, cons
     } else {
       partials.clear();
     }
-    a.sign = nullptr;
-    a.shape.reverse = true;
-    s0 = partials.sums(0, norm.by_sample());
-    s1 = partials.sums(1, norm.by_sample());
+    a_.sign = nullptr;
+    a_.shape.reverse = true;
+    s0 = partials.sums(0, norm_.by_sample());
+    s1 = partials.sums(1, norm_.by_sample());
     for (int64_t n = 0; n < samples; ++n) {
       for (int64_t c = 0; c < channels; ++c) {
         const int64_t i = n * channels + c;
-        s1[i] *= norm.rstd(c);
-        hs0[c] += norm.step(n, c) * s0[i];
-        hs1[c] += norm.step(n, c) * s1[i];
+        s1[i] *= norm_.rstd(c);
+        hs0[c] += norm_.step(n, c) * s0[i];
+        hs1[c] += norm_.step(n, c) * s1[i];
       }
     }
   }
 
   int k = 0;
   if (need_x) {
-    result.push_back(dx);
-    a.factors[k++] = folded.scale;
+    a_.factors[k++] = folded.scale;
     if (batch_stats) {
-      const double count = static_cast<double>(rows.count());
-      auto correction = [&](int64_t c) { return correct(norm.rstd(c), norm.weight(c), hs0[c], hs1[c], count); };
-      a.x = input;
-      a.slope = vectors.add(1, [&](int64_t, int64_t c) { return correction(c).slope; }).vector;
-      a.offset = vectors.add(1, [&](int64_t, int64_t c) { return correction(c).offset; }).vector;
+      const double count = static_cast<double>(rows_.count());
+      auto correction = [&](int64_t c) { return correct(norm_.rstd(c), norm_.weight(c), hs0[c], hs1[c], count); };
+      a_.x = input;
+      a_.slope = kept_->add(1, [&](int64_t, int64_t c) { return correction(c).slope; }).vector;
+      a_.offset = kept_->add(1, [&](int64_t, int64_t c) { return correction(c).offset; }).vector;
     }
   }
-  for (double c : coeffs) a.factors[k++] = {nullptr, 0, c};
+  for (double c : coeffs) a_.factors[k++] = {nullptr, 0, c};
   if (need_affine) {
     Tensor dweight = empty_vector(x, {channels}), dbias = empty_vector(x, {channels});
     for (int64_t c = 0; c < channels; ++c) {
       store(dweight, c, hs1[c]);
       store(dbias, c, hs0[c]);
     }
-    result.push_back(dweight);
-    result.push_back(dbias);
+    vectors_ = {dweight, dbias};
   }
   if (need_step) {
     Tensor dstep = empty_vector(x, step->sizes());
     for (int64_t n = 0; n < samples; ++n)
       for (int64_t c = 0; c < channels; ++c) {
         const int64_t i = n * channels + c;
-        store(dstep, i, norm.weight(c) * s1[i] + norm.bias(c) * s0[i]);
+        store(dstep, i, norm_.weight(c) * s1[i] + norm_.bias(c) * s0[i]);
       }
-    result.push_back(dstep);
+    vectors_.push_back(dstep);
   }
-  result.insert(result.end(), dterms.begin(), dterms.end());
-  a.stream = outgrows_cache(x, a.n_outputs + 2);
-  if (a.n_outputs > 0 && x.numel() > 0) backward(a);
+}
+
+std::vector<Tensor> BnRkSumBackward::finish() {
+  a_.stream = outgrows_cache(x_, a_.n_outputs + 2);
+  if (a_.n_outputs > 0 && x_.numel() > 0) backward(a_);
+  return results();
+}
+
+void BnRkSumBackward::rows(int64_t first, int64_t n, void* dx) const {
+  Backward some = a_;
+  some.shape.inner = some.shape.unit = n;
+  const int64_t size = x_.element_size();
+  auto from = [&](Operand& t) { t.data = static_cast<const char*>(t.data) + first * t.inner * size; };
+  from(some.grad);
+  if (some.x.data != nullptr) from(some.x);
+  for (int k = 0; k < some.n_outputs; ++k) {
+    k == 0 && need_x_ ? void(some.outputs[0].data = dx) : from(some.outputs[k]);
+  }
+  if (some.mask != nullptr) some.mask += first * mask_bytes(rows_);
+  backward(some);
+}
+
+std::vector<Tensor> BnRkSumBackward::results() const {
+  std::vector<Tensor> result;
+  if (dx_.defined()) result.push_back(dx_);
+  result.insert(result.end(), vectors_.begin(), vectors_.end());
+  result.insert(result.end(), dterms_.begin(), dterms_.end());
   return result;
+}
+
+std::vector<Tensor> bn_rk_sum_backward(const Tensor& grad, const Tensor& x, const Optional& weight,
+                                       const Optional& bias, const Tensor& mean, const Tensor& var,
+                                       const Optional& step, const Optional& mask, const std::vector<double>& coeffs,
+                                       bool channels_last, bool relu, bool batch_stats, double eps, bool need_x,
+                                       bool need_affine, bool need_step) {
+  WithoutAutocast guard;
+  return BnRkSumBackward(grad, x, weight, bias, mean, var, step, mask, coeffs, channels_last, relu, batch_stats, eps, need_x,
+                         need_affine, need_step)
+      .finish();
 }
 
 }  // namespace rkfast

@@ -61,7 +61,7 @@ class Conv : OneConvolution {
       if (other)
         add_rows({{d.data, d.pitch}, Slot<const float>{added.const_data_ptr<float>(), channels_}.row(pixel), n, channels_, nullptr, false, d});
     };
-    const auto [dx, dweight] = convolved_backward(dense.const_data_ptr<float>(), plain(), need_x, need_weight, add);
+    const auto [dx, dweight] = convolved_backward({dense.const_data_ptr<float>()}, plain(), need_x, need_weight, add);
     std::vector<Tensor> result;
     if (need_x) result.push_back(laid(dx));
     if (need_weight) result.push_back(dweight);

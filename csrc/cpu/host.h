@@ -6,6 +6,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
+#include <functional>
 #include <optional>
 #include <vector>
 
@@ -305,5 +306,20 @@ std::vector<Tensor> conv(const Tensor& x, const Tensor& weight, const Optional& 
                          bool relu, bool moments);
 std::vector<Tensor> conv_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Optional& other,
                                   bool channels_last, bool need_x, bool need_weight);
+std::vector<Tensor> residual_block(const Tensor& x, const Optional& shortcut, const std::vector<Tensor>& convs,
+                                   const std::vector<Optional>& norms, const Optional& step, const std::vector<double>& eps,
+                                   bool channels_last, bool keep);
+std::vector<Tensor> residual_block_backward(const Tensor& grad, const Tensor& x, const std::vector<Tensor>& outs,
+                                            const Tensor& mask, const std::vector<Tensor>& convs,
+                                            const std::vector<Optional>& norms, const Optional& step,
+                                            const std::vector<double>& eps, const std::vector<bool>& batch,
+                                            bool channels_last, bool own, bool need_x, bool need_shortcut, bool need_convs,
+                                            bool need_step);
+// The backward of a 1x1 bn_relu_conv, channels_last, for all of its inputs, whose gradient is made as it is read, each row
+// once: grad(first, n, out) writes n of them.
+using RowsOfGradient = std::function<void(int64_t first, int64_t n, float* out)>;
+std::vector<Tensor> bn_relu_conv_backward(const RowsOfGradient& grad, const Tensor& x, const Tensor& conv, const Optional& weight,
+                                          const Optional& bias, const Tensor& mean, const Tensor& var, bool batch_stats,
+                                          double eps, bool need_conv);
 
 }  // namespace rkfast

@@ -4,6 +4,8 @@
 #include <c10/core/MemoryFormat.h>
 #include <c10/util/strides.h>
 
+#include <functional>
+
 #include "cpu/convolution.h"
 
 namespace rkfast {
@@ -89,12 +91,22 @@ class OneConvolution : protected Convolutions<float> {
     }
     return out;
   }
+  // The gradient of the result: rows of `outputs` that are there, or that are made of what it is computed from.
+  struct Gradient {
+    const float* data;
+    std::function<const float*(int64_t row, int64_t n)> make{};  // of 1x1 convolutions alone
+
+    const float* rows(int64_t row, int64_t n, int64_t outputs) const { return data ? data + row * outputs : make(row, n); }
+  };
+  // Whether `make` would be asked, once for each row.
+  bool makes_gradient() const { return conv_.size(2) == 1; }
+
   // The gradients of what `load` brings, where asked for, then(piece, dx, pixel, n) after each piece of it; and of the weight.
   template <typename Load, typename Then>
-  std::pair<Tensor, Tensor> convolved_backward(const float* grad, const Load& load, bool need_data, bool need_conv, const Then& then) {
+  std::pair<Tensor, Tensor> convolved_backward(const Gradient& grad, const Load& load, bool need_data, bool need_conv, const Then& then) {
     Tensor dx, dconv;
     if (!tiled() && conv_.size(2) != 1) {
-      std::tie(dx, dconv) = conv_backward(grad, outputs_, load, channels_, conv_);
+      std::tie(dx, dconv) = conv_backward(grad.data, outputs_, load, channels_, conv_);
       if (need_data)
         parts_.run([&](int64_t part, int64_t from, int64_t to) { then(part, rows_of(dx, channels_).row(from), from, to - from); });
       return {dx, dconv};
@@ -105,8 +117,8 @@ class OneConvolution : protected Convolutions<float> {
     if (!tiled()) {
       dconv = product_backward(grad, load, rows.data, need_conv, follow);
     } else {
-      if (need_data) data_gradient_by_tiles(bands_, grad, conv_, rows, follow);
-      if (need_conv) dconv = weight_gradient_by_tiles(grad, load, conv_);
+      if (need_data) data_gradient_by_tiles(bands_, grad.data, conv_, rows, follow);
+      if (need_conv) dconv = weight_gradient_by_tiles(grad.data, load, conv_);
     }
     return {dx, dconv};
   }
@@ -174,12 +186,12 @@ class OneConvolution : protected Convolutions<float> {
 
   // The gradient of what was multiplied into dx, unless that is null, and that of the weight.
   template <typename Load, typename Then>
-  Tensor product_backward(const float* grad, const Load& load, float* dx, bool need_conv, const Then& then) {
+  Tensor product_backward(const Gradient& grad, const Load& load, float* dx, bool need_conv, const Then& then) {
     matrix_ = as_matrix();
     const Right weight = dx ? right(true) : Right{};
-    auto data_gradient = [&](int64_t part, int64_t i, int64_t n) {
+    auto data_gradient = [&](int64_t part, int64_t i, int64_t n, const float* g) {
       if (!dx) return;
-      weight.multiply(n, {grad + i * outputs_, outputs_}, {dx + i * channels_, channels_});
+      weight.multiply(n, {g, outputs_}, {dx + i * channels_, channels_});
       then(part, i, n);
     };
     if (need_conv && wide()) return by_outputs(grad, load, data_gradient);
@@ -190,21 +202,22 @@ class OneConvolution : protected Convolutions<float> {
       float* turned = scratch(0, tile * outputs_);
       if (need_conv && from == to) std::fill_n(products + part * size, size, 0.f);
       parts_.tiles(from, to, [&](int64_t i, int64_t n) {
+        const float* g = grad.rows(i, n, outputs_);
         if (need_conv) {
-          transpose_rows({{grad + i * outputs_, outputs_}, n, outputs_, {turned, tile}});
+          transpose_rows({{g, outputs_}, n, outputs_, {turned, tile}});
           const Slot<const float> act = load.here(i, n, 1);
           at::native::cpublas::brgemm(outputs_, channels_, n, tile, act.pitch, channels_, i != from, turned, act.data,
                                       products + part * size);
         }
-        data_gradient(part, i, n);
+        data_gradient(part, i, n, g);
       });
     });
     return need_conv ? like(partial.sum(0).reshape(conv_.sizes()), conv_) : Tensor();
   }
   // The gradient of a wide weight: no partial sums, but a product for each block of it, over as many rows as a buffer takes.
-  // data_gradient(part, pixel, n) does the other on the way.
+  // data_gradient(part, pixel, n, gradient) does the other on the way.
   template <typename Load, typename Other>
-  Tensor by_outputs(const float* grad, const Load& load, const Other& data_gradient) {
+  Tensor by_outputs(const Gradient& grad, const Load& load, const Other& data_gradient) {
     constexpr int64_t kBuffer = 1 << 20, kRows = 128, kOutputs = 64, kChannels = 256;
     const Tensor out = at::empty({outputs_, channels_}, options_);
     float* dw = out.data_ptr<float>();
@@ -217,9 +230,10 @@ class OneConvolution : protected Convolutions<float> {
       at::parallel_for(first, std::min(parts_.count, first + most), 1, [&](int64_t from, int64_t to) {
         for (int64_t part = from; part < to; ++part)
           parts_.tiles(parts_.begin(part), parts_.begin(part + 1), [&](int64_t i, int64_t n) {
-            transpose_rows({{grad + i * outputs_, outputs_}, n, outputs_, {turned + i - begin, pitch}});
+            const float* g = grad.rows(i, n, outputs_);
+            transpose_rows({{g, outputs_}, n, outputs_, {turned + i - begin, pitch}});
             if constexpr (Load::kMade) load(i, n, {acts + (i - begin) * act_pitch, act_pitch});
-            data_gradient(part, i, n);
+            data_gradient(part, i, n, g);
           });
         at::native::cpublas::brgemm_release();
       });

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rkfast.nn.chain import chain, chain_with_moments, reads
-from rkfast.nn.norm import frozen, hooked, reads_moments, recomputed, shared_conv
+from rkfast.nn.norm import frozen, hooked, reads_moments, recomputed, shared_conv, whole_residual
 from rkfast.nn.residual import join
 
 
@@ -45,11 +46,17 @@ def residual(form: Form, block: Any, x: Tensor, step: Tensor | None = None, memo
     step: Tensor [C], or None for 1. memory: as in BasicBlock."""
     inner, norm = present(block, form.inner), getattr(block, form.norm)
 
+    downsample = block._modules.get("downsample")
+    shortcut = None if downsample is None else functools.partial(shortcut_of, downsample)
+    behind, act = present(block, form.behind), getattr(block, form.activation)
+    if memory == "speed" and not behind and len(inner) % 3 == 1:
+        whole = whole_residual(inner[::3], [*inner[1::3], norm], [*inner[2::3], act], x, shortcut, step)
+        if whole is not None:
+            return whole
+
     def rest(y: Tensor, x: Tensor, step: Tensor | None) -> Tensor:
         z, found = chain_with_moments(inner[cut:], y, moments, return_moments=reads_moments(norm))
-        downsample = block._modules.get("downsample")
-        shortcut = x if downsample is None else shortcut_of(downsample, x)
-        return join(norm, present(block, form.behind), getattr(block, form.activation), z, shortcut, step, found)
+        return join(norm, behind, act, z, x if shortcut is None else shortcut(x), step, found)
 
     norms = [i for i, layer in enumerate(inner) if isinstance(layer, nn.modules.batchnorm._BatchNorm) or frozen(layer)]
     cut = max(norms, default=1)

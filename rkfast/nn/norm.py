@@ -18,10 +18,11 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from rkfast.ops import Moments, Norm, bn_relu_conv, bn_rk_sum, checks
+from rkfast.ops import Moments, Norm, bn_relu_conv, bn_rk_sum, checks, residual_block
 from rkfast.ops import conv as conv_op
 from rkfast.ops.bn_relu_conv import kernel_reason
 from rkfast.ops.conv import kernel_reason as conv_reason
+from rkfast.ops.residual_block import kernel_reason as block_reason
 
 
 def hooked(module: nn.Module) -> bool:
@@ -227,6 +228,28 @@ def shared_conv(
         return conv(x), None, x
     y, *moments, x = conv_op(x, conv.weight, return_moments=return_moments, return_input=True)
     return y, moments[0] if moments else None, x
+
+
+def whole_residual(
+    convs: Sequence[nn.Module],
+    norms: Sequence[nn.Module],
+    relus: Sequence[nn.Module],
+    x: Tensor,
+    downsample: Callable[[Tensor], Tensor] | None,
+    step: Tensor | None,
+) -> Tensor | None:
+    """A residual block in one op, convolutions, norms and ReLUs in turn, the last ReLU behind the sum with
+    ``downsample(x)`` (None: x); None where one of them is not as that op has it, or more ops are the better choice."""
+    if not (all(map(plain_conv, convs)) and all(map(takes_relu, relus)) and all(serves(norm, x) for norm in norms)):
+        return None
+    if x.dim() != 4 or (step is not None and step.dim() != 1):
+        return None
+    given = [as_norm(norm) for norm in norms]
+    weights: list[Any] = [conv.weight for conv in convs]
+    if any(norm.group for norm in given) or block_reason(x, [w.shape for w in weights]) is not None:
+        return None
+    shortcut = None if downsample is None else downsample(x)
+    return residual_block(x, weights, given, shortcut=shortcut, step=step)
 
 
 def batch_norm_relu(norm: nn.Module, x: Tensor, moments: Moments | None = None, *, fused: bool = True) -> Tensor:

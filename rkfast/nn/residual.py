@@ -23,6 +23,7 @@ from rkfast.nn.norm import (
     serves,
     shared_conv,
     takes_relu,
+    whole_residual,
 )
 from rkfast.ops import Moments, channel_moments, rk_sum
 from rkfast.ops.channel_moments import moments_dtype
@@ -114,6 +115,14 @@ class _Residual(nn.Module):
         """The block from the input y, with its moments if known, of its last but one BatchNorm to its end."""
         raise NotImplementedError
 
+    def _whole(
+        self, convs: Sequence[nn.Module], norms: Sequence[nn.Module], x: Tensor, step: Tensor | None
+    ) -> Tensor | None:
+        """The block in one op, where it can be."""
+        if not self.fused or self.memory != "speed" or self.se is not None:
+            return None
+        return whole_residual(convs, norms, [self.relu], x, self.downsample, step)
+
     def _behind(self, y: Tensor, x: Tensor, step: Tensor | None, moments: Moments | None = None) -> Tensor:
         if self.memory == "min" and self.fused and not torch.compiler.is_compiling():
             return recomputed(self, functools.partial(self._last, moments=moments), y, x, step)
@@ -174,6 +183,9 @@ class BasicBlock(_Residual):
 
     def forward(self, x: Tensor, step: Tensor | None = None) -> Tensor:
         """step: a factor of F per channel, Tensor [C]; None is 1."""
+        whole = self._whole([self.conv1, self.conv2], [self.bn1, self.bn2], x, step)
+        if whole is not None:
+            return whole
         wanted = self.fused and reads_moments(self.bn1)
         y, moments, x = shared_conv(self.conv1, x, fused=self.fused, return_moments=wanted)
         return self._behind(y, x, step, moments)
@@ -230,6 +242,10 @@ class Bottleneck(_Residual):
 
     def forward(self, x: Tensor, step: Tensor | None = None) -> Tensor:
         """step: a factor of F per channel, Tensor [C]; None is 1."""
+        convs, norms = [self.conv1, self.conv2, self.conv3], [self.bn1, self.bn2, self.bn3]
+        whole = self._whole(convs, norms, x, step)
+        if whole is not None:
+            return whole
         wanted = self.fused and reads_moments(self.bn1)
         y, found, x = shared_conv(self.conv1, x, fused=self.fused, return_moments=wanted)
         y, moments = self._norm_conv(self.bn1, self.conv2, y, found, self.bn2)

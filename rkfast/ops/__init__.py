@@ -9,6 +9,7 @@ from rkfast.ops.clique_block import clique_block as clique_block
 from rkfast.ops.conv import conv as conv
 from rkfast.ops.dense_block import dense_block as dense_block
 from rkfast.ops.norm import Norm as Norm
+from rkfast.ops.residual_block import residual_block as residual_block
 from rkfast.ops.rk_sum import rk_sum as rk_sum
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "clique_block",
     "conv",
     "dense_block",
+    "residual_block",
     "rk_sum",
 ]

@@ -121,6 +121,9 @@ def difference(
     # The gradient of LM-ResNet's k is a difference of two sums, whose roundings its own size does not tell.
     scalars = [size for key, size in zip(keys, sizes, strict=True) if key.endswith(".learned.k.grad")]
     sizes = [max(scalars) if key.endswith(".learned.k.grad") else size for key, size in zip(keys, sizes, strict=True)]
+    # That of an LSTM's recurrent weights is of the later blocks' steps alone, a small part of what its bias sums.
+    by_key = dict(zip(keys, sizes, strict=True))
+    sizes = [max(size, by_key.get(key.replace("weight_hh", "bias_ih"), 0.0)) for key, size in by_key.items()]
     whole = [
         torch.cat([found[key].flatten() / size for key, size in zip(keys, sizes, strict=True)])
         for found in (ours, eager, truth)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rkfast import dispatch, measure, native
-from rkfast.nn import BasicBlock, Bottleneck, PadShortcut, Projection, norm
+from rkfast.nn import BasicBlock, Bottleneck, PadShortcut, Projection, norm, residual
 from rkfast.nn.residual import max_pool
 from tests.models.tester import difference, settled
 
@@ -46,7 +46,23 @@ def grouped(fused: bool = True, **options: Any) -> Block:
     return Bottleneck(8, 2, groups=2, width_per_group=64, fused=fused, **options)
 
 
-BLOCKS = (basic, basic_projected, basic_padded, bottleneck, bottleneck_projected, original, grouped)
+# Channels enough for one op.
+
+
+def whole_basic(fused: bool = True, **options: Any) -> Block:
+    return BasicBlock(16, 16, fused=fused, **options)
+
+
+def whole_bottleneck(fused: bool = True, **options: Any) -> Block:
+    return Bottleneck(64, 16, fused=fused, **options)
+
+
+def whole_projected(fused: bool = True, **options: Any) -> Block:
+    return Bottleneck(24, 16, 1, Projection(24, 64, fused=fused), fused=fused, **options)
+
+
+WHOLE = (whole_basic, whole_bottleneck, whole_projected)
+BLOCKS = (basic, basic_projected, basic_padded, bottleneck, bottleneck_projected, original, grouped, *WHOLE)
 
 
 def formula(block: Any, x: Tensor, step: Tensor | None) -> Tensor:
@@ -97,7 +113,8 @@ def test_blocks(make: Any, scaled: bool, reduction: int | None) -> None:
         layout = (torch.contiguous_format, torch.channels_last)[seed % 2]
         x = torch.randn(4, fused.conv1.in_channels, 7, 6).contiguous(memory_format=layout)
         fused.to(memory_format=layout)
-        step = torch.rand(fused.conv1.out_channels if isinstance(fused, BasicBlock) else 8) if scaled else None
+        last_norm = fused.bn2 if isinstance(fused, BasicBlock) else fused.bn3
+        step = torch.rand(last_norm.num_features) if scaled else None
         wrong = None
         for training in (True, False):
             for block in (fused, stock, truth):
@@ -208,10 +225,45 @@ def test_convolutions_leave_the_moments_of_their_result(make: type[Block], monke
 
     for name in ("bn_relu_conv", "bn_rk_sum"):
         monkeypatch.setattr(norm, name, spied(name))
+    monkeypatch.setattr(residual, "whole_residual", lambda *_: None)  # as where a block is not one op
     block = make(64, 64 // make.expansion).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     block(torch.randn(2, 64, 8, 8).contiguous(memory_format=torch.channels_last))
     more = [] if make is BasicBlock else [("bn_relu_conv", True)]
     assert given == [("bn_relu_conv", True), *more, ("bn_rk_sum", True)]
+
+
+@pytest.mark.skipif(native.cpu_reason() is not None, reason="the C++ kernels are not built")
+@pytest.mark.parametrize("make", WHOLE)
+def test_which_blocks_are_one_op(make: Any) -> None:
+    def ops_of(block: Any, x: Tensor, step: Tensor | None = None) -> int:
+        before = dispatch.served()
+        block(x, step).sum().backward()
+        served = dispatch.served() - before
+        assert served["residual_block", "cpu"] == served["residual_block_backward", "cpu"]
+        return served["residual_block", "cpu"]
+
+    block = make().to(memory_format=torch.channels_last)
+    x = torch.randn(3, block.conv1.in_channels, 6, 5).contiguous(memory_format=torch.channels_last)
+    channels = 16 if make is whole_basic else 64
+    assert ops_of(block, x) == ops_of(block.eval(), x) == ops_of(block, x, torch.ones(channels)) == 1
+    assert ops_of(block, x.contiguous()) == 0  # contiguous tensors would be copied
+    for change in ("hook", "memory", "gate", "stride", "relu"):
+        other = make(reduction=2 if change == "gate" else None).to(memory_format=torch.channels_last)
+        if change == "hook":
+            other.bn2.register_forward_hook(lambda *_: None)
+        elif change == "memory":
+            other.memory = "min"
+        elif change == "stride":
+            other.conv1.stride = (2, 2)
+            other.downsample = Projection(x.shape[1], channels, 2)
+        elif change == "relu":
+            other.relu = nn.SiLU()
+        assert ops_of(other, x) == 0, change
+    before = dispatch.served()
+    with torch.no_grad():
+        block(x)
+    pixels_pay = make is whole_basic  # of two 3x3 convolutions: PyTorch's 1x1 are as fast without a gradient
+    assert (dispatch.served() - before)["residual_block", "cpu"] == pixels_pay
 
 
 @pytest.mark.parametrize("training", (True, False))

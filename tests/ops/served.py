@@ -56,6 +56,9 @@ def calls(backend: str) -> dict[str, list[str]]:
                 with contextlib.suppress(RuntimeError):
                     ops.conv(x, weight).sum().backward()
                 with contextlib.suppress(RuntimeError):
+                    square = torch.rand(6, 6, 1, 1, dtype=dtype, requires_grad=True)
+                    ops.residual_block(x, [square], [ops.Norm(v, v, None, None)]).sum().backward()
+                with contextlib.suppress(RuntimeError):
                     ops.dense_block(x, [weight], [ops.Norm(v, v, None, None)]).sum().backward()
             for op, by in dispatch.served() - before:
                 assert by == backend, (op, by)

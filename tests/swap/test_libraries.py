@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import rkfast
 from rkfast import dispatch, native, ops
+from rkfast.nn import norm
 from rkfast.nn.norm import frozen
 from rkfast.swap import dense
 from rkfast.swap.kind import Kind
@@ -45,20 +46,29 @@ def test_networks(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(fused) == list(state) and all(fused[key] is t for key, t in state.items())
 
     layers: list[int] = []
+    in_blocks: list[int] = []
 
     @functools.wraps(dense.dense_block)
     def counted(x: Tensor, conv1: list[Tensor], *args: Any, **options: Any) -> Any:
         layers.append(len(conv1))
         return ops.dense_block(x, conv1, *args, **options)
 
+    @functools.wraps(ops.residual_block)
+    def counted_norms(x: Tensor, convs: list[Tensor], *args: Any, **options: Any) -> Any:
+        in_blocks.append(len(convs))
+        return ops.residual_block(x, convs, *args, **options)
+
     monkeypatch.setattr(dense, "dense_block", counted)
+    monkeypatch.setattr(norm, "residual_block", counted_norms)
     before = dispatch.served()
     torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-4)
     served = dispatch.served() - before
     assert served["dense_block", "cpu"] == len(layers) == (4 if name in DENSE else 0)
     assert sum(layers) == DENSE.get(name, 0)
     norms = sum(isinstance(module, _BatchNorm) for module in model.modules())
-    assert served["bn_rk_sum", "cpu"] + served["bn_relu_conv", "cpu"] == norms - 2 * sum(layers)
+    assert served["residual_block", "cpu"] == len(in_blocks)
+    alone = served["bn_rk_sum", "cpu"] + served["bn_relu_conv", "cpu"]
+    assert alone + sum(in_blocks) == norms - 2 * sum(layers)
     if name in DENSE:
         summary = f"1 of 1 sequences, {DENSE[name]} of {DENSE[name]} dense layers, 3 of 3 transitions fused"
     else:

@@ -23,7 +23,7 @@ from rkfast.ops.channel_moments import triton as moments_triton
 from rkfast.ops.dense_block import triton as dense_block
 from rkfast.ops.rk_sum import reference, triton
 from tests import test_distributed
-from tests.ops import test_bn_relu_conv, test_clique_block, test_dense_block
+from tests.ops import test_bn_relu_conv, test_clique_block, test_dense_block, test_residual_block
 from tests.ops.tester import DTYPES, assert_as_good_as, lay
 
 LAYOUTS = ("contiguous", "channels_last", "slice", "channels_last_slice")
@@ -402,6 +402,18 @@ def test_bn_relu_conv_keeps_x_alone() -> None:
     test_bn_relu_conv.test_what_is_kept(TRITON)
 
 
+@pytest.mark.parametrize("how", ("contiguous", "channels_last_slice"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", test_residual_block.TestResidualBlock.CASES)
+def test_residual_blocks(name: str, dtype: torch.dtype, how: str) -> None:
+    tester = test_residual_block.TestResidualBlock()
+    tester.check(tester.CASES[name], (3, 20, 5, 7), dtype, how, TRITON)
+
+
+def test_residual_block_with_statistics() -> None:
+    test_residual_block.test_running_statistics_and_counters(TRITON)
+
+
 DENSE = [(s, n) for s in test_dense_block.SHAPES for n in test_dense_block.NORMS if s != "wide_neck" or n == "batch"]
 
 
@@ -470,6 +482,8 @@ def test_public_functions_are_served(how: str) -> None:
         torch.autograd.grad(ops.dense_block(x, [conv], [ops.Norm(None, None, None, None)]).sum(), conv)
         torch.autograd.grad(ops.bn_relu_conv(x, conv, ops.Norm(None, None, None, None)).sum(), conv)
         torch.autograd.grad(ops.conv(x, conv).sum(), conv)
+        square = torch.randn(6, 6, 3, 3, requires_grad=True)
+        torch.autograd.grad(ops.residual_block(x, [square], [ops.Norm(None, None, None, None)]).sum(), square)
     served = dispatch.served() - before
     expected = [op.name for op in dispatch.OPS.values() if any(i.backend == "triton" for i in op.implementations)]
     assert "bn_rk_sum_backward" in expected

@@ -1,0 +1,88 @@
+"""residual_block, ResNet's blocks in training, beside the block of stock operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rkfast.ops import Norm, residual_block
+
+from ..workload import TINY, Case, Function, Inputs, Traffic
+
+MOMENTUM, EPS = 0.1, 1e-5
+
+
+@dataclass(frozen=True)
+class ResidualBlock:
+    """Two 3x3 convolutions, or a bottleneck of a quarter of the channels, and the shortcut."""
+
+    neck: bool = False
+
+    op = "residual_block"
+    differentiable = True
+    relu = False
+    rms = True  # whatever rounds differently, some ReLU within flips
+
+    @property
+    def name(self) -> str:
+        return "bottleneck" if self.neck else "basic"
+
+    @property
+    def traffic(self) -> Traffic:
+        """Each result of a convolution is written and read once more, the shortcut read, the result written; back, the
+        gradient is read for its sums and applied, what was normalised read for both gradients, and each is written."""
+        inner = 0.5 if self.neck else 1.0
+        return Traffic(5 + 2 * inner, 8 + 6 * inner)
+
+    def sizes(self, channels: int) -> list[tuple[int, int, int]]:
+        """Inputs, outputs and kernel of each convolution."""
+        inner = max(channels // 4, 1)
+        basic = [(channels, channels, 3)] * 2
+        return [(channels, inner, 1), (inner, inner, 3), (inner, channels, 1)] if self.neck else basic
+
+    def draw(self, shape: tuple[int, ...], randn: Callable[..., Tensor]) -> Inputs:
+        vectors, buffers = [], []
+        for c, k, n in self.sizes(shape[1]):
+            vectors += [randn(k, c, n, n) * (2 / (c * n**2)) ** 0.5, 1 + 0.1 * randn(k), 0.1 * randn(k)]
+            buffers += [randn(k), 1 + 0.5 * randn(k).abs()]
+        return Inputs([randn(*shape)], vectors, buffers)
+
+    def ours(self, activations: list[Tensor], vectors: list[Tensor], buffers: list[Tensor]) -> tuple[Tensor, ...]:
+        x = activations[0]
+        norms = [
+            Norm(*vectors[3 * i + 1 : 3 * i + 3], *buffers[2 * i : 2 * i + 2], None, True, MOMENTUM, EPS)
+            for i in range(len(vectors) // 3)
+        ]
+        return (residual_block(x, [w.to(x.dtype) for w in vectors[::3]], norms),)
+
+    def before_relu(self) -> Function:
+        raise NotImplementedError
+
+    def peers(self) -> dict[str, Function]:
+        def eager(activations: list[Tensor], vectors: list[Tensor], buffers: list[Tensor]) -> tuple[Tensor, ...]:
+            x = y = activations[0]
+            for i, conv in enumerate(vectors[::3]):
+                y = F.conv2d(F.relu(y, inplace=True) if i else y, conv.to(x.dtype), padding=conv.shape[2] // 2)
+                weight, bias = vectors[3 * i + 1 : 3 * i + 3]
+                y = F.batch_norm(y, *buffers[2 * i : 2 * i + 2], weight, bias, True, MOMENTUM, EPS)
+            return (F.relu(y.add_(x), inplace=True),)
+
+        return {"eager": eager}
+
+
+def cases(size: str, device: str) -> Iterator[Case]:
+    if size == "tiny":
+        yield Case(ResidualBlock(), TINY, torch.float32, main=True)
+        yield Case(ResidualBlock(neck=True), TINY, torch.float32)
+        return
+    yield Case(ResidualBlock(), (16, 16, 32, 32), torch.float32, main=True)
+    yield Case(ResidualBlock(neck=True), (4, 256, 56, 56), torch.float32, main=True)
+    if size == "full":
+        yield Case(ResidualBlock(), (16, 64, 8, 8), torch.float32)
+        yield Case(ResidualBlock(), (4, 64, 56, 56), torch.float32)
+        yield Case(ResidualBlock(neck=True), (4, 1024, 14, 14), torch.float32)
+        yield Case(ResidualBlock(neck=True), (4, 2048, 7, 7), torch.float32)

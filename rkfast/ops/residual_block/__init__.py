@@ -1,0 +1,311 @@
+"""A residual block from its first convolution to the ReLU behind the sum, as one autograd function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rkfast import dispatch
+from rkfast.ops import autocast, checks, layout
+from rkfast.ops.channel_moments import moments_dtype, update_running_stats
+from rkfast.ops.channel_moments import reference as plain_moments
+from rkfast.ops.conv import implementations, products
+from rkfast.ops.conv import kernel_reason as conv_reason
+from rkfast.ops.conv.reference import laid
+from rkfast.ops.norm import Norm, check_norm
+from rkfast.ops.residual_block import reference
+
+_ARGS = (
+    "Tensor x, Tensor? shortcut, Tensor[] convs, Tensor?[] norms, Tensor? step, float[] eps, bool channels_last, "
+    "bool keep"
+)
+
+
+def _rows(x: Tensor, channels: int, channels_last: bool) -> Tensor:
+    shape = (x.shape[0], channels, *x.shape[2:])
+    return x.new_empty_strided(shape, layout.strides(shape, channels_last))
+
+
+def _fake(
+    x: Tensor,
+    shortcut: Tensor | None,
+    convs: list[Tensor],
+    norms: list[Tensor | None],
+    step: Tensor | None,
+    eps: list[float],
+    channels_last: bool,
+    keep: bool,
+) -> list[Tensor]:
+    outs = [_rows(x, w.shape[0], channels_last) for w in convs]
+    result = [torch.empty_like(outs[-1])]
+    if keep:
+        result += [x.new_empty(layout.mask_shape(outs[-1], channels_last), dtype=torch.uint8), *outs]
+    for i, w in enumerate(convs):
+        if norms[4 * i + 2] is None:
+            result += [x.new_empty(w.shape[0], dtype=moments_dtype(x.dtype)) for _ in range(2)]
+    return result
+
+
+def _fake_backward(
+    grad: Tensor,
+    x: Tensor,
+    outs: list[Tensor],
+    mask: Tensor,
+    convs: list[Tensor],
+    norms: list[Tensor | None],
+    step: Tensor | None,
+    eps: list[float],
+    batch: list[bool],
+    channels_last: bool,
+    own: bool,
+    need_x: bool,
+    need_shortcut: bool,
+    need_convs: bool,
+    need_step: bool,
+) -> list[Tensor]:
+    dtype = moments_dtype(x.dtype)
+    result = [layout.empty(t, channels_last) for t, need in ((x, need_x), (grad, need_shortcut)) if need]
+    if need_step and step is not None:
+        result.append(x.new_empty(step.shape, dtype=dtype))
+    for w in convs:
+        result += [
+            *([torch.empty_like(w)] if need_convs else []),
+            *(x.new_empty(w.shape[0], dtype=dtype) for _ in "wb"),
+        ]
+    return result
+
+
+Shape = Sequence[int]
+
+
+def _count(x: Shape, shortcut: Any, convs: Sequence[Shape], *_: Any, **__: Any) -> int:
+    return sum(products(x, w) for w in convs)
+
+
+def _count_backward(grad: Shape, x: Shape, outs: Any, mask: Any, convs: Sequence[Shape], *rest: Any, **__: Any) -> int:
+    need_x, _, need_convs, _ = rest[-4:]
+    each = [products(x, w) for w in convs]
+    return sum(each[1:]) + need_x * each[0] + need_convs * sum(each)
+
+
+_op = dispatch.Op("residual_block", implementations("rkfast.ops.residual_block", "forward", 0))
+_backward_op = dispatch.Op("residual_block_backward", implementations("rkfast.ops.residual_block", "backward", 1))
+# norms: of each weight, bias, mean and var, these two None for the batch's. Returns [out], with keep the mask of the
+# ReLU (layout.mask_shape) and the results of the convolutions, and then the mean and variance that were not given.
+_forward = dispatch.register(f"residual_block({_ARGS}) -> Tensor[]", _op, _fake, _count)
+# norms have every mean and var; own: the shortcut is x, and its gradient part of that of x. Returns [dx], [dshortcut],
+# [dstep], each where needed, and of each convolution [dconv] where needed, and dweight and dbias of its norm.
+_backward = dispatch.register(
+    "residual_block_backward(Tensor grad, Tensor x, Tensor[] outs, Tensor mask, Tensor[] convs, Tensor?[] norms, "
+    "Tensor? step, float[] eps, bool[] batch, bool channels_last, bool own, bool need_x, bool need_shortcut, "
+    "bool need_convs, bool need_step) -> Tensor[]",
+    _backward_op,
+    _fake_backward,
+    _count_backward,
+)
+
+
+class _Call(NamedTuple):
+    eps: list[float]
+    channels_last: bool
+    advance: Callable[[list[Tensor]], None] | None  # the running statistics, by moments
+    plain: bool  # nobody watches the dispatcher
+
+
+class _ResidualBlock(torch.autograd.Function):
+    """tensors: of each convolution the weight, and weight, bias, mean and var of its norm."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, x: Tensor, shortcut: Tensor | None, step: Tensor | None, *tensors: Any) -> Any:
+        convs, norms = _sorted(tensors)
+        run: Any = _op if call.plain else _forward
+        out, mask, *found = run(x, shortcut, convs, norms, step, call.eps, call.channels_last, True)
+        outs, vectors = found[: len(convs)], found[len(convs) :]
+        if call.advance is not None:
+            call.advance(vectors)
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, shortcut, step, mask, *outs, *tensors, *vectors)
+        ctx.mark_non_differentiable(*vectors)
+        return (out, *vectors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
+        needed: tuple[bool, ...] = ctx.needs_input_grad[1:]
+        if grad is None:
+            return (None,) * (1 + len(needed))
+        call: _Call = ctx.call
+        x, shortcut, step, mask, *rest = ctx.saved_tensors
+        count = len(call.eps)
+        outs, tensors, vectors = rest[:count], rest[count : 6 * count], rest[6 * count :]
+        convs, norms = _sorted(tensors)
+        result: list[Tensor | None] = [None] * len(needed)
+        wanted = [0, 1, 2, *(i for i in range(3, len(needed)) if (i - 3) % 5 < 3)]
+        if torch.is_grad_enabled():
+            found = reference.gradients(grad, x, shortcut, convs, norms, step, call.eps)
+        else:
+            own, batch = shortcut is None, [norms[4 * i + 2] is None for i in range(count)]
+            given = iter(vectors)
+            norms = [next(given) if t is None and i % 4 > 1 else t for i, t in enumerate(norms)]
+            need_x, need_shortcut, need_step, *_rest = needed
+            need_convs = any(needed[3::5])
+            run: Any = _backward_op if call.plain else _backward
+            made = iter(
+                run(
+                    grad, x, outs, mask, convs, norms, step, call.eps, batch, call.channels_last, own, need_x,
+                    need_shortcut, need_convs, need_step,
+                )
+            )  # fmt: skip
+            found = [next(made) if need else None for need in needed[:3]]
+            for _conv in convs:
+                found += [next(made) if need_convs else None, next(made), next(made)]
+        for i, d in zip(wanted, found, strict=True):
+            result[i] = d if d is not None and needed[i] else None
+        for i, t in ((2, step), *((i, tensors[i - 3]) for i in wanted[3:])):
+            d = result[i]
+            if d is not None and t is not None and d.dtype != t.dtype:
+                result[i] = d.to(t.dtype)
+        return (None, *result)
+
+
+def _sorted(tensors: Sequence[Any]) -> tuple[list[Tensor], list[Tensor | None]]:
+    """(convs, norms) of the tensors of ``_ResidualBlock``."""
+    norms = [t for i, t in enumerate(tensors) if i % 5]
+    return list(tensors[::5]), norms
+
+
+def kernel_reason(x: Tensor, weights: Sequence[Shape]) -> str | None:
+    """Why other ops are the better choice for a block of convolutions with weights of these shapes; None where this one
+    is, or a backend that serves it is forced."""
+    for weight in weights:
+        reason = conv_reason(x, weight)
+        if reason is not None:
+            return reason
+    return None
+
+
+def residual_block(
+    x: Tensor,
+    convs: Sequence[Tensor],
+    norms: Sequence[Norm],
+    *,
+    shortcut: Tensor | None = None,
+    step: Tensor | None = None,
+) -> Tensor:
+    """A residual block (He et al., "Deep Residual Learning for Image Recognition"), with a step size that of a learned
+    time step, ``relu(x + step * F(x))`` (TSC, equation 3)::
+
+        y = convs[0](x)
+        y = convs[i](relu(norms[i - 1](y)))               for each further convolution
+        out = relu(shortcut + step * norms[-1](y))
+
+    One function of autograd: what lies between the convolutions is never stored, each BatchNorm's moments come from the
+    pass that wrote its input, and the backward of the sum is applied, on a CPU, where the last convolution reads its
+    gradient if that is one of 1x1.
+
+    Args:
+        x: Tensor [N, C, H, W]; float32, float64, bfloat16 or float16. Under autocast x, shortcut and the convolutions
+            are taken in autocast's dtype.
+        convs: weights [K_i, K_{i-1}, n, n], n odd, of convolutions of stride 1 that keep the resolution; K_0 = C.
+        norms: for each convolution the BatchNorm behind it, over K_i channels, in any of its modes but with a group.
+        shortcut: what is added, Tensor [N, K_last, H, W]; None is x.
+        step: None for 1, else a factor per channel, Tensor [K_last].
+
+    Returns:
+        Tensor [N, K_last, H, W] in the memory format of x, channels_last being the fastest. Kept for the backward are
+        x, the results of the convolutions, a bit for each element of the result, and vectors.
+
+    Differentiable any number of times in x, shortcut, step, convolutions, weights and biases. Running statistics and
+    counters advance once. Deterministic. On a CPU 3x3 convolutions go by 4x4 tiles, all of whose results a NaN or an
+    infinity in one pixel reaches.
+
+    Raises:
+        TypeError: an argument is no tensor or Norm, not floating, or the dtypes are mixed.
+        ValueError: a shape, length, number or device that does not fit; one value per channel in training; a norm with
+            a group; running statistics that cannot be written. Nothing is modified then.
+        RuntimeError: running statistics require grad; or a backend was asked for that cannot serve this.
+    """
+    convs, norms = checks.listed(convs, "convs"), checks.listed(norms, "norms")
+    x, shortcut, convs = _checked(x, shortcut, convs, norms, step)
+    step = checks.held(step)
+    tensors = []
+    for conv, norm in zip(convs, norms, strict=True):
+        statistics = (None, None) if norm.batch else norm[2:4]
+        tensors += [conv, *norm[:2], *statistics]
+    eps = [norm.eps for norm in norms]
+    channels_last = layout.is_channels_last(x)
+    count = layout.count(x)
+
+    def advance(vectors: list[Tensor], update: Any = update_running_stats) -> None:
+        at = 0
+        for norm in norms:
+            if norm.training and norm.running_mean is not None:
+                counters = [] if norm.num_batches_tracked is None else [norm.num_batches_tracked]
+                mean, var = vectors[at : at + 2]
+                update(mean, var, count, [norm.running_mean], [norm.running_var], counters, norm.momentum)
+            at += 2 * norm.batch
+
+    given = (x, shortcut, step, *tensors)
+    if checks.transformed(given):
+        out, *vectors = reference.composite(x, shortcut, *_sorted(tensors), step, eps)
+        out = laid(out, channels_last)
+        with torch.no_grad():
+            advance(vectors, plain_moments.update_running_stats)
+        return out
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
+        # Activation checkpointing stops what it computes again at the last tensor that is kept: as in a BatchNorm,
+        # statistics move before. A compiler wants nothing changed within a Function.
+        within = None if torch.compiler.is_compiling() else advance
+        plain = bool(checks.survey((x,), (), ()) & checks.PLAIN)
+        out, *vectors = _ResidualBlock.apply(
+            _Call(eps, channels_last, within, plain), *checks.distinct((x, shortcut, step, *tensors))
+        )
+        if within is not None:
+            return out
+    else:
+        out, *vectors = _forward(x, shortcut, *_sorted(tensors), step, eps, channels_last, False)
+    with torch.no_grad():
+        advance(vectors)
+    return out
+
+
+def _checked(
+    x: Tensor, shortcut: Any, convs: list[Any], norms: list[Any], step: Any
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """x, shortcut and convolutions in the dtype of the call."""
+    checks.activation(x, "x")
+    if x.dim() != 4:
+        raise ValueError(f"x: expected [N, C, H, W], got {x.dim()} dimensions")
+    if not convs:
+        raise ValueError("convs: expected at least one weight, got none")
+    if len(norms) != len(convs):
+        raise ValueError(f"norms: expected one for each of {len(convs)} convolutions, got {len(norms)}")
+    if checks.autocasts(x) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x = x.to(dtype)
+        shortcut = shortcut.to(dtype) if isinstance(shortcut, Tensor) else shortcut
+        if all(isinstance(w, Tensor) for w in convs):  # else they are refused below
+            convs = autocast.cast(convs, dtype)
+    channels = x.shape[1]
+    for i, (conv, norm) in enumerate(zip(convs, norms, strict=True)):
+        checks.convolution(conv, f"convs[{i}]", x)
+        if conv.shape[1] != channels:
+            raise ValueError(
+                f"convs[{i}]: expected [K, {channels}, n, n], got {list(conv.shape)}; for groups, strides and other "
+                "paddings take F.conv2d and rkfast.ops.bn_rk_sum"
+            )
+        channels = conv.shape[0]
+        check_norm(norm, f"norms[{i}]", channels, x)
+        if norm.batch and norm.group:
+            raise ValueError(
+                f"norms[{i}].group: expected statistics of this process; bn_relu_conv and bn_rk_sum take a group's"
+            )
+    if shortcut is None and channels != x.shape[1]:
+        raise ValueError(f"shortcut: x has {x.shape[1]} channels and the result {channels}; give what is added")
+    if shortcut is not None:
+        checks.like(shortcut, x, "shortcut", "the result", (x.shape[0], channels, *x.shape[2:]))
+    checks.vector(step, x, "step", channels=channels)
+    return checks.held(x), checks.held(shortcut), [checks.held(w) for w in convs]

@@ -1,0 +1,430 @@
+"""residual_block beside the block written out with F.conv2d and F.batch_norm, both against float64."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rkfast import dispatch, native, ops
+from rkfast.nn.norm import as_norm
+from rkfast.ops import Norm, layout
+from rkfast.ops.residual_block import kernel_reason
+from tests.ops.tester import (
+    DTYPES,
+    LAYOUTS,
+    Inputs,
+    OpTester,
+    assert_as_good_as,
+    assert_gradients_as_good_as,
+    lay,
+)
+
+SERVED = ("reference", "cpu", "triton")
+Target = tuple[str, str]  # backend, device
+SHAPES = ((2, 5, 4, 3), (3, 4, 2, 1), (2, 2, 5, 5), (2, 40, 1, 17), (3, 16, 7, 9), (2, 33, 4, 4))
+EMPTY = (0, 5, 4, 4)
+LARGE = (3, 40, 17, 31)  # more than one unit of work in every backend; few enough ReLUs for none to be near zero
+
+
+def case(
+    sizes: str = "3 3", shortcut: bool = False, step: bool = True, training: str = "batch", affine: bool = True
+) -> dict[str, Any]:
+    """sizes: of the convolutions; training: batch, frozen (running statistics), mixed, or bare (there are none)."""
+    return dict(sizes=[int(n) for n in sizes.split()], shortcut=shortcut, step=step, training=training, affine=affine)
+
+
+def skip_unserved(target: Target, dtype: torch.dtype) -> None:
+    if target[0] == "cpu" and dtype != torch.float32:
+        pytest.skip("the C++ kernel serves float32")
+
+
+class TestResidualBlock(OpTester):
+    OPS = ("residual_block", "residual_block_backward")
+    ACTIVATIONS = ("x", "shortcut", "convs")
+    CASES = {
+        "basic": case(),
+        "basic_shortcut": case(shortcut=True, step=False),
+        "bottleneck": case("1 3 1"),
+        "bottleneck_shortcut": case("1 3 1", shortcut=True, step=False, training="mixed"),
+        "frozen": case("1 3 1", training="frozen"),
+        "bare": case("3 1", training="bare", affine=False, step=False),
+        "one": case("1", shortcut=True),
+        "wide_kernel": case("5 3"),
+    }
+
+    def inputs(self, case: dict[str, Any], shape: tuple[int, ...]) -> Inputs:
+        c = shape[1]
+        random = lambda *s: torch.randn(*s, dtype=torch.float64)  # noqa: E731
+        widths = [c, *(c + 1 for _ in case["sizes"][1:]), c]
+        tracked = case["training"] != "bare"
+        return Inputs(
+            x=random(*shape) * 2 + 1,
+            shortcut=random(*shape) if case["shortcut"] else None,
+            step=random(c).abs() if case["step"] else None,
+            convs=[
+                random(k, w, n, n) / (n * max(w, 1) ** 0.5)
+                for w, k, n in zip(widths, widths[1:], case["sizes"], strict=False)
+            ],
+            weight=[1 + 0.3 * random(w) for w in widths[1:]] if case["affine"] else [],
+            bias=[0.3 * random(w) for w in widths[1:]] if case["affine"] else [],
+            running_mean=[0.1 * random(w) for w in widths[1:]] if tracked else [],
+            running_var=[random(w).square() + 0.5 for w in widths[1:]] if tracked else [],
+        )
+
+    def norms(self, case: dict[str, Any], x: Inputs) -> list[Norm]:
+        kind = case["training"]
+        found = []
+        for i in range(len(x.convs)):
+            affine = (x.weight[i], x.bias[i]) if x.weight else (None, None)
+            running = (x.running_mean[i], x.running_var[i]) if x.running_mean else (None, None)
+            training = kind in ("batch", "bare") or (kind == "mixed" and i % 2 == 0)
+            found.append(Norm(*affine, *running, None, training, eps=(1e-5, 1e-3)[i % 2]))
+        return found
+
+    def ours(self, case: dict[str, Any], x: Inputs) -> Tensor:
+        return ops.residual_block(x.x, x.convs, self.norms(case, x), shortcut=x.shortcut, step=x.step)
+
+    def eager(self, case: dict[str, Any], x: Inputs) -> Tensor:
+        y = x.x
+        for i, (conv, norm) in enumerate(zip(x.convs, self.norms(case, x), strict=True)):
+            y = F.conv2d(torch.relu(y) if i else y, conv, padding=conv.shape[2] // 2)
+            running = (norm.running_mean, norm.running_var)
+            y = F.batch_norm(y, *running, norm.weight, norm.bias, norm.batch, 0.1, norm.eps)
+        y = y if x.step is None else y * x.step.to(y.dtype)[:, None, None]
+        return torch.relu(y + (x.x if x.shortcut is None else x.shortcut))
+
+    def check(
+        self,
+        case: dict[str, Any],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        how: str,
+        target: Target,
+        seeds: int = 1,
+    ) -> None:
+        """Results one by one, gradients together: they differ by luck where a ReLU's input is near zero."""
+        pooled = [self.compare(case, shape, dtype, how, target, seed) for seed in range(seeds)]
+        gathered = {name: [torch.stack([p[name][k].cpu() for p in pooled]) for k in range(3)] for name in pooled[0]}
+        gradients = [{n: g[k] for n, g in gathered.items() if n.startswith("gradient")} for k in range(3)]
+        if gradients[0] and shape != EMPTY:
+            assert_gradients_as_good_as(*gradients)
+        for name, found in gathered.items():
+            if not name.startswith("gradient"):
+                assert_as_good_as(*found, name)
+
+    @pytest.mark.parametrize("how", LAYOUTS)
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_dtypes_and_layouts(self, case: dict[str, Any], dtype: torch.dtype, how: str, target: Target) -> None:
+        skip_unserved(target, dtype)
+        self.check(case, (3, 20, 7, 9), dtype, how, target)
+
+    @pytest.mark.parametrize("how", ("contiguous", "channels_last", "channels_last_slice"))
+    @pytest.mark.parametrize("shape", (*SHAPES, EMPTY), ids=lambda s: "x".join(map(str, s)))
+    def test_shapes(self, case: dict[str, Any], shape: tuple[int, ...], how: str, target: Target) -> None:
+        if shape == EMPTY and target[0] != "reference":
+            pytest.skip("an empty tensor has no rows")
+        self.check(case, shape, torch.float32, how, target, seeds=4 if target != ("triton", "cpu") else 2)
+
+    def test_wide(self, case: dict[str, Any], target: Target) -> None:
+        """1x1 weights in panels, whose gradients are taken block by block, of several goes."""
+        if target[0] != "cpu":
+            pytest.skip("only the C++ kernels have panels")
+        self.check(case, (5, 257, 13, 11), torch.float32, "channels_last", target)
+
+    @pytest.mark.parametrize("how", ("contiguous", "channels_last", "channels_last_slice"))
+    def test_large(self, case: dict[str, Any], how: str, target: Target) -> None:
+        if target == ("triton", "cpu"):
+            pytest.skip("Triton's interpreter takes minutes at this size")
+        self.check(case, LARGE, torch.float32, how, target)
+
+    def test_nan_and_inf(self, case: dict[str, Any], target: Target) -> None:
+        """With statistics of the batch what is not finite is everywhere in the result, as eager has it."""
+        x = self.prepared(case, (3, 8, 6, 5), torch.float32, "channels_last", target[1])
+        with torch.no_grad():
+            x.x[0, 1, 2, 3] = float("nan")
+            x.x[1, 3, 0, 0] = float("inf")
+        with dispatch.use(target[0]):
+            ours = self.ours(case, self._clone(x))
+        eager = self.eager(case, self._clone(x))
+        if case["training"] != "frozen":
+            assert torch.equal(torch.isfinite(ours), torch.isfinite(eager))
+        else:  # a 3x3 convolution by tiles spreads it over all of these
+            assert not torch.isfinite(ours[~torch.isfinite(eager)]).any()
+
+    def test_gradcheck(self, case: dict[str, Any], target: Target) -> None:
+        skip_unserved(target, torch.float64)
+        super().test_gradcheck(case, target)
+
+    def test_repeats_to_the_bit(self, case: dict[str, Any], target: Target) -> None:
+        if 5 in case["sizes"] and target[0] != "reference":
+            pytest.skip("PyTorch's convolution promises nothing across thread counts")
+        super().test_repeats_to_the_bit(case, target)
+
+    def test_autocast(self, case: dict[str, Any], target: Target) -> None:
+        """x, shortcut and convolutions are taken in autocast's dtype, as eager's convolutions take them."""
+        skip_unserved(target, torch.bfloat16)
+        x = self.prepared(case, (2, 4, 3, 5), torch.float32, "channels_last", target[1])
+        with dispatch.use(target[0]):
+            low = x.map(
+                lambda n, t: (
+                    t.detach().to(torch.bfloat16) if n.split("[")[0] in self.ACTIVATIONS else t.detach().clone()
+                )
+            )
+            plain = self.ours(case, low)
+            with torch.autocast(target[1], torch.bfloat16):
+                under = self.ours(case, self._clone(x))
+        assert under.dtype == torch.bfloat16
+        torch.testing.assert_close(plain, under)
+
+
+class Block(nn.Module):
+    """A bottleneck of C channels, written out or as one op."""
+
+    def __init__(self, channels: int = 16, middle: int = 16) -> None:
+        super().__init__()
+        widths = (channels, middle, middle, channels)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(a, b, n, padding=n // 2, bias=False)
+            for a, b, n in zip(widths, widths[1:], (1, 3, 1), strict=False)
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm2d(w) for w in widths[1:])
+        self.step = nn.Parameter(torch.rand(channels))
+        self.fused = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fused:
+            return ops.residual_block(x, [c.weight for c in self.convs], list(map(as_norm, self.norms)), step=self.step)
+        y = x
+        for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            y = norm(conv(torch.relu(y) if i else y))
+        return torch.relu(x + y * self.step[:, None, None])
+
+
+def test_running_statistics_and_counters(target: Target) -> None:
+    """Of three steps, one norm with a cumulative average, one frozen, one without a counter."""
+    backend, device = target
+    torch.manual_seed(0)
+    block = Block().to(device)
+    block.norms[0].momentum = None
+    block.norms[1].eval()
+    plain = copy.deepcopy(block)
+    plain.fused = False
+    for _ in range(3):
+        x = lay(torch.randn(3, 16, 5, 6), "channels_last", 0, device)
+        with dispatch.use(backend):
+            block(x)
+        plain(x)
+    for (name, ours), theirs in zip(block.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=name)
+    assert [norm.num_batches_tracked.item() for norm in block.norms] == [3, 0, 3]
+    block.eval(), plain.eval()
+    with dispatch.use(backend), torch.no_grad():
+        torch.testing.assert_close(block(x), plain(x))
+    assert block.norms[0].num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("needed", ("x", "shortcut", "convs", "weight", "step"))
+def test_gradients_of_one_kind(needed: str, target: Target) -> None:
+    """Whatever else is frozen."""
+    backend, device = target
+    torch.manual_seed(0)
+    made: dict[str, Any] = dict(
+        x=lay(torch.randn(2, 16, 6, 5), "channels_last", 0, device),
+        shortcut=lay(torch.randn(2, 24, 6, 5), "channels_last", 1, device),
+        convs=[torch.randn(16, 16, 3, 3, device=device) / 12, torch.randn(24, 16, 1, 1, device=device) / 4],
+        weight=[torch.rand(16, device=device), torch.rand(24, device=device)],
+        step=torch.rand(24, device=device),
+    )
+
+    def run(given: dict[str, Any]) -> Tensor:
+        norms = [Norm(w, None, None, None) for w in given["weight"]]
+        return ops.residual_block(given["x"], given["convs"], norms, shortcut=given["shortcut"], step=given["step"])
+
+    def leaves(wanted: set[str]) -> tuple[dict[str, Any], list[Tensor]]:
+        found: list[Tensor] = []
+
+        def each(name: str, t: Tensor) -> Tensor:
+            t = t.detach().clone().requires_grad_(name in wanted)
+            found.extend([t] if name == needed else [])
+            return t
+
+        given = {n: [each(n, t) for t in v] if isinstance(v, list) else each(n, v) for n, v in made.items()}
+        return given, found
+
+    with dispatch.use(backend):
+        given, every = leaves(set(made))
+        expected = torch.autograd.grad(run(given).square().sum(), every)
+        given, alone = leaves({needed})
+        torch.testing.assert_close(torch.autograd.grad(run(given).square().sum(), alone), expected)
+
+
+def test_what_is_kept(target: Target) -> None:
+    """x, the results of the convolutions, a bit for each element of the result, parameters and vectors."""
+    backend, device = target
+    block = Block().to(device)
+    x = lay(torch.randn(3, 16, 8, 8), "channels_last", 0, device).requires_grad_()
+    kept: list[Tensor] = []
+    with dispatch.use(backend), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        block(x)
+    parameters = {p.data_ptr() for p in block.parameters()}
+    large = [t for t in kept if t.dim() == 4 and t.data_ptr() not in parameters]
+    assert len(large) == 4 and large[0].data_ptr() == x.data_ptr()
+    assert sum(t.numel() for t in kept if t.dtype == torch.uint8) == x.numel() // 8
+    out = block(x)
+    with torch.no_grad():
+        x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_shortcut_and_step_that_depend_on_the_rest(target: Target) -> None:
+    """Gradients of the gradient count each way to x and to the weights once."""
+    backend, device = target
+    if backend == "cpu":
+        pytest.skip("the C++ kernel serves float32")
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4, 3, dtype=torch.float64, device=device, requires_grad=True)
+    conv = torch.randn(3, 3, 3, 3, dtype=torch.float64, device=device, requires_grad=True)
+
+    def f(x: Tensor, conv: Tensor) -> Tensor:
+        step = conv.mean((1, 2, 3))
+        return ops.residual_block(x, [conv], [Norm(None, None, None, None)], shortcut=x * 0.5, step=step)
+
+    with dispatch.use(backend):
+        assert torch.autograd.gradcheck(f, (x, conv))
+        assert torch.autograd.gradgradcheck(f, (x, conv))
+
+
+def test_opcheck_compile_and_export(target: Target) -> None:
+    backend, device = target
+    torch.manual_seed(11)
+    calls: list[tuple[Any, Any]] = []
+
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "rkfast.residual_block" in str(func):
+                calls.append((func, args))
+            return func(*args, **(kwargs or {}))
+
+    for how in ("channels_last", "contiguous"):
+        module = Block().to(device)
+        x = lay(torch.randn(2, 16, 5, 4), how, 0, device).requires_grad_()
+        leaves = [x, *module.parameters()]
+        with dispatch.use(backend):
+            with Recorder():
+                torch.autograd.grad(module(x).sum(), leaves)
+            assert len(calls) == 2
+            for func, args in calls:
+                detached = [
+                    [t if t is None or not isinstance(t, Tensor) else t.detach() for t in arg]
+                    if isinstance(arg, (list, tuple))
+                    else arg.detach()
+                    if isinstance(arg, Tensor)
+                    else arg
+                    for arg in args
+                ]
+                torch.library.opcheck(func, detached)
+            calls.clear()
+            expected = torch.autograd.grad(module(x).sum(), leaves)
+            torch._dynamo.reset()
+            found = torch.autograd.grad(torch.compile(module, fullgraph=True, backend="aot_eager")(x).sum(), leaves)
+            torch.testing.assert_close(found, expected)
+            module.eval()
+            exported = torch.export.export(module, (x.detach(),)).module()
+            torch.testing.assert_close(exported(x.detach()), module(x.detach()))
+
+
+def test_on_meta() -> None:
+    block = Block(6, 7).to("meta")
+    x = torch.empty(3, 6, 5, 4, device="meta").to(memory_format=torch.channels_last).requires_grad_()
+    out = block(x)
+    assert out.is_meta and out.shape == x.shape and out.stride() == x.stride()
+    found = torch.autograd.grad(out, [x, *block.parameters()], torch.empty_like(out))
+    assert [g.shape for g in found] == [t.shape for t in (x, *block.parameters())]
+
+
+def test_transforms_take_plain_pytorch() -> None:
+    torch.manual_seed(0)
+    x, conv = torch.randn(3, 2, 4, 5, 5), torch.randn(4, 4, 3, 3)
+    norm = Norm(torch.rand(4), None, torch.zeros(4), torch.ones(4), None, False)
+    found = torch.func.vmap(lambda t: ops.residual_block(t, [conv], [norm]))(x)
+    torch.testing.assert_close(found, torch.stack([ops.residual_block(t, [conv], [norm]) for t in x]))
+    grad = torch.func.grad(lambda t: ops.residual_block(t, [conv], [norm]).square().sum())(x[0])
+    t = x[0].requires_grad_()
+    out = ops.residual_block(t, [conv], [norm])
+    torch.testing.assert_close(grad, torch.autograd.grad(out.square().sum(), t)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(native.cpu_reason() is not None, reason="there are no C++ kernels")
+def test_why_not() -> None:
+    x = torch.randn(2, 16, 4, 4).to(memory_format=torch.channels_last)
+    basic = [(16, 16, 3, 3)] * 2
+    assert kernel_reason(x, basic) is None
+    assert "gains nothing" in str(kernel_reason(x, [*basic, (8, 16, 3, 3)]))
+    assert "contiguous" in str(kernel_reason(x.contiguous(), basic))
+    with torch.no_grad():
+        assert "no slower" in str(kernel_reason(x, [(16, 16, 3, 3), (16, 16, 1, 1)]))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    (
+        (dict(x=torch.randn(2, 4, 5)), ValueError, r"x: expected \[N, C, H, W\], got 3"),
+        (dict(x=torch.ones(2, 4, 5, 5).int()), TypeError, "x: expected a floating-point tensor"),
+        (dict(convs=[]), ValueError, "convs: expected at least one weight"),
+        (dict(convs=torch.ones(4, 4, 3, 3)), TypeError, "convs: expected a list, got Tensor"),
+        (dict(convs=[None, torch.ones(4, 4, 1, 1)]), TypeError, r"convs\[0\]: expected a Tensor, got NoneType"),
+        (dict(convs=[torch.ones(4, 4, 3, 3), torch.ones(4, 2, 3, 3)]), ValueError, r"convs\[1\]: expected \[K, 4, n"),
+        (dict(convs=[torch.ones(4, 4, 3, 3), torch.ones(3, 4, 1, 1)]), ValueError, r"norms\[1\]\.weight: shape \[4\]"),
+        (dict(convs=[torch.ones(4, 4, 3, 3).double()] * 2), TypeError, r"convs\[0\]: dtype torch.float64 differs"),
+        (dict(norms=[]), ValueError, "norms: expected one for each of 2 convolutions, got 0"),
+        (dict(norms=[Norm(None, None, None, None), "bn"]), TypeError, r"norms\[1\]: expected a Norm, got str"),
+        (dict(norms=[Norm(None, None, None, None, group="0")] * 2), ValueError, r"norms\[0\]\.group"),
+        (dict(x=torch.ones(1, 4, 1, 1)), ValueError, "expected more than 1 value per channel when training"),
+        (dict(shortcut=torch.ones(2, 3, 5, 5)), ValueError, r"shortcut: shape \[2, 3, 5, 5\] differs"),
+        (dict(shortcut=torch.ones(2, 4, 5, 5).half()), TypeError, "shortcut: dtype torch.float16 differs"),
+        (dict(step=torch.ones(3)), ValueError, r"step: shape \[3\] does not fit"),
+        (dict(step=torch.ones(2, 4)), ValueError, r"step: shape \[2, 4\] does not fit"),
+        (dict(step=torch.ones(4, device="meta")), ValueError, "step: device meta differs"),
+    ),
+)
+def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    running = torch.zeros(4), torch.ones(4)
+    norm = Norm(torch.ones(4), None, *running, torch.tensor(0))
+    given: dict[str, Any] = dict(
+        x=torch.randn(2, 4, 5, 5), convs=[torch.randn(4, 4, 3, 3), torch.randn(4, 4, 1, 1)], norms=[norm, norm]
+    )
+    with pytest.raises(error, match=message):
+        ops.residual_block(**{**given, **change})
+    assert torch.equal(running[0], torch.zeros(4)) and norm.num_batches_tracked == 0
+
+
+def test_projection_of_another_width_needs_a_shortcut() -> None:
+    with pytest.raises(ValueError, match="shortcut: x has 4 channels and the result 6; give what is added"):
+        ops.residual_block(torch.randn(2, 4, 5, 5), [torch.randn(6, 4, 1, 1)], [Norm(None, None, None, None)])
+
+
+@pytest.mark.skipif(native.cpu_reason() is not None, reason="there are no C++ kernels")
+def test_bad_arguments_of_the_kernel() -> None:
+    x = torch.randn(2, 16, 5, 5).to(memory_format=torch.channels_last)
+    conv, vectors = torch.randn(16, 16, 3, 3), [None] * 4
+    forward = torch.ops.rkfast.residual_block
+    with dispatch.use("cpu"):
+        with pytest.raises(ValueError, match="convs, norms, eps"):
+            forward(x, None, [conv], vectors[:3], None, [1e-5], True, True)
+        with pytest.raises(ValueError, match="weight: "):
+            forward(x, None, [conv[:, :8]], vectors, None, [1e-5], True, True)
+        with pytest.raises(ValueError, match="expected CPU tensors of one shape"):
+            forward(x, x[:, :8], [conv], vectors, None, [1e-5], True, True)
+        out, mask, *rest = forward(x, None, [conv], vectors, None, [1e-5], True, True)
+        assert layout.is_channels_last(out) and len(rest) == 3
+        with pytest.raises(ValueError, match="outs, batch"):
+            torch.ops.rkfast.residual_block_backward(
+                out, x, [], mask, [conv], [None, None, *rest[1:]], None, [1e-5], [True], True, True, True, False, True,
+                False,
+            )  # fmt: skip
