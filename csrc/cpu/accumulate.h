@@ -114,7 +114,7 @@ class ColumnMoments {
 
   int64_t length_;
   double *mean_, *m2_;  // sums, until finish makes them moments
-  std::vector<Acc> scratch_;
+  Aligned<Acc> scratch_;
   Acc *center_, *sum_, *squares_;
   int64_t count_ = 0, block_ = 0;
 };

@@ -70,7 +70,7 @@ class BnReluConv : OneConvolution {
     const Read read = fold_with(mean, var, eps);
     const bool need_data = need_x || need_affine;
     const int64_t pad = padded(channels_);
-    std::vector<double> sums(need_data ? 2 * pieces() * pad : 0);
+    Aligned<double> sums(need_data ? 2 * pieces() * pad : 0);
     // Back through ReLU, where the gradient of what was convolved is just written; scaled, so that BatchNorm's is only a
     // sum more.
     auto through_relu = [&](int64_t piece, Slot<float> d, int64_t pixel, int64_t n) {

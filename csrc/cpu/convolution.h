@@ -25,7 +25,7 @@ constexpr int64_t kTile = 64;  // rows that are normalised into the cache and mu
 
 inline int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 
-using Floats = std::vector<float>;
+using Floats = Aligned<float>;
 
 // The rows in a number of parts that depends on their number alone, so that no sum depends on the threads.
 struct Parts {
@@ -75,7 +75,7 @@ class Moment {  // of some channels, in float as they are kept
 
 // Moments of parts or bands, merged in order.
 template <typename Pieces>
-void merge(const Pieces& parts, const std::vector<double>& mean, const std::vector<double>& m2, int64_t channels,
+void merge(const Pieces& parts, const Aligned<double>& mean, const Aligned<double>& m2, int64_t channels,
            float* mean_out, float* var_out) {
   for (int64_t c = 0; c < channels; ++c) {
     Welford<double> all;
@@ -302,7 +302,7 @@ class Convolutions {
   // Mean and variance of each channel of x.
   void take_moments_of(Slot<const T> x, int64_t channels, float* mean_out, float* var_out) const {
     const int64_t pad = padded(channels);
-    std::vector<double> mean(parts_.count * pad), m2(mean.size());
+    Aligned<double> mean(parts_.count * pad), m2(mean.size());
     parts_.run([&](int64_t part, int64_t from, int64_t to) {
       if (to > from)
         moments_of_rows<T>({x.row(from), to - from, channels, mean.data() + part * pad, m2.data() + part * pad});
@@ -314,7 +314,7 @@ class Convolutions {
   struct Sums {
     std::vector<double> grad, product;
   };
-  static Sums total(const std::vector<double>& sums, const Read& read, int64_t channels) {
+  static Sums total(const Aligned<double>& sums, const Read& read, int64_t channels) {
     Sums s{std::vector<double>(channels), std::vector<double>(channels)};
     const int64_t pad = padded(channels), count = static_cast<int64_t>(sums.size()) / (2 * pad);
     for (int64_t p = 0; p < count; ++p)

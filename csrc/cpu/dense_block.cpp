@@ -226,7 +226,7 @@ class Block : Convolutions<T> {
   void bottleneck(const Unit& u, const Read& read, T* b, Moment* moments) {
     const int64_t width = u.width, pad = padded(width);
     const T* weights = turned(u.conv1);
-    std::vector<double> mean(moments ? parts_.count * pad : 0), m2(mean.size());
+    Aligned<double> mean(moments ? parts_.count * pad : 0), m2(mean.size());
     parts_.run([&](int64_t part, int64_t from, int64_t to) {
       parts_.tiles(from, to, [&](int64_t i, int64_t n) {
         T* out = b + i * width;
@@ -398,7 +398,7 @@ class Block : Convolutions<T> {
     auto load = [&](int64_t row, int64_t n, Slot<T> out) { normalise(u, read, {0, channels}, row, n, out); };
     auto [dact, dconv] = conv_backward(grad, u.growth, load, channels, u.conv1);
     const T* d = dact.template const_data_ptr<T>();
-    std::vector<double> sums(parts_.count * 2 * pad);
+    Aligned<double> sums(parts_.count * 2 * pad);
     parts_.run([&](int64_t part, int64_t from, int64_t to) {
       T* act = scratch<T>(0, parts_.tile * channels);
       parts_.tiles(from, to, [&](int64_t i, int64_t n) {
@@ -434,7 +434,7 @@ class Block : Convolutions<T> {
     T* d = dact.template data_ptr<T>();
 
     // Through the second ReLU and BatchNorm; d becomes the gradient of the bottleneck.
-    std::vector<double> sums2(parts_.count * 2 * pad2);
+    Aligned<double> sums2(parts_.count * 2 * pad2);
     parts_.run([&](int64_t part, int64_t from, int64_t to) {
       double* s = sums2.data() + 2 * part * pad2;
       read_backward_rows<T, T>({{}, {d + from * width, width}, {b + from * width, width}, to - from, width, read2.scale.data(),
@@ -455,8 +455,8 @@ class Block : Convolutions<T> {
     // In bfloat16 what a product sums over is even: zeros fill it up.
     const int64_t tile = kFloat ? parts_.tile : even(parts_.tile), inner = kFloat ? width : even(width);
     float* products = this->template room<float>(products_, parts_.count * width * channels);
-    std::vector<double> sums(parts_.count * 2 * pad);
-    std::vector<T> right(kFloat ? 0 : inner * channels);
+    Aligned<double> sums(parts_.count * 2 * pad);
+    Aligned<T> right(kFloat ? 0 : inner * channels);
     if constexpr (!kFloat)
       for (int64_t c = 0; c < channels; c += each)
         pair({w.template const_data_ptr<T>() + c, channels}, width, std::min(each, channels - c), right.data() + inner * c);

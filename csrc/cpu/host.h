@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "common/layout.h"
+#include "cpu/aligned.h"
 #include "cpu/kernels.h"
 
 namespace rkfast {
@@ -198,7 +199,7 @@ class Vectors {
 
  private:
   template <typename T, typename F>
-  Factor fill(std::vector<T>& to, int64_t samples, F&& value) {
+  Factor fill(Aligned<T>& to, int64_t samples, F&& value) {
     for (int64_t n = 0; n < samples; ++n)
       for (int64_t i = 0; i < columns_; ++i)
         to[n * padded_ + i] = i < channels_ ? static_cast<T>(value(n, i)) : to[n * padded_ + i - channels_];
@@ -207,8 +208,8 @@ class Vectors {
 
   int64_t padded_, columns_, channels_;
   bool wide_;
-  std::vector<std::vector<float>> floats_;
-  std::vector<std::vector<double>> doubles_;
+  std::vector<Aligned<float>> floats_;
+  std::vector<Aligned<double>> doubles_;
 };
 
 // What the units of a reduction leave behind, merged in a fixed order.

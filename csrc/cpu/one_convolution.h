@@ -69,7 +69,7 @@ class OneConvolution : protected Convolutions<float> {
    private:
     const OneConvolution& owner_;
     const bool wanted_;
-    std::vector<double> mean_, m2_;
+    Aligned<double> mean_, m2_;
   };
 
   // The convolution of what `load` brings; then(piece, out, pixel, n) follows on each piece. `tiles` is the weight as

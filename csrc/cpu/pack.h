@@ -9,6 +9,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "cpu/aligned.h"
 #include "cpu/kernels.h"
 
 namespace rkfast {

@@ -404,7 +404,7 @@ class BackwardRows {
   const Shape& s_;
   const int64_t u_, o_, mask_pitch_, padded_;
   int64_t block_ = 0;  // rows in the parts that are not in the sums yet
-  std::vector<Acc> scratch_;
+  Aligned<Acc> scratch_;
 };
 
 template <typename T>

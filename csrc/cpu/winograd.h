@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "cpu/aligned.h"
 #include "cpu/slots.h"
 
 namespace rkfast {
@@ -51,7 +52,7 @@ struct Bands {
 // Memory of a thread that outlives the call: fresh pages cost more than the arithmetic on them.
 template <typename T = float>
 T* scratch(int which, int64_t size) {
-  static thread_local std::vector<T> kept[8];
+  static thread_local Aligned<T> kept[8];
   if (static_cast<int64_t>(kept[which].size()) < size) kept[which].resize(size);
   return kept[which].data();
 }
@@ -128,7 +129,7 @@ class WeightGradient {
 
   template <typename Load>
   void by_parts(const Load& load, Slot<const float> grad, Taps out) const {
-    std::vector<float> sums(parts_ * 16 * size_);
+    Aligned<float> sums(parts_ * 16 * size_);
     at::parallel_for(0, parts_, 1, [&](int64_t from, int64_t to) {
       const int64_t each = s_.together(2 * parts_), most = each * s_.tiles();
       const int64_t read = s_.plane(channels_, each), plane = s_.plane(outputs_, each);
