@@ -36,6 +36,7 @@ from rkfast.nn import TimePeriod
 from rkfast.train import checkpoint
 from rkfast.train.checkpoint import Checkpoint
 from rkfast.train.data import Data, load
+from rkfast.train.lock import locked
 from rkfast.train.log import Log
 from rkfast.train.recipes import Recipe
 
@@ -162,7 +163,7 @@ def train(
 
     Raises:
         TypeError, ValueError: an argument is of a wrong type or value, the data cannot be read, or ``out`` has another
-            run. Nothing is written then.
+            run, or one that another process trains. Nothing in it is changed then.
         RuntimeError: the loss is no longer finite.
         MissingExtra: a package of the extra is not installed.
     """
@@ -213,7 +214,12 @@ def train(
         model = build(recipe, data, fused).to(place, memory_format=layout)  # type: ignore[call-overload]
         found = None
         if rank == 0:
-            found = _prepared(out, recipe, {**settings, "root": None if root is None else str(root)}, resume)
+            said = {**settings, "root": None if root is None else str(root)}
+            try:
+                stack.enter_context(locked(out))
+                found = _prepared(out, recipe, said, resume)
+            except OSError as error:
+                raise ValueError(f"out: {out} cannot be written: {error.strerror}") from error
         if world > 1:
             told = [found]
             dist.broadcast_object_list(told, device=place)
@@ -564,12 +570,8 @@ def _prepared(out: Path, recipe: Recipe, settings: dict[str, Any], resume: bool)
         raise ValueError(
             f"out: {out} has checkpoints and no {RUN}, so they may be another training's; take another folder"
         )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with replacing(out / RUN) as path:
-            path.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"out: {out} cannot be written: {error.strerror}") from error
+    with replacing(out / RUN) as path:
+        path.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
     checkpoint.forget(out, -1 if found is None else found.step)
     if found is None:
         (out / WEIGHTS).unlink(missing_ok=True)
