@@ -13,8 +13,8 @@ FILE = ".lock"
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Hold the lock of a folder, which is made if missing. The operating system takes the lock back when the process
-    ends, however that happens; its empty file stays. Where files cannot be locked, as on some network file systems, none
-    is held.
+    ends, however that happens; its empty file stays. Where files cannot be locked, as on some network file systems,
+    none is held.
 
     Raises:
         ValueError: another process holds it.

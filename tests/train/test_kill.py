@@ -60,7 +60,7 @@ def test_a_killed_training_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     assert started(killed, log).wait() == 0, log.read_text()
     print(f"seed {seed}, {seconds:.1f} s alone; killed {KILLS} times, with checkpoints behind {seen} steps")
     assert "damaged" not in log.read_text()
-    assert len(set(seen)) > KILLS // 2, "it did not get on between the kills"
+    assert len(set(seen)) > KILLS // 3, "it did not get on between the kills"
     for name in ("model.safetensors", "config.json", "metrics.jsonl", "metrics.csv"):
         assert (alone / name).read_bytes() == (killed / name).read_bytes(), f"{name} is another"
     last = checkpoint.paths(alone)[-1]
