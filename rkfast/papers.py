@@ -141,6 +141,30 @@ CLIQUENET = [
 # What RKNet's Table 2 prints of other networks, as far as they are here.
 RKNET_TABLE_2_QUOTED = [*(row for row in DENSENET_TABLE_2 if row.billions), *CLIQUENET[-2:]]
 
+
+class Quoted(NamedTuple):
+    """A row of another paper's network, of which the quoting one says neither what it is made of nor how it was
+    trained."""
+
+    title: str
+    millions: str
+    errors: dict[str, float]
+
+
+# By table, as recipes have it. With these go the curves of CliqueNets in RKNet's Figure 4, and HO-ResNet's Figure 13,
+# which does not say of which networks it is.
+QUOTED = {
+    "rknet/t2": [
+        Quoted("pre-act ResNet", "10.2", {"cifar10": 10.56, "cifar10+": 4.62, "cifar100": 33.47, "cifar100+": 22.71}),
+        Quoted("WRN", "11.0", {"cifar10+": 4.27, "cifar100+": 20.43, "svhn": 1.54}),
+        Quoted("WRN", "36.5", {"cifar10+": 4.00, "cifar100+": 19.25}),
+        Quoted("Hamiltonian", "1.68", {"cifar10+": 5.98, "cifar100+": 26.11}),
+        Quoted("LM-architecture", "1.7", {"cifar10+": 5.27, "cifar100+": 22.9}),
+        Quoted("LM-architecture", "68.8", {"cifar100+": 16.79}),
+    ],
+    "tsc/t2": [Quoted("ResNet (reported)", "25.56", {"imagenet": 24.70})],
+}
+
 # HO-ResNet: Luo et al., "Rethinking ResNets: Improved Stacking Strategies With High Order Schemes". Printed are
 # accuracies, and parameters of convolutions and linear layer only, so that these rows stand apart from ROWS. The
 # "HO-ResNet-34" of Table 4 has 30 layers: its 93.39 and 94.17 are those of RK8 X1 in Table 2.

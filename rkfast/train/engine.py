@@ -36,6 +36,7 @@ from rkfast.nn import TimePeriod
 from rkfast.train import checkpoint
 from rkfast.train.checkpoint import Checkpoint
 from rkfast.train.data import Data, load
+from rkfast.train.lock import locked
 from rkfast.train.log import Log
 from rkfast.train.recipes import Recipe
 
@@ -162,7 +163,7 @@ def train(
 
     Raises:
         TypeError, ValueError: an argument is of a wrong type or value, the data cannot be read, or ``out`` has another
-            run. Nothing is written then.
+            run, or one that another process trains. Nothing in it is changed then.
         RuntimeError: the loss is no longer finite.
         MissingExtra: a package of the extra is not installed.
     """
@@ -213,7 +214,12 @@ def train(
         model = build(recipe, data, fused).to(place, memory_format=layout)  # type: ignore[call-overload]
         found = None
         if rank == 0:
-            found = _prepared(out, recipe, {**settings, "root": None if root is None else str(root)}, resume)
+            said = {**settings, "root": None if root is None else str(root)}
+            try:
+                stack.enter_context(locked(out))
+                found = _prepared(out, recipe, said, resume)
+            except OSError as error:
+                raise ValueError(f"out: {out} cannot be written: {error.strerror}") from error
         if world > 1:
             told = [found]
             dist.broadcast_object_list(told, device=place)
@@ -245,7 +251,8 @@ class _Run:
         self.rank, self.world, self.settings, self.keep, self.every = rank, world, settings, keep, every
         self.data = data
         self.layout = torch.channels_last if settings["channels_last"] else torch.contiguous_format
-        self.autocast = torch.autocast(device.type, AMP[settings["amp"]], enabled=AMP[settings["amp"]] is not None)
+        amp = AMP[settings["amp"]]
+        self.autocast: Any = contextlib.nullcontext() if amp is None else torch.autocast(device.type, amp)
         self.optimizer = torch.optim.SGD(
             model.parameters(),
             lr=recipe.lr,
@@ -262,7 +269,9 @@ class _Run:
             self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings["ema"]), use_buffers=True)
         self.step = 0
         self.total = recipe.epochs * batches.steps
-        self.seen = torch.zeros(2, dtype=torch.float64, device=device)  # sum of losses, wrong answers of this epoch
+        # Of this epoch: loss and which answers are wrong of each micro-batch, and the sums of those counted before.
+        self.fresh: list[tuple[Tensor, Tensor]] = []
+        self.loss, self.wrong = 0.0, 0.0
         self.seconds = 0.0  # of training in this epoch
         self.best: dict[str, Any] | None = None
         if found is not None:
@@ -329,15 +338,16 @@ class _Run:
             torch.cuda.manual_seed(seed)
         self.optimizer.zero_grad()
         parts = self.settings["accumulate"]
-        for i, (x, y) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True)):
+        pairs = zip(images.chunk(parts), labels.chunk(parts), strict=True) if parts > 1 else [(images, labels)]
+        for i, (x, y) in enumerate(pairs):
             more = self.world > 1 and i < parts - 1
             with self.stepped.no_sync() if more else contextlib.nullcontext():
                 with self.autocast:
                     answers = self.stepped(x)
                     loss = F.cross_entropy(answers, y)
                 self.scaler.scale(loss / parts if parts > 1 else loss).backward()
-            wrong = (answers.detach().argmax(1) != y).sum()
-            self.seen += torch.stack([loss.detach().double() * len(y), wrong])
+            # Counted later, all at once: beside a small network each further call is seen.
+            self.fresh.append((loss.detach(), answers.detach().argmax(1) != y))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average is not None:
@@ -345,7 +355,7 @@ class _Run:
 
     def _end_epoch(self, epoch: int, start: float, log: Log | None) -> None:
         images = self.batches.steps * self.recipe.batch
-        loss, wrong = (value / images for value in self._seen().tolist())
+        loss, wrong = (value / images for value in self._seen())
         self.seconds += time.perf_counter() - start
         if not math.isfinite(loss):
             raise RuntimeError(
@@ -381,7 +391,7 @@ class _Run:
         if log is not None:
             log.row(row, speed)
         self.schedule.step()
-        self.seen.zero_()
+        self.loss = self.wrong = 0.0
         self.seconds = 0.0
         self._save(0.0)
 
@@ -392,15 +402,22 @@ class _Run:
         with self.autocast:
             return evaluate(model, self.tests, self.data.classes, self.device, self.layout)
 
-    def _seen(self) -> Tensor:
-        """Of all processes."""
-        seen = self.seen.clone()
-        if self.world > 1:
-            dist.all_reduce(seen)
-        return seen
+    def _seen(self) -> list[float]:
+        """Sum of the losses of this epoch's images, and how many answers were wrong, of all processes."""
+        if self.fresh:
+            losses, wrong = zip(*self.fresh, strict=True)
+            for loss in torch.stack(losses).tolist():  # one by one, so that it does not matter when it is counted
+                self.loss += loss * len(wrong[0])
+            self.wrong += torch.cat(wrong).sum().item()
+            self.fresh.clear()
+        if self.world == 1:
+            return [self.loss, self.wrong]
+        seen = torch.tensor([self.loss, self.wrong], dtype=torch.float64, device=self.device)
+        dist.all_reduce(seen)
+        return seen.tolist()
 
     def _save(self, seconds: float) -> None:
-        seen = self._seen().tolist()
+        seen = self._seen()
         if self.rank:
             return
         optimizer = self.optimizer.state_dict()
@@ -443,7 +460,7 @@ class _Run:
         if self.average is not None:
             self.average.load_state_dict(found.tensors["ema"])
         if self.rank == 0:  # the sums are of all processes
-            self.seen += torch.tensor(state["seen"], dtype=torch.float64, device=self.device)
+            self.loss, self.wrong = state["seen"]
         self.seconds = state["seconds"]
         self.best = state["best"]
 
@@ -564,12 +581,8 @@ def _prepared(out: Path, recipe: Recipe, settings: dict[str, Any], resume: bool)
         raise ValueError(
             f"out: {out} has checkpoints and no {RUN}, so they may be another training's; take another folder"
         )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with replacing(out / RUN) as path:
-            path.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"out: {out} cannot be written: {error.strerror}") from error
+    with replacing(out / RUN) as path:
+        path.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
     checkpoint.forget(out, -1 if found is None else found.step)
     if found is None:
         (out / WEIGHTS).unlink(missing_ok=True)

@@ -24,7 +24,7 @@ from rkfast.files import replacing
 
 METRICS, CSV, SPEED, TENSORBOARD = "metrics.jsonl", "metrics.csv", "speed.jsonl", "tensorboard"
 EVERY = 30.0  # seconds between plain lines within an epoch
-REFRESH = 0.1  # seconds between updates of the bar
+REFRESH = 0.5  # seconds between updates of the bar, of which one takes as long as a step of a small network
 
 
 class Log:
@@ -104,6 +104,7 @@ class _Bar:
             rich.MofNCompleteColumn(),
             rich.TimeRemainingColumn(),
             console=require("rich.console", "train").Console(stderr=True),
+            refresh_per_second=1 / REFRESH,  # of a thread of its own
         )
         self._task = self._progress.add_task(title, total=steps, completed=step)
         self._progress.start()

@@ -1,0 +1,144 @@
+"""``python bench/train.py``: what the engine of ``rkfast train`` adds to the bare step loop.
+
+Bare is the usual loop of PyTorch, with the same network, optimizer and batches of the same loader. Its epochs and those
+of the engine take turns, in one process; checkpoints and tests are in neither.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+if not __package__:
+    import runpy
+
+    sys.path.pop(0)  # this folder
+    runpy.run_path(str(Path(__file__).with_name("checkout.py")))
+    __package__ = "rkfast.bench"
+
+import torch
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from rkfast.train import engine, log
+from rkfast.train.data import load
+from rkfast.train.recipes import Recipe, overridden, recipe
+
+from . import machine, report, timing
+
+WARM = 1  # epochs that do not count
+
+
+def bare(one: Recipe, fused: str, device: torch.device) -> Iterator[float]:
+    """Seconds of each epoch."""
+    data = load(one.data, augment=one.augment)
+    batches = engine.Batches(data.train, one.batch, 0, random=one.augment is not None)
+    loader = iter(DataLoader(batches, batch_size=None, sampler=range(one.epochs * batches.steps)))
+    layout = torch.channels_last
+    torch.manual_seed(0)
+    model = engine.build(one, data, fused).to(device, memory_format=layout)  # type: ignore[call-overload]
+    optimizer = torch.optim.SGD(
+        model.parameters(), one.lr, momentum=one.momentum, weight_decay=one.weight_decay, nesterov=one.nesterov
+    )
+    while True:
+        start = time.perf_counter()
+        for _ in range(batches.steps):
+            images, labels = next(loader)
+            images = images.to(device, memory_format=layout, non_blocking=True)
+            labels = labels.to(device, non_blocking=True)
+            loss = F.cross_entropy(model(images), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        loss.item()  # a GPU is done then
+        yield time.perf_counter() - start
+
+
+def measured(one: Recipe, fused: str, device: torch.device) -> dict[str, Any]:
+    """Where the engine would test its network, an epoch is bare."""
+    beside, found = bare(one, fused, device), []
+
+    def between(*_: Any) -> dict[str, float]:
+        with torch.enable_grad():
+            found.append(next(beside))
+        return {"loss": 0.0, "error": 0.0}
+
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(engine, "evaluate", between):
+        engine.train(one, folder, fused=fused, device=device)
+        rows = log.read(Path(folder, log.SPEED))
+    steps = rows[0]["step"]
+    times = {
+        "bare": [1e3 * seconds / steps for seconds in found[WARM:]],
+        "engine": [1e3 * row["seconds"] / steps for row in rows[WARM:]],
+    }
+    share = timing.ratios(times["engine"], times["bare"])
+    return {
+        "recipe": one.name,
+        "fused": fused,
+        "threads": torch.get_num_threads(),
+        "steps": steps,
+        "epochs": len(rows) - WARM,
+        **{f"{name}_ms": timing.summary(ms)._asdict() for name, ms in times.items()},
+        "added_percent": {name: 100 * (ratio - 1) for name, ratio in share._asdict().items()},
+    }
+
+
+def markdown(document: dict[str, Any]) -> str:
+    lines = [
+        report.where(document),
+        "",
+        "Milliseconds of a step, medians (20th to 80th percentile) of epochs that take turns; `added`: of the medians "
+        "(and epoch by epoch).",
+        "",
+        *(f"**{busy}**\n" for busy in report.disturbed(document)),
+        "| recipe | fused | threads | steps × epochs | bare, ms | engine, ms | added, % |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in document["rows"]:
+        spread = ("{p50:.3f} ({p20:.3f}–{p80:.3f})".format(**row[f"{name}_ms"]) for name in ("bare", "engine"))
+        added = "{p50:.1f} ({p20:.1f}–{p80:.1f})".format(**row["added_percent"])
+        head = (row["recipe"], row["fused"], row["threads"], f"{row['steps']} × {row['epochs']}")
+        lines.append(f"| {' | '.join(map(str, (*head, *spread, added)))} |")
+    return "\n".join(lines) + "\n"
+
+
+def leave(document: dict[str, Any], table: str, json: Path | None, markdown: Path | None) -> None:
+    """What was measured, printed and in the files that were asked for."""
+    print(table)
+    if json is not None:
+        report.write_json(json, document)
+    if markdown is not None:
+        markdown.parent.mkdir(parents=True, exist_ok=True)
+        markdown.write_text(table)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="bench/train.py", description=__doc__)
+    add = parser.add_argument
+    add("recipes", nargs="*", default=["digits"], metavar="RECIPE", help="(digits)")
+    add("--epochs", type=int, default=40, help="of each side (%(default)s)")
+    add("--fused", nargs="+", choices=engine.FUSED, default=list(engine.FUSED), help="(both)")
+    add("--threads", type=int, default=machine.cores(), help="(all cores)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--json", type=Path, metavar="FILE")
+    add("--markdown", type=Path, metavar="FILE", help="the table, which is also printed")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    document = {**machine.describe(device.type), "load": [machine.load(), None], "rows": []}
+    for name in args.recipes:
+        one = overridden(recipe(name), epochs=args.epochs + WARM)
+        document["rows"] += [measured(one, fused, device) for fused in args.fused]
+    document["load"][1] = machine.load()
+    leave(document, markdown(document), args.json, args.markdown)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
