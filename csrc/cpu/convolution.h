@@ -21,6 +21,7 @@
 
 namespace rkfast {
 
+constexpr int64_t kRegister = 16;
 constexpr int64_t kTile = 64;  // rows that are normalised into the cache and multiplied from there
 
 inline int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
@@ -34,10 +35,13 @@ struct Parts {
   explicit Parts(int64_t rows) : rows(rows), count(1) {
     while (count < 32 && rows / count >= 256) count *= 2;
     if (count == 1 && rows >= 2 * kTile) count = 2;
-    each = std::max<int64_t>(1, (rows + count - 1) / count);
+    each = whole(std::max<int64_t>(1, (rows + count - 1) / count));
+    count = std::max<int64_t>(1, (rows + each - 1) / each);
     const int64_t tiles = (each + kTile - 1) / kTile;
-    tile = (each + tiles - 1) / tiles;
+    tile = whole((each + tiles - 1) / tiles);
   }
+  // Up to registers full of rows, which is how they are transposed.
+  static int64_t whole(int64_t n) { return n < kRegister ? n : (n + kRegister - 1) / kRegister * kRegister; }
   int64_t begin(int64_t part) const { return std::min(rows, part * each); }
   int64_t size(int64_t part) const { return begin(part + 1) - begin(part); }
 

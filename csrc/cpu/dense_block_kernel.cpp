@@ -253,8 +253,8 @@ void add_any(const AddRows& a) {
 void transpose(const TransposeRows& a) {
   constexpr int kSide = kWidth;
   const int64_t rows = a.rows / kSide * kSide, channels = a.channels / kSide * kSide;
-  for (int64_t i = 0; i < rows; i += kSide)
-    for (int64_t c = 0; c < channels; c += kSide)
+  for (int64_t c = 0; c < channels; c += kSide)
+    for (int64_t i = 0; i < rows; i += kSide)
       at::vec::transpose_mxn<float, kSide, kSide>(a.x.row(i).data + c, a.x.pitch, a.out.row(c).data + i, a.out.pitch);
   for (int64_t c = 0; c < a.channels; ++c)
     for (int64_t i = c < channels ? rows : 0; i < a.rows; ++i) a.out.row(c).data[i] = a.x.row(i).data[c];

@@ -222,8 +222,18 @@ class OneConvolution : protected Convolutions<float> {
     const Tensor out = at::empty({outputs_, channels_}, options_);
     float* dw = out.data_ptr<float>();
     const int64_t most = std::max<int64_t>(1, kBuffer / std::max(outputs_, channels_) / parts_.each);  // parts at a time
-    const int64_t ahead = std::min(rows_, most * parts_.each), pitch = ahead + kPad, act_pitch = channels_ + kPad;
-    float *turned = scratch(6, outputs_ * pitch + Load::kMade * ahead * act_pitch), *acts = turned + outputs_ * pitch;
+    // Transposed, so many rows lie together: those of all would be on a page each.
+    const int64_t ahead = std::min(rows_, most * parts_.each), pitch = kRows + kRegister, act_pitch = channels_ + kPad;
+    const int64_t together = outputs_ * pitch, size = (ahead + kRows - 1) / kRows * together;
+    float *turned = scratch(6, size + Load::kMade * ahead * act_pitch), *acts = turned + size;
+    auto turn = [&](int64_t row, int64_t n, const float* g) {
+      for (const int64_t end = row + n; row < end;) {
+        const int64_t first = row % kRows, some = std::min(end - row, kRows - first);
+        transpose_rows({{g, outputs_}, some, outputs_, {turned + row / kRows * together + first, pitch}});
+        g += some * outputs_;
+        row += some;
+      }
+    };
     const int64_t wide = (channels_ + kChannels - 1) / kChannels, blocks = (outputs_ + kOutputs - 1) / kOutputs * wide;
     for (int64_t first = 0; first < parts_.count; first += most) {
       const int64_t begin = parts_.begin(first), end = parts_.begin(std::min(parts_.count, first + most));
@@ -231,7 +241,7 @@ class OneConvolution : protected Convolutions<float> {
         for (int64_t part = from; part < to; ++part)
           parts_.tiles(parts_.begin(part), parts_.begin(part + 1), [&](int64_t i, int64_t n) {
             const float* g = grad.rows(i, n, outputs_);
-            transpose_rows({{g, outputs_}, n, outputs_, {turned + i - begin, pitch}});
+            turn(i - begin, n, g);
             if constexpr (Load::kMade) load(i, n, {acts + (i - begin) * act_pitch, act_pitch});
             data_gradient(part, i, n, g);
           });
@@ -244,7 +254,7 @@ class OneConvolution : protected Convolutions<float> {
           for (int64_t i = 0; i < end - begin; i += kRows)
             at::native::cpublas::brgemm(std::min(kOutputs, outputs_ - k), std::min(kChannels, channels_ - c),
                                         std::min(kRows, end - begin - i), pitch, act.pitch, channels_, first > 0 || i > 0,
-                                        turned + k * pitch + i, act.row(i).data + c, dw + k * channels_ + c);
+                                        turned + i / kRows * together + k * pitch, act.row(i).data + c, dw + k * channels_ + c);
         }
         at::native::cpublas::brgemm_release();
       });
