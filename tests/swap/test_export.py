@@ -31,7 +31,7 @@ def test_pt2(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     model, path = made(name), tmp_path / "net.pt2"
     state = copy.deepcopy(model.state_dict())
     error = rkfast.export(model, path, torch.randn(1, 3, 12, 10))
-    assert 0 < error < 1e-5
+    assert 0 <= error < 1e-5  # the same kernels may run
     assert capsys.readouterr().out == f"{path}: pt2, any batch, largest error {error:.1e} of the largest result\n"
     torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
     program = torch.export.load(path)
