@@ -33,10 +33,10 @@ class ResidualBlock:
 
     @property
     def traffic(self) -> Traffic:
-        """Each result of a convolution is written and read once more, the shortcut read, the result written; back, the
-        gradient is read for its sums and applied, what was normalised read for both gradients, and each is written."""
-        inner = 0.5 if self.neck else 1.0
-        return Traffic(5 + 2 * inner, 8 + 6 * inner)
+        """x is read twice, each result of a convolution written and read, and the result written; back, the gradient
+        and what it reads twice, for sums and products, and each gradient written. What is inside a bottleneck counts as
+        one of these."""
+        return Traffic(6, 11) if self.neck else Traffic(7, 14)
 
     def sizes(self, channels: int) -> list[tuple[int, int, int]]:
         """Inputs, outputs and kernel of each convolution."""
@@ -54,8 +54,8 @@ class ResidualBlock:
     def ours(self, activations: list[Tensor], vectors: list[Tensor], buffers: list[Tensor]) -> tuple[Tensor, ...]:
         x = activations[0]
         norms = [
-            Norm(*vectors[3 * i + 1 : 3 * i + 3], *buffers[2 * i : 2 * i + 2], None, True, MOMENTUM, EPS)
-            for i in range(len(vectors) // 3)
+            Norm(weight, bias, mean, var, None, True, MOMENTUM, EPS)
+            for weight, bias, mean, var in zip(vectors[1::3], vectors[2::3], buffers[::2], buffers[1::2], strict=True)
         ]
         return (residual_block(x, [w.to(x.dtype) for w in vectors[::3]], norms),)
 
@@ -67,8 +67,8 @@ class ResidualBlock:
             x = y = activations[0]
             for i, conv in enumerate(vectors[::3]):
                 y = F.conv2d(F.relu(y, inplace=True) if i else y, conv.to(x.dtype), padding=conv.shape[2] // 2)
-                weight, bias = vectors[3 * i + 1 : 3 * i + 3]
-                y = F.batch_norm(y, *buffers[2 * i : 2 * i + 2], weight, bias, True, MOMENTUM, EPS)
+                weight, bias, mean, var = *vectors[3 * i + 1 : 3 * i + 3], *buffers[2 * i : 2 * i + 2]
+                y = F.batch_norm(y, mean, var, weight, bias, True, MOMENTUM, EPS)
             return (F.relu(y.add_(x), inplace=True),)
 
         return {"eager": eager}
