@@ -298,6 +298,9 @@ def test_shortcut_and_step_that_depend_on_the_rest(target: Target) -> None:
     with dispatch.use(backend):
         assert torch.autograd.gradcheck(f, (x, conv))
         assert torch.autograd.gradgradcheck(f, (x, conv))
+        once = torch.autograd.grad(f(x, conv).square().sum(), (x, conv))
+        again = torch.autograd.grad(f(x, conv).square().sum(), (x, conv), create_graph=True)
+    torch.testing.assert_close(once, again)
 
 
 def test_opcheck_compile_and_export(target: Target) -> None:
