@@ -126,9 +126,9 @@ class _ResidualBlock(torch.autograd.Function):
         outs, vectors = found[: len(convs)], found[len(convs) :]
         if call.advance is not None:
             call.advance(vectors)
-        ctx.call = call
+        ctx.call, ctx.own = call, shortcut is None
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, shortcut, step, mask, *outs, *tensors, *vectors)
+        ctx.save_for_backward(x, step, mask, *outs, *tensors, *vectors)
         ctx.mark_non_differentiable(*vectors)
         return (out, *vectors)
 
@@ -138,16 +138,16 @@ class _ResidualBlock(torch.autograd.Function):
         if grad is None:
             return (None,) * (1 + len(needed))
         call: _Call = ctx.call
-        x, shortcut, step, mask, *rest = ctx.saved_tensors
+        x, step, mask, *rest = ctx.saved_tensors
         count = len(call.eps)
         outs, tensors, vectors = rest[:count], rest[count : 6 * count], rest[6 * count :]
         convs, norms = _sorted(tensors)
         result: list[Tensor | None] = [None] * len(needed)
         wanted = [0, 1, 2, *(i for i in range(3, len(needed)) if (i - 3) % 5 < 3)]
         if torch.is_grad_enabled():
-            found = reference.gradients(grad, x, shortcut, convs, norms, step, call.eps)
+            found = reference.gradients(grad, x, mask, convs, norms, step, call.eps, call.channels_last, ctx.own)
         else:
-            own, batch = shortcut is None, [norms[4 * i + 2] is None for i in range(count)]
+            batch = [norms[4 * i + 2] is None for i in range(count)]
             given = iter(vectors)
             norms = [next(given) if t is None and i % 4 > 1 else t for i, t in enumerate(norms)]
             need_x, need_shortcut, need_step, *_rest = needed
@@ -155,7 +155,7 @@ class _ResidualBlock(torch.autograd.Function):
             run: Any = _backward_op if call.plain else _backward
             made = iter(
                 run(
-                    grad, x, outs, mask, convs, norms, step, call.eps, batch, call.channels_last, own, need_x,
+                    grad, x, outs, mask, convs, norms, step, call.eps, batch, call.channels_last, ctx.own, need_x,
                     need_shortcut, need_convs, need_step,
                 )
             )  # fmt: skip

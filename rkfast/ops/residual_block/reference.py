@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from rkfast.ops.bn_rk_sum import reference as bn_rk_sum
 from rkfast.ops.conv.reference import gradients as conv_gradients
 from rkfast.ops.conv.reference import laid
+from rkfast.ops.rk_sum.reference import masked
 
 Vectors = list[Tensor | None]  # of each norm weight, bias, mean and var
 
@@ -23,8 +24,10 @@ def composite(
     norms: Vectors,
     step: Tensor | None,
     eps: list[float],
+    joined: bool = True,
 ) -> list[Tensor]:
-    """[out], [mean and variance of each norm that takes the batch's]; differentiable."""
+    """[out], or what is added to the shortcut where not joined, then mean and variance of each norm that takes the
+    batch's; differentiable."""
     with torch.autocast(x.device.type, enabled=False):
         act = x
         vectors: list[Tensor] = []
@@ -32,9 +35,10 @@ def composite(
             y = F.conv2d(act, conv, padding=conv.shape[2] // 2)
             weight, bias, mean, var = norms[4 * i : 4 * i + 4]
             last = i == len(convs) - 1
-            terms = [x if shortcut is None else shortcut] if last else []
+            terms = [x if shortcut is None else shortcut] if last and joined else []
+            relu = joined or not last
             act, *found = bn_rk_sum.composite(
-                y, weight, bias, mean, var, terms, [1.0] * len(terms), step if last else None, True, eps[i], False
+                y, weight, bias, mean, var, terms, [1.0] * len(terms), step if last else None, relu, eps[i], False
             )
             vectors.extend(v.detach() for v in found)
         return [act, *vectors]
@@ -120,25 +124,30 @@ def backward(
 def gradients(
     grad: Tensor,
     x: Tensor,
-    shortcut: Tensor | None,
+    mask: Tensor,
     convs: list[Tensor],
     norms: Vectors,
     step: Tensor | None,
     eps: list[float],
+    channels_last: bool,
+    own: bool,
 ) -> list[Tensor | None]:
     """Those of x, shortcut, step, and of each convolution with weight and bias of its norm, where they require grad;
     differentiable in all of them and in grad. Of norms mean and var are given where they are not the batch's."""
 
     def alias(t: Tensor | None) -> Any:
-        """One may have been made of another, such as the shortcut of x and the step of the weights."""
+        """One may have been made of another, such as the step of the weights."""
         return t if t is None or not t.requires_grad else t.view_as(t)
 
-    x, shortcut, step, *tensors = map(alias, (x, shortcut, step, *convs, *norms))
-    convs, norms = tensors[: len(convs)], tensors[len(convs) :]
-    out = composite(x, shortcut, convs, norms, step, eps)[0]
-    inputs = [x, shortcut, step]
-    for i, conv in enumerate(convs):
-        inputs += [conv, *norms[4 * i : 4 * i + 2]]
-    wanted = [t for t in inputs if t is not None and t.requires_grad]
-    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
-    return [next(found) if t is not None and t.requires_grad else None for t in inputs]
+    with torch.autocast(x.device.type, enabled=False):
+        g = masked(grad, mask, channels_last)
+        x, step, *tensors = map(alias, (x, step, *convs, *norms))
+        convs, norms = tensors[: len(convs)], tensors[len(convs) :]
+        added = composite(x, None, convs, norms, step, eps, joined=False)[0]
+        inputs = [x, step]
+        for i, conv in enumerate(convs):
+            inputs += [conv, *norms[4 * i : 4 * i + 2]]
+        wanted = [t for t in inputs if t is not None and t.requires_grad]
+        made = iter(torch.autograd.grad(added, wanted, g, create_graph=True) if wanted else ())
+        dx, *rest = [next(made) if t is not None and t.requires_grad else None for t in inputs]
+        return [dx if dx is None or not own else dx + g, g, *rest]
