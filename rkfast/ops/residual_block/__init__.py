@@ -91,18 +91,21 @@ def _count_backward(grad: Shape, x: Shape, outs: Any, mask: Any, convs: Sequence
     return sum(each[1:]) + need_x * each[0] + need_convs * sum(each)
 
 
-_op = dispatch.Op("residual_block", implementations("rkfast.ops.residual_block", "forward", 0))
-_backward_op = dispatch.Op("residual_block_backward", implementations("rkfast.ops.residual_block", "backward", 1))
 # norms: of each weight, bias, mean and var, these two None for the batch's. Returns [out], with keep the mask of the
 # ReLU (layout.mask_shape) and the results of the convolutions, and then the mean and variance that were not given.
-_forward = dispatch.register(f"residual_block({_ARGS}) -> Tensor[]", _op, _fake, _count)
+_forward = dispatch.register(
+    f"residual_block({_ARGS}) -> Tensor[]",
+    dispatch.Op("residual_block", implementations("rkfast.ops.residual_block", "forward", 0)),
+    _fake,
+    _count,
+)
 # norms have every mean and var; own: the shortcut is x, and its gradient part of that of x. Returns [dx], [dshortcut],
 # [dstep], each where needed, and of each convolution [dconv] where needed, and dweight and dbias of its norm.
 _backward = dispatch.register(
     "residual_block_backward(Tensor grad, Tensor x, Tensor[] outs, Tensor mask, Tensor[] convs, Tensor?[] norms, "
     "Tensor? step, float[] eps, bool[] batch, bool channels_last, bool own, bool need_x, bool need_shortcut, "
     "bool need_convs, bool need_step) -> Tensor[]",
-    _backward_op,
+    dispatch.Op("residual_block_backward", implementations("rkfast.ops.residual_block", "backward", 1)),
     _fake_backward,
     _count_backward,
 )
@@ -112,7 +115,6 @@ class _Call(NamedTuple):
     eps: list[float]
     channels_last: bool
     advance: Callable[[list[Tensor]], None] | None  # the running statistics, by moments
-    plain: bool  # nobody watches the dispatcher
 
 
 class _ResidualBlock(torch.autograd.Function):
@@ -121,8 +123,7 @@ class _ResidualBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, x: Tensor, shortcut: Tensor | None, step: Tensor | None, *tensors: Any) -> Any:
         convs, norms = _sorted(tensors)
-        run: Any = _op if call.plain else _forward
-        out, mask, *found = run(x, shortcut, convs, norms, step, call.eps, call.channels_last, True)
+        out, mask, *found = _forward(x, shortcut, convs, norms, step, call.eps, call.channels_last, True)
         outs, vectors = found[: len(convs)], found[len(convs) :]
         if call.advance is not None:
             call.advance(vectors)
@@ -152,9 +153,8 @@ class _ResidualBlock(torch.autograd.Function):
             norms = [next(given) if t is None and i % 4 > 1 else t for i, t in enumerate(norms)]
             need_x, need_shortcut, need_step, *_rest = needed
             need_convs = any(needed[3::5])
-            run: Any = _backward_op if call.plain else _backward
             made = iter(
-                run(
+                _backward(
                     grad, x, outs, mask, convs, norms, step, call.eps, batch, call.channels_last, ctx.own, need_x,
                     need_shortcut, need_convs, need_step,
                 )
@@ -259,9 +259,8 @@ def residual_block(
         # Activation checkpointing stops what it computes again at the last tensor that is kept: as in a BatchNorm,
         # statistics move before. A compiler wants nothing changed within a Function.
         within = None if torch.compiler.is_compiling() else advance
-        plain = bool(checks.survey((x,), (), ()) & checks.PLAIN)
         out, *vectors = _ResidualBlock.apply(
-            _Call(eps, channels_last, within, plain), *checks.distinct((x, shortcut, step, *tensors))
+            _Call(eps, channels_last, within), *checks.distinct((x, shortcut, step, *tensors))
         )
         if within is not None:
             return out
