@@ -1,6 +1,6 @@
 """``python bench/train.py``: what the engine of ``rkfast train`` adds to the bare step loop.
 
-Bare is the usual loop of PyTorch, with the same network, optimizer and batches of the same loader. Its epochs and those
+Bare is the usual loop of PyTorch, with the same network, optimizer and batches of the same loader. Its steps and those
 of the engine take turns, in one process; checkpoints and tests are in neither.
 """
 
@@ -36,7 +36,7 @@ WARM = 1  # epochs that do not count
 
 
 def bare(one: Recipe, fused: str, device: torch.device) -> Iterator[float]:
-    """Seconds of each epoch."""
+    """Seconds of each step."""
     data = load(one.data, augment=one.augment)
     batches = engine.Batches(data.train, one.batch, 0, random=one.augment is not None)
     loader = iter(DataLoader(batches, batch_size=None, sampler=range(one.epochs * batches.steps)))
@@ -48,43 +48,55 @@ def bare(one: Recipe, fused: str, device: torch.device) -> Iterator[float]:
     )
     while True:
         start = time.perf_counter()
-        for _ in range(batches.steps):
-            images, labels = next(loader)
-            images = images.to(device, memory_format=layout, non_blocking=True)
-            labels = labels.to(device, non_blocking=True)
-            loss = F.cross_entropy(model(images), labels)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        loss.item()  # a GPU is done then
+        images, labels = next(loader)
+        images = images.to(device, memory_format=layout, non_blocking=True)
+        labels = labels.to(device, non_blocking=True)
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         yield time.perf_counter() - start
 
 
 def measured(one: Recipe, fused: str, device: torch.device) -> dict[str, Any]:
-    """Where the engine would test its network, an epoch is bare."""
-    beside, found = bare(one, fused, device), []
+    """Behind each step of the engine is a bare one, whose time is taken from the engine's epoch."""
+    beside, away = bare(one, fused, device), 0.0
+    times: dict[str, list[float]] = {"bare": [0.0], "engine": []}  # of each epoch
+    step, row = log.Log.step, log.Log.row
 
-    def between(*_: Any) -> dict[str, float]:
-        with torch.enable_grad():
-            found.append(next(beside))
-        return {"loss": 0.0, "error": 0.0}
+    def between(self: log.Log, at: int, epoch: int) -> None:
+        nonlocal away
+        step(self, at, epoch)
+        start = time.perf_counter()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        waited = time.perf_counter() - start
+        times["bare"][-1] += next(beside)
+        away += time.perf_counter() - start - waited
+        if len(times["engine"]) == len(times["bare"]):  # the epoch's last step, behind its row
+            times["bare"].append(0.0)
+            away = 0.0
 
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(engine, "evaluate", between):
+    def ended(self: log.Log, found: dict[str, Any], speed: dict[str, Any]) -> None:
+        row(self, found, speed)
+        times["engine"].append(speed["seconds"] - away)
+
+    nothing = mock.patch.object(engine, "evaluate", return_value={"loss": 0.0, "error": 0.0})
+    hooks = mock.patch.multiple(log.Log, step=between, row=ended)
+    with tempfile.TemporaryDirectory() as folder, nothing, hooks:
         engine.train(one, folder, fused=fused, device=device)
-        rows = log.read(Path(folder, log.SPEED))
-    steps = rows[0]["step"]
-    times = {
-        "bare": [1e3 * seconds / steps for seconds in found[WARM:]],
-        "engine": [1e3 * row["seconds"] / steps for row in rows[WARM:]],
-    }
-    share = timing.ratios(times["engine"], times["bare"])
+        steps = log.read(Path(folder, log.SPEED))[0]["step"]
+    ms = {name: [1e3 * seconds / steps for seconds in times[name][WARM : one.epochs]] for name in times}
+    share = timing.ratios(ms["engine"], ms["bare"])
     return {
         "recipe": one.name,
         "fused": fused,
         "threads": torch.get_num_threads(),
         "steps": steps,
-        "epochs": len(rows) - WARM,
-        **{f"{name}_ms": timing.summary(ms)._asdict() for name, ms in times.items()},
+        "epochs": one.epochs - WARM,
+        **{f"{name}_ms": timing.summary(each)._asdict() for name, each in ms.items()},
         "added_percent": {name: 100 * (ratio - 1) for name, ratio in share._asdict().items()},
     }
 
@@ -93,8 +105,8 @@ def markdown(document: dict[str, Any]) -> str:
     lines = [
         report.where(document),
         "",
-        "Milliseconds of a step, medians (20th to 80th percentile) of epochs that take turns; `added`: of the medians "
-        "(and epoch by epoch).",
+        "Milliseconds of a step, medians of epochs (20th to 80th percentile), whose steps take turns; `added`: of the "
+        "medians (and epoch by epoch).",
         "",
         *(f"**{busy}**\n" for busy in report.disturbed(document)),
         "| recipe | fused | threads | steps × epochs | bare, ms | engine, ms | added, % |",
