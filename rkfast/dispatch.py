@@ -77,7 +77,7 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         first = args[0]
-        lead = first if isinstance(first, torch.Tensor) else first[0]
+        lead = first[0] if isinstance(first, (list, tuple)) else first
         device, dtype = lead.device, lead.dtype
         key = (forced() if _forced or _environment != "auto" else None, device, dtype)
         choice = self._chosen.get(key)

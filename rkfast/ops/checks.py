@@ -46,6 +46,11 @@ def survey(
         return 0
 
 
+def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` for PLAIN arguments, without its search for wrappers of functorch's transforms among them."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
 def activation(x: object, name: str) -> Tensor:
     """x as a floating tensor [N, C], [N, C, L], [N, C, H, W] or [N, C, D, H, W]."""
     if not isinstance(x, Tensor):

@@ -147,6 +147,9 @@ class _BnRkSum(torch.autograd.Function):
         return (None, None, None, *gradients(grad, *ctx.saved_tensors, *saved, needed))
 
 
+_apply_plain = checks.plain_apply(_BnRkSum)
+
+
 def _gradients(
     grad: Tensor,
     x: Tensor,
@@ -360,7 +363,7 @@ def bn_rk_sum(
         # statistics move before. A compiler wants nothing changed within a Function.
         within = None if torch.compiler.is_compiling() else moved
         call = (coeffs, channels_last, relu, training, eps, return_moments, found if plain else None, within, group)
-        returned = _BnRkSum.apply(call, *inputs)
+        returned = (_apply_plain if plain else _BnRkSum.apply)(call, *inputs)
         total, *found = (returned, *found) if plain else returned
         moved = moved if within is None else None
     else:

@@ -129,6 +129,9 @@ class _RkSum(torch.autograd.Function):
         )
 
 
+_apply_plain = checks.plain_apply(_RkSum)
+
+
 def _placed(tensors: Sequence[Tensor], at: tuple[int, ...], n: int) -> list[Tensor | None]:
     placed: list[Tensor | None] = [None] * n
     for tensor, i in zip(tensors, at, strict=False):
@@ -255,7 +258,8 @@ def rk_sum(
     if needs_grad:
         if not seen:
             tensors = checks.distinct(tensors)
-        result = _RkSum.apply((coeffs, step_at, channels_last, relu, return_moments, plain), *tensors)
+        apply = _apply_plain if plain else _RkSum.apply
+        result = apply((coeffs, step_at, channels_last, relu, return_moments, plain), *tensors)
         if not return_moments:
             return result
     else:
