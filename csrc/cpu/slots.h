@@ -123,6 +123,13 @@ struct TransformGradient {
   int64_t plane;
 };
 
+// sum [outputs][channels] += a^T b, of `rows` rows of outputs and of channels.
+struct OuterProducts {
+  const float *a, *b;
+  int64_t rows, outputs, channels;
+  float* sum;
+};
+
 // w [9][size] to G w G^T [16][size], or, backwards, d [16][size] to G^T d G [9][size]; planes lie a pitch apart.
 struct TransformWeight {
   const float* from;
@@ -135,6 +142,7 @@ struct TransformWeight {
 inline Dispatch<TransformInput> transform_input;
 inline Dispatch<TransformOutput> transform_output;
 inline Dispatch<TransformGradient> transform_gradient;
+inline Dispatch<OuterProducts> outer_products;
 inline Dispatch<TransformWeight> transform_weight;
 
 }  // namespace rkfast

@@ -129,6 +129,8 @@ class WeightGradient {
 
   template <typename Load>
   void by_parts(const Load& load, Slot<const float> grad, Taps out) const {
+    // Of few channels, to transpose would take as long as to multiply.
+    const bool narrow = std::max(channels_, outputs_) <= 64;
     Aligned<float> sums(parts_ * 16 * size_);
     at::parallel_for(0, parts_, 1, [&](int64_t from, int64_t to) {
       const int64_t each = s_.together(2 * parts_), most = each * s_.tiles();
@@ -144,6 +146,10 @@ class WeightGradient {
             tiles += s_.tiles(b);
           }
           for (int q = 0; q < 16; ++q) {
+            if (narrow) {
+              outer_products({g + q * plane, x + q * read, tiles, outputs_, channels_, sum + q * size_});
+              continue;
+            }
             transpose_rows({{g + q * plane, outputs_}, tiles, outputs_, {turned, most}});
             at::native::cpublas::brgemm(outputs_, channels_, tiles, most, channels_, channels_, true, turned, x + q * read,
                                         sum + q * size_);

@@ -96,6 +96,35 @@ void gradient(const TransformGradient& a) {
   }
 }
 
+// N outputs from o on, whose sums stay in registers.
+template <int N, typename Count>
+void outer_block(const OuterProducts& p, int64_t o, int64_t c, Count n) {
+  float* sum = p.sum + o * p.channels + c;
+  Vec sums[N];
+#pragma GCC unroll 16
+  for (int i = 0; i < N; ++i) sums[i] = load<P>(sum + i * p.channels, n).v[0];
+  const float *a = p.a + o, *b = p.b + c;
+  for (int64_t row = 0; row < p.rows; ++row, a += p.outputs, b += p.channels) {
+    const Vec x = load<P>(b, n).v[0];
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) sums[i] = at::vec::fmadd(Vec(a[i]), x, sums[i]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < N; ++i) store(P{sums[i]}, sum + i * p.channels, n);
+}
+
+template <int N, typename Count>
+int64_t outer_blocks(const OuterProducts& p, int64_t o, int64_t c, Count n) {
+  for (; o + N <= p.outputs; o += N) outer_block<N>(p, o, c, n);
+  if constexpr (N > 1) return outer_blocks<N / 2>(p, o, c, n);
+  return o;
+}
+
+void outer(const OuterProducts& p) {
+  constexpr int kRegisters = kCapability == 2 ? 16 : 8;
+  along<P, 1>(p.channels, [&](int64_t c, auto, auto n) { outer_blocks<kRegisters>(p, 0, c, n); });
+}
+
 // One dimension of G w: 3 values to 4.
 inline void widen(const Vec* w, int step, Vec* to) {
   const Vec half(0.5f), sum = w[0] + w[2 * step];
@@ -138,6 +167,7 @@ void weight(const TransformWeight& a) {
 const Enter<TransformInput> entered_input(transform_input, kCapability, input);
 const Enter<TransformOutput> entered_output(transform_output, kCapability, output);
 const Enter<TransformGradient> entered_gradient(transform_gradient, kCapability, gradient);
+const Enter<OuterProducts> entered_outer(outer_products, kCapability, outer);
 const Enter<TransformWeight> entered_weight(transform_weight, kCapability, weight);
 
 }  // namespace
