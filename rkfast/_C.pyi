@@ -11,6 +11,9 @@ def survey(
     running: int,
     counter: Tensor | None,
 ) -> int: ...
+def survey_block(
+    x: Tensor, shortcut: Tensor | None, convs: Sequence[Tensor], norms: Sequence[Tensor | None], step: Tensor | None
+) -> int: ...
 def rk_sum(
     terms: Sequence[Tensor],
     coeffs: Sequence[float],

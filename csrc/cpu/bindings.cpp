@@ -1,3 +1,4 @@
+#include <ATen/autocast_mode.h>
 #include <ATen/record_function.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
@@ -22,47 +23,84 @@ const c10::DispatchKeySet kLazy({c10::DispatchKey::Negative, c10::DispatchKey::C
 // No tangent can be at work. Forward-mode AD has one level, number 0.
 bool without_duals() { return torch::autograd::ForwardADLevel::try_get_by_idx(0) == nullptr; }
 
+// Looks at the tensors of a call, x first.
+class Surveyor {
+ public:
+  explicit Surveyor(const Tensor& x) : x_(x) {}
+
+  bool usable(const Tensor& t) {
+    if (t.unsafeGetTensorImpl()->has_symbolic_sizes_strides() || t.layout() != at::kStrided) return false;
+    grad_ |= grad_mode_ && t.requires_grad();
+    keys_ = keys_ | t.key_set();
+    return t.device() == x_.device();
+  }
+  bool alike(const Tensor& t, at::IntArrayRef sizes) { return usable(t) && t.scalar_type() == x_.scalar_type() && t.sizes() == sizes; }
+  // None, or a vector per channel.
+  bool fits(const Optional& v, int64_t channels, bool gate = false) {
+    if (!v) return true;
+    const int64_t d = v->dim();
+    return usable(*v) && at::isFloatingType(v->scalar_type()) && (d == 1 || (gate && d == 2)) && v->size(d - 1) == channels &&
+        (d == 1 || v->size(0) == x_.size(0));
+  }
+  bool writable(const Optional& v) const { return !v || !((grad_mode_ && v->requires_grad()) || (v->stride(0) == 0 && v->numel() > 1)); }
+  bool counts(const Optional& counter) {
+    return !counter || (usable(*counter) && at::isIntegralType(counter->scalar_type(), false) && counter->numel() == 1);
+  }
+
+  int64_t found() const {
+    if (keys_.has_any(kLazy)) return 0;
+    const bool plain = (x_.is_cpu() || x_.is_cuda()) && !keys_.has_any(kWatched) &&
+        !c10::impl::TorchDispatchModeTLS::any_modes_set() && !at::hasCallbacks() && without_duals();
+    const bool channels_last = !x_.is_contiguous() &&
+        ((x_.dim() == 4 && x_.is_contiguous(at::MemoryFormat::ChannelsLast)) ||
+         (x_.dim() > 2 && x_.stride(1) == 1 && x_.size(1) > 1));
+    return kUniform | (channels_last ? kChannelsLast : 0) | (grad_ ? kNeedsGrad : 0) | (plain ? kPlain : 0);
+  }
+
+ private:
+  const Tensor& x_;
+  const bool grad_mode_ = c10::GradMode::is_enabled();
+  bool grad_ = false;
+  c10::DispatchKeySet keys_ = c10::impl::tls_local_dispatch_key_set().included_;
+};
+
 }  // namespace
 
 int64_t survey(const std::vector<Optional>& tensors, const std::vector<Optional>& vectors,
                const std::vector<Optional>& gates, int64_t running, const Optional& counter) {
   if (tensors.empty() || !tensors[0] || tensors.size() > kMaxTerms) return 0;
-  const Tensor& first = *tensors[0];
-  if (first.dim() < 2 || first.dim() > 5 || !at::isFloatingType(first.scalar_type())) return 0;
-  const bool grad_mode = c10::GradMode::is_enabled();
-  bool grad = false;
-  c10::DispatchKeySet keys = c10::impl::tls_local_dispatch_key_set().included_;
-  auto usable = [&](const Tensor& t) {
-    if (t.unsafeGetTensorImpl()->has_symbolic_sizes_strides() || t.layout() != at::kStrided) return false;
-    grad |= grad_mode && t.requires_grad();
-    keys = keys | t.key_set();
-    return t.device() == first.device();
-  };
+  const Tensor& x = *tensors[0];
+  if (x.dim() < 2 || x.dim() > 5 || !at::isFloatingType(x.scalar_type())) return 0;
+  Surveyor s(x);
   for (const Optional& t : tensors)
-    if (!t || !usable(*t) || t->scalar_type() != first.scalar_type() || t->sizes() != first.sizes()) return 0;
-  auto fits = [&](const Optional& v, bool gate) {
-    if (!v) return true;
-    const int64_t d = v->dim();
-    return usable(*v) && at::isFloatingType(v->scalar_type()) && (d == 1 || (gate && d == 2)) &&
-        v->size(d - 1) == first.size(1) && (d == 1 || v->size(0) == first.size(0));
-  };
+    if (!t || !s.alike(*t, x.sizes())) return 0;
   const auto first_running = static_cast<int64_t>(vectors.size()) - running;
-  for (int64_t i = 0; i < static_cast<int64_t>(vectors.size()); ++i) {
-    const Optional& v = vectors[i];
-    if (!fits(v, false)) return 0;
-    if (v && i >= first_running && ((grad_mode && v->requires_grad()) || (v->stride(0) == 0 && v->numel() > 1))) return 0;
-  }
+  for (int64_t i = 0; i < static_cast<int64_t>(vectors.size()); ++i)
+    if (!s.fits(vectors[i], x.size(1)) || (i >= first_running && !s.writable(vectors[i]))) return 0;
   for (const Optional& v : gates)
-    if (!fits(v, true)) return 0;
-  if (counter && (!usable(*counter) || !at::isIntegralType(counter->scalar_type(), false) || counter->numel() != 1))
-    return 0;
-  if (keys.has_any(kLazy)) return 0;
-  const bool plain = (first.is_cpu() || first.is_cuda()) && !keys.has_any(kWatched) &&
-      !c10::impl::TorchDispatchModeTLS::any_modes_set() && !at::hasCallbacks() && without_duals();
-  const bool channels_last = !first.is_contiguous() &&
-      ((first.dim() == 4 && first.is_contiguous(at::MemoryFormat::ChannelsLast)) ||
-       (first.dim() > 2 && first.stride(1) == 1 && first.size(1) > 1));
-  return kUniform | (channels_last ? kChannelsLast : 0) | (grad ? kNeedsGrad : 0) | (plain ? kPlain : 0);
+    if (!s.fits(v, x.size(1), true)) return 0;
+  return s.counts(counter) ? s.found() : 0;
+}
+
+int64_t survey_block(const Tensor& x, const Optional& shortcut, const std::vector<Tensor>& convs, const std::vector<Optional>& norms,
+                     const Optional& step) {
+  if (x.dim() != 4 || !at::isFloatingType(x.scalar_type())) return 0;
+  if (!(x.is_cpu() || x.is_cuda()) || at::autocast::is_autocast_enabled(x.device().type())) return 0;
+  if (convs.empty() || norms.size() != 5 * convs.size() || x.size(0) * x.size(2) * x.size(3) < 2) return 0;
+  Surveyor s(x);
+  if (!s.usable(x)) return 0;
+  int64_t channels = x.size(1);
+  for (size_t i = 0; i < convs.size(); ++i) {
+    const Tensor& w = convs[i];
+    if (w.dim() != 4 || !s.alike(w, w.sizes()) || w.size(1) != channels || w.size(2) != w.size(3) || w.size(2) % 2 == 0) return 0;
+    channels = w.size(0);
+    const Optional* norm = &norms[5 * i];
+    for (int k = 0; k < 4; ++k)
+      if (!s.fits(norm[k], channels) || (k > 1 && !s.writable(norm[k]))) return 0;
+    if (norm[2].has_value() != norm[3].has_value() || !s.counts(norm[4])) return 0;
+  }
+  if (shortcut ? !s.alike(*shortcut, {x.size(0), channels, x.size(2), x.size(3)}) : channels != x.size(1)) return 0;
+  return s.fits(step, channels) ? s.found() : 0;
 }
 
 }  // namespace rkfast
@@ -73,6 +111,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ kernels for CPU tensors; rkfast/_C.pyi types them.";
   m.def("survey", &rkfast::survey, arg("tensors"), arg("vectors"), arg("gates"),
         arg("running"), arg("counter"));
+  m.def("survey_block", &rkfast::survey_block, arg("x"), arg("shortcut"), arg("convs"), arg("norms"), arg("step"));
   m.def("rk_sum", &rkfast::rk_sum, release(), arg("terms"), arg("coeffs"), arg("steps"), arg("shift"),
         arg("channels_last"), arg("relu"), arg("moments"), arg("mask"), arg("out") = py::none());
   m.def("rk_sum_backward", &rkfast::rk_sum_backward, release(), arg("grad"), arg("mask"), arg("coeffs"), arg("steps"),

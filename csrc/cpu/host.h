@@ -262,6 +262,10 @@ int64_t survey(const std::vector<Optional>& tensors, const std::vector<Optional>
                const std::vector<Optional>& gates,  // [C]; [C] or [N, C]
                int64_t running,                     // so many of the vectors, the last ones, are written
                const Optional& counter);            // as is this integer
+// The same of a residual block, its statistics, where there are any, being written.
+int64_t survey_block(const Tensor& x, const Optional& shortcut, const std::vector<Tensor>& convs,
+                     const std::vector<Optional>& norms,  // weight, bias, running mean and variance, and counter of each
+                     const Optional& step);
 
 // The functions that Python sees: what each returns stands in rkfast/ops/<op>/__init__.py.
 std::vector<Tensor> rk_sum(const std::vector<Tensor>& terms, const std::vector<double>& coeffs,

@@ -19,7 +19,7 @@ MAX_DIMS = 5
 # Bits of what ``survey`` answers, as in csrc/cpu/host.h.
 UNIFORM, CHANNELS_LAST, NEEDS_GRAD, PLAIN = 1, 2, 4, 8
 
-_survey: Callable[..., int] | None = None
+_extension: Any = None
 
 
 def survey(
@@ -35,13 +35,23 @@ def survey(
 
     0 means nothing is known, and the checks are to be asked one by one: they name what is wrong.
     """
-    global _survey
+    return _asked("survey", tensors, vectors, gates, running, counter)
+
+
+def survey_block(x: object, shortcut: object, convs: object, norms: Sequence[object], step: object) -> int:
+    """The same of a residual block that no autocast concerns. norms: weight, bias, running mean and variance, and
+    counter of each, all of which may be None."""
+    return _asked("survey_block", x, shortcut, convs, norms, step)
+
+
+def _asked(question: str, *args: object) -> int:
+    global _extension
     if torch.compiler.is_compiling():
         return 0
-    if _survey is None:
-        _survey = native.cpu().survey if native.cpu_reason() is None else lambda *_: 0
+    if _extension is None:
+        _extension = native.cpu() if native.cpu_reason() is None else False
     try:
-        return _survey(tensors, vectors, gates, running, counter)
+        return getattr(_extension, question)(*args) if _extension else 0
     except TypeError:
         return 0
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, nn, profiler
 
 from rkfast import dispatch, native, ops
 from rkfast.nn.norm import as_norm
-from rkfast.ops import Norm, layout
+from rkfast.ops import Norm, checks, layout
 from rkfast.ops.residual_block import kernel_reason
 from tests.ops.tester import (
     DTYPES,
@@ -388,6 +388,24 @@ def test_why_not() -> None:
         (dict(norms=[]), ValueError, "norms: expected one for each of 2 convolutions, got 0"),
         (dict(norms=[Norm(None, None, None, None), "bn"]), TypeError, r"norms\[1\]: expected a Norm, got str"),
         (dict(norms=[Norm(None, None, None, None, group="0")] * 2), ValueError, r"norms\[0\]\.group"),
+        (dict(convs=[torch.ones(4, 4, 2, 2)] * 2), ValueError, r"convs\[0\]: expected \[k, C, n, n\] with n odd"),
+        (dict(norms=[Norm(None, torch.ones(3), None, None)] * 2), ValueError, r"norms\[0\]\.bias: shape \[3\]"),
+        (dict(norms=[Norm(None, None, torch.ones(4), None)] * 2), ValueError, "come together, or not at all"),
+        (
+            dict(norms=[Norm(None, None, torch.ones(1).expand(4), torch.ones(4))] * 2),
+            ValueError,
+            "running_mean: expand",
+        ),
+        (
+            dict(norms=[Norm(None, None, torch.ones(4), torch.ones(4, requires_grad=True))] * 2),
+            RuntimeError,
+            r"norms\[0\]\.running_var: running statistics are not differentiable",
+        ),
+        (
+            dict(norms=[Norm(None, None, torch.ones(4), torch.ones(4), torch.tensor(0.0))] * 2),
+            TypeError,
+            r"norms\[0\]\.num_batches_tracked: expected an integer tensor",
+        ),
         (dict(x=torch.ones(1, 4, 1, 1)), ValueError, "expected more than 1 value per channel when training"),
         (dict(shortcut=torch.ones(2, 3, 5, 5)), ValueError, r"shortcut: shape \[2, 3, 5, 5\] differs"),
         (dict(shortcut=torch.ones(2, 4, 5, 5).half()), TypeError, "shortcut: dtype torch.float16 differs"),
@@ -405,6 +423,25 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], message: str)
     with pytest.raises(error, match=message):
         ops.residual_block(**{**given, **change})
     assert torch.equal(running[0], torch.zeros(4)) and norm.num_batches_tracked == 0
+
+
+@pytest.mark.skipif(native.cpu_reason() is not None, reason="there are no C++ kernels")
+def test_what_is_usual_is_checked_at_once() -> None:
+    x, convs = torch.randn(2, 4, 5, 5), [torch.randn(4, 4, 3, 3, requires_grad=True)]
+    norm = Norm(torch.ones(4), torch.ones(4), torch.zeros(4), torch.ones(4), torch.tensor(0))
+    vectors = [*norm[:5]]
+    usual = checks.UNIFORM | checks.PLAIN
+    assert checks.survey_block(x, None, convs, vectors, None) == usual | checks.NEEDS_GRAD
+    laid = x.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        assert checks.survey_block(laid, x, convs, vectors, torch.ones(4)) == usual | checks.CHANNELS_LAST
+    with torch.autocast("cpu", torch.bfloat16):
+        assert checks.survey_block(x, None, convs, vectors, None) == 0
+    assert checks.survey_block(torch._neg_view(x), None, convs, vectors, None) == 0
+    assert checks.survey_block(x, None, [torch._neg_view(convs[0].detach())], vectors, None) == 0
+    assert checks.survey_block(x, None, convs, vectors[:4], None) == 0
+    with profiler.profile():
+        assert checks.survey_block(x, None, convs, vectors, None) == checks.UNIFORM | checks.NEEDS_GRAD
 
 
 def test_projection_of_another_width_needs_a_shortcut() -> None:

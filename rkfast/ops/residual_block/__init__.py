@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rkfast import dispatch
 from rkfast.ops import autocast, checks, layout
-from rkfast.ops.channel_moments import moments_dtype, update_running_stats
+from rkfast.ops.channel_moments import moments_dtype, update_running_stats, update_running_stats_op
 from rkfast.ops.channel_moments import reference as plain_moments
 from rkfast.ops.conv import implementations, products
 from rkfast.ops.conv import kernel_reason as conv_reason
@@ -93,12 +93,8 @@ def _count_backward(grad: Shape, x: Shape, outs: Any, mask: Any, convs: Sequence
 
 # norms: of each weight, bias, mean and var, these two None for the batch's. Returns [out], with keep the mask of the
 # ReLU (layout.mask_shape) and the results of the convolutions, and then the mean and variance that were not given.
-_forward = dispatch.register(
-    f"residual_block({_ARGS}) -> Tensor[]",
-    dispatch.Op("residual_block", implementations("rkfast.ops.residual_block", "forward", 0)),
-    _fake,
-    _count,
-)
+_op = dispatch.Op("residual_block", implementations("rkfast.ops.residual_block", "forward", 0))
+_forward = dispatch.register(f"residual_block({_ARGS}) -> Tensor[]", _op, _fake, _count)
 # norms have every mean and var; own: the shortcut is x, and its gradient part of that of x. Returns [dx], [dshortcut],
 # [dstep], each where needed, and of each convolution [dconv] where needed, and dweight and dbias of its norm.
 _backward = dispatch.register(
@@ -112,6 +108,7 @@ _backward = dispatch.register(
 
 
 class _Call(NamedTuple):
+    run: Callable[..., list[Tensor]]
     eps: list[float]
     channels_last: bool
     advance: Callable[[list[Tensor]], None] | None  # the running statistics, by moments
@@ -123,7 +120,7 @@ class _ResidualBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, x: Tensor, shortcut: Tensor | None, step: Tensor | None, *tensors: Any) -> Any:
         convs, norms = _sorted(tensors)
-        out, mask, *found = _forward(x, shortcut, convs, norms, step, call.eps, call.channels_last, True)
+        out, mask, *found = call.run(x, shortcut, convs, norms, step, call.eps, call.channels_last, True)
         outs, vectors = found[: len(convs)], found[len(convs) :]
         if call.advance is not None:
             call.advance(vectors)
@@ -169,6 +166,9 @@ class _ResidualBlock(torch.autograd.Function):
             if d is not None and t is not None and d.dtype != t.dtype:
                 result[i] = d.to(t.dtype)
         return (None, *result)
+
+
+_apply_plain = checks.plain_apply(_ResidualBlock)
 
 
 def _sorted(tensors: Sequence[Any]) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -229,17 +229,26 @@ def residual_block(
         RuntimeError: running statistics require grad; or a backend was asked for that cannot serve this.
     """
     convs, norms = checks.listed(convs, "convs"), checks.listed(norms, "norms")
-    x, shortcut, convs = _checked(x, shortcut, convs, norms, step)
-    step = checks.held(step)
+    seen = _surveyed(x, shortcut, convs, norms, step)
+    if not seen:
+        x, shortcut, convs = _checked(x, shortcut, convs, norms, step)
+        step = checks.held(step)
+    plain = bool(seen & checks.PLAIN)
     tensors = []
     for conv, norm in zip(convs, norms, strict=True):
         statistics = (None, None) if norm.batch else norm[2:4]
         tensors += [conv, *norm[:2], *statistics]
     eps = [norm.eps for norm in norms]
-    channels_last = layout.is_channels_last(x)
+    given = (x, shortcut, step, *tensors)
+    if seen:
+        needs_grad, channels_last = bool(seen & checks.NEEDS_GRAD), bool(seen & checks.CHANNELS_LAST)
+    else:
+        needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+        channels_last = layout.is_channels_last(x)
     count = layout.count(x)
+    update: Any = update_running_stats_op if plain else update_running_stats
 
-    def advance(vectors: list[Tensor], update: Any = update_running_stats) -> None:
+    def advance(vectors: list[Tensor], update: Any = update) -> None:
         at = 0
         for norm in norms:
             if norm.training and norm.running_mean is not None:
@@ -248,27 +257,36 @@ def residual_block(
                 update(mean, var, count, [norm.running_mean], [norm.running_var], counters, norm.momentum)
             at += 2 * norm.batch
 
-    given = (x, shortcut, step, *tensors)
-    if checks.transformed(given):
+    if not plain and checks.transformed(given):
         out, *vectors = reference.composite(x, shortcut, *_sorted(tensors), step, eps)
         out = laid(out, channels_last)
         with torch.no_grad():
             advance(vectors, plain_moments.update_running_stats)
         return out
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
+    run = _op if plain else _forward
+    if needs_grad:
         # Activation checkpointing stops what it computes again at the last tensor that is kept: as in a BatchNorm,
         # statistics move before. A compiler wants nothing changed within a Function.
         within = None if torch.compiler.is_compiling() else advance
-        out, *vectors = _ResidualBlock.apply(
-            _Call(eps, channels_last, within), *checks.distinct((x, shortcut, step, *tensors))
-        )
+        apply = _apply_plain if plain else _ResidualBlock.apply
+        out, *vectors = apply(_Call(run, eps, channels_last, within), *checks.distinct(given))
         if within is not None:
             return out
     else:
-        out, *vectors = _forward(x, shortcut, *_sorted(tensors), step, eps, channels_last, False)
+        out, *vectors = run(x, shortcut, *_sorted(tensors), step, eps, channels_last, False)
     with torch.no_grad():
         advance(vectors)
     return out
+
+
+def _surveyed(x: Any, shortcut: Any, convs: list[Any], norms: list[Any], step: Any) -> int:
+    """What ``checks.survey_block`` says, 0 where the norms are not usual ones."""
+    vectors: list[Any] = []
+    for norm in norms:
+        if type(norm) is not Norm or norm.group or norm.momentum is None:
+            return 0
+        vectors += norm[:5]
+    return checks.survey_block(x, shortcut, convs, vectors, step)
 
 
 def _checked(
