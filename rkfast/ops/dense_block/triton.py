@@ -19,10 +19,11 @@ from rkfast.ops.dense_block.reference import Growth, conv, conv_backward, droppe
 from rkfast.ops.launches import Cut
 from rkfast.ops.rk_sum import triton as rk_sum
 
-# Layers differ in these; one compiled kernel serves them all.
+# Layers differ in these; one compiled kernel serves them all. UNIT tells of the alignment of what is in tiles.
 _jit = functools.partial(
     triton.jit,
     do_not_specialize=["rows", "width", "pitch", "begin0", "size0", "begin1", "size1", "share", "programs"],
+    do_not_specialize_on_alignment=["x", "total", "grad", "out"],
 )
 
 
@@ -61,11 +62,13 @@ class _Plan(NamedTuple):
         return share, triton.cdiv(self.tiles, share)
 
 
-def _plan(kernel: str, buffer: Tensor, g: Growth, width: int) -> _Plan:
+def _plan(kernel: str, buffer: Tensor, g: Growth, *tiled: Tensor) -> _Plan:
+    """tiled: what the kernel reads and writes besides the buffer."""
     (begin0, end0), (begin1, end1) = g.reads
+    width = g.conv1.shape[0]
     channels = buffer.shape[1]
     sizes = (width, channels, begin0, end0 - begin0, begin1, end1 - begin1)
-    unit = kernels.unit_of(buffer.element_size(), *sizes)
+    unit = kernels.unit_of(buffer.element_size(), kernels.begin_of([buffer, *tiled]), *sizes)
     n, *others = (size // unit for size in sizes)
     rows = layout.count(buffer)
     widest = max(end0 - begin0, end1 - begin1)
@@ -144,9 +147,9 @@ def _rows(tile, rows, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _read(x, at, there, center, scale, shift):
+def _read(x, at, there, center, scale, shift, UNIT: tl.constexpr):
     """relu(BN(x)) of a tile, as stored; and the tile itself."""
-    v = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
+    v = tl.load(kernels.tile(x, at, UNIT), mask=there, other=0.0).to(tl.float32)
     return kernels.stored(kernels.relu(kernels.normalise(v, center, scale, shift)), x), v
 
 
@@ -198,7 +201,8 @@ def _bottleneck_kernel(
             channel, column, exists = _columns(block, begin0, size0, begin1, size1, BLOCK_READ, UNIT)
             center, rstd, scale, shift = _fold(mean, var, weight, bias, eps, channel, column, exists, OWN)
             at = row * (pitch * UNIT) + channel[None, :]
-            act, stored = _read(x + start * (pitch * UNIT), at, row_exists & exists[None, :], center, scale, shift)
+            there = row_exists & exists[None, :]
+            act, stored = _read(x + start * (pitch * UNIT), at, there, center, scale, shift, UNIT)
             w = tl.load(
                 conv + (n[None, :] * read + column[:, None]), mask=exists[:, None] & n_exists[None, :], other=0.0
             )
@@ -221,7 +225,7 @@ def _bottleneck_kernel(
         if mean2 is not None:
             center2, rstd2, scale2, shift2 = _fold(mean2, var2, weight2, bias2, eps2, n, n, n_exists, True)
             v = kernels.relu(kernels.normalise(v, center2, scale2, shift2))
-        tl.store(out + start * width + at, v.to(out.dtype.element_ty), mask=there)
+        tl.store(kernels.tile(out + start * width, at, UNIT), v.to(out.dtype.element_ty), mask=there)
 
 
 @_jit
@@ -266,26 +270,27 @@ def _read_backward_kernel(
         there = row_exists & exists[None, :]
         if conv is None:
             at = row * read + column[None, :]
-            g = tl.load(grad + start * read + at, mask=there, other=0.0).to(tl.float32)
+            g = tl.load(kernels.tile(grad + start * read, at, UNIT), mask=there, other=0.0).to(tl.float32)
         else:
             g = tl.zeros((BLOCK_ROWS, BLOCK_READ), tl.float32)
             for n0 in tl.range(0, width, BLOCK_WIDTH, num_stages=STAGES):
                 n = n0 + tl.arange(0, BLOCK_WIDTH)
                 n_exists = n < width
-                at = row * width + n[None, :]
-                d = tl.load(grad + start * width + at, mask=row_exists & n_exists[None, :], other=0.0)
+                at = kernels.tile(grad + start * width, row * width + n[None, :], UNIT)
+                d = tl.load(at, mask=row_exists & n_exists[None, :], other=0.0)
                 w = tl.load(
                     conv + (n[:, None] * read + column[None, :]), mask=n_exists[:, None] & exists[None, :], other=0.0
                 )
                 g = tl.dot(d, w, g, input_precision=PRECISION)
         at = row * (pitch * UNIT) + channel[None, :]
         first = start * (pitch * UNIT)
-        act, v = _read(x + first, at, there, center, scale, shift)
+        act, v = _read(x + first, at, there, center, scale, shift, UNIT)
         g = tl.where((act <= 0) | ~there, 0.0, g)
         s0 += tl.sum(g, 0)
         s1 += tl.sum(g * (v - center), 0)
-        so_far = tl.load(total + first + at, mask=there, other=0.0).to(tl.float32)
-        tl.store(total + first + at, (so_far + scale * g).to(total.dtype.element_ty), mask=there)
+        at = kernels.tile(total + first, at, UNIT)
+        so_far = tl.load(at, mask=there, other=0.0).to(tl.float32)
+        tl.store(at, (so_far + scale * g).to(total.dtype.element_ty), mask=there)
     at = partials + (program.to(tl.int64) * read + column)
     tl.store(at, s0, mask=exists)
     tl.store(at + programs.to(tl.int64) * read, s1, mask=exists)
@@ -369,10 +374,10 @@ def _weight_gradient_kernel(
     last = tl.minimum((program + 1) * share, tl.cdiv(rows, BLOCK_ROWS))
     for tile in tl.range(program * share, last, num_stages=STAGES):
         start, row, row_exists, count = _rows(tile, rows, BLOCK_ROWS)
-        at = row * width + n[None, :]
-        d = tl.load(grad + start * width + at, mask=row_exists & n_exists[None, :], other=0.0)
+        at = kernels.tile(grad + start * width, row * width + n[None, :], UNIT)
+        d = tl.load(at, mask=row_exists & n_exists[None, :], other=0.0)
         at = row * (pitch * UNIT) + channel[None, :]
-        act, v = _read(x + start * (pitch * UNIT), at, row_exists & exists[None, :], center, scale, shift)
+        act, v = _read(x + start * (pitch * UNIT), at, row_exists & exists[None, :], center, scale, shift, UNIT)
         product = tl.dot(tl.trans(d), act.to(x.dtype.element_ty), product, input_precision=PRECISION)
     at = (program.to(tl.int64) * width + n[:, None]) * read + column[None, :]
     tl.store(products + at, product, mask=n_exists[:, None] & exists[None, :])
@@ -417,8 +422,8 @@ class _Block:
     def bottleneck(self, g: Growth, norm: _Norm, norm2: _Norm | None, moments: bool) -> tuple[Tensor, Tensor | None]:
         """(the first convolution, or with norm2 relu(norm2(it)); partial moments [3, tiles, width])."""
         width = g.conv1.shape[0]
-        plan = _plan("bottleneck", self.buffer, g, width)
         out = layout.empty(like(self.buffer, width), True)
+        plan = _plan("bottleneck", self.buffer, g, out)
         share, programs = plan.split(plan.width_blocks)
         partials = self.mean.new_empty((3, plan.tiles, width)) if moments else None
         then = (None, None, None, None, 1.0) if norm2 is None else norm2[:5]
@@ -437,7 +442,7 @@ class _Block:
         """From the gradient of the bottleneck, or else of what was read, back into the slots; the gradients of weight
         and bias. ``left`` is what the BatchNorms leave to be added: slope and offset of each channel."""
         neck = g.conv2 is not None
-        plan = _plan("read_backward", self.buffer, g, g.conv1.shape[0])
+        plan = _plan("read_backward", self.buffer, g, total, grad)
         blocks = plan.column_blocks(plan.blocks.read)
         share, programs = plan.split(blocks)
         partials = self.mean.new_empty((2, programs, sum(plan.sizes)))
@@ -460,7 +465,7 @@ class _Block:
 
     def weight_gradient(self, g: Growth, norm: _Norm, grad: Tensor) -> Tensor:
         """Of the first convolution of a bottleneck."""
-        plan = _plan("weight_gradient", self.buffer, g, g.conv1.shape[0])
+        plan = _plan("weight_gradient", self.buffer, g, grad)
         blocks = plan.column_blocks(plan.blocks.read) * plan.width_blocks
         share, programs = plan.split(4 * blocks)
         products = self.mean.new_empty((programs, g.conv1.shape[0], sum(plan.sizes)))

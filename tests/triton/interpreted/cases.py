@@ -349,6 +349,43 @@ def test_offsets_have_64_bits() -> None:
         assert torch.equal(x.relu() > 0, out == 0)
 
 
+def begun_at(start: int, x: Tensor) -> Tensor:
+    """x in channels_last, so many elements behind an address that 64 divides."""
+    memory = torch.empty(start + x.numel(), dtype=x.dtype)
+    assert memory.data_ptr() % 64 == 0
+    return memory.as_strided(x.shape, layout.strides(x.shape, True), start).copy_(x)
+
+
+@pytest.mark.parametrize("start", (1, 2, 4, 12))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_tensors_begin_anywhere(dtype: torch.dtype, start: int) -> None:
+    """The interpreter's plugin holds the kernels to the alignment that they promise."""
+
+    def call(*starts: int) -> list[list[Tensor]]:
+        torch.manual_seed(0)
+        x, y, grad = (begun_at(start, torch.randn(2, 16, 3, 3).to(dtype)) for start in starts)
+        v = torch.rand(16) + 0.5
+        out, mask, *_ = triton.forward([x, y], [1.0, 0.5], [None, v], None, True, True, False, True)
+        norms, eps = [v, v, None, None] * 2, [1e-5, 1e-5]
+        weights = [torch.ones(8, 16, 1, 1, dtype=dtype)], [torch.randn(16, 8, 3, 3).to(dtype)]
+        dense = (*weights, norms, [], 1.0, [0, 16, 0, 0], [16], eps)
+        buffer, mean, var, *moments, mid = dense_block.forward(x, *dense, 32, [], None, None, True, False, "")
+        buffer, mid, wide = begun_at(starts[0], buffer), begun_at(starts[1], mid), torch.cat([grad, x], 1)
+        return [
+            [out],
+            triton.backward(grad, mask, [1.0, 0.5], [None, v], [y], [0.5], [False], False, True),
+            bn_triton.forward(x, v, v, v, v, [y], [0.5], None, True, True, 1e-5, False, False),
+            bn_triton.backward(grad, x, v, v, v, v, None, None, [0.5], True, True, True, 1e-5, True, True, False),
+            list(moments_triton.forward(x, True)),
+            dense_block.backward(wide, buffer, mean, var, moments, [mid], *dense, 16, [], ""),
+        ]
+
+    for starts in ((start, 0, 0), (0, start, 0), (0, 0, start)):
+        for found, expected in zip(call(*starts), call(0, 0, 0), strict=True):
+            # Sums are taken in another order where tiles are smaller.
+            torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("momentum", (0.1, None, 1.0))
 @pytest.mark.parametrize("count", (0, 1, 50))
 def test_running_statistics(momentum: float | None, count: int) -> None:
