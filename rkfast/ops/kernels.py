@@ -34,7 +34,7 @@ PARTIAL_ROWS = 1024  # read at once by the second stage
 NO_TARGET = {"maxnreg": 255}
 GEOMETRY = ("channels", "length", "chunks", "blocks", "splits", "pieces", "span", "share", "tiles")
 PITCHES = ("pitch", "pitches", "x_pitch", "out_pitch")
-TILED = ("x", "terms", "out", "grad", "dx", "outs")  # read and written by load and store
+TILED = ("x", "terms", "out", "grad", "act", "dx", "outs")  # read and written by load and store
 
 # Alignment is told by UNIT; without this, every new shape could compile again. (A value of 1 is still a constant.)
 jit = functools.partial(

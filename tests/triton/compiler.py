@@ -182,7 +182,8 @@ def most(dtype: torch.dtype, channels_last: bool) -> Launch:
 
 
 def growths(dtype: torch.dtype, shape: tuple[int, ...], growth: int, width: int | None) -> Launch:
-    """Two growths, the second of which reads two ranges; in training, and the forward with frozen statistics."""
+    """Two growths, the second of which reads two ranges: in training, also with frozen statistics and dropout, and
+    afterwards."""
     c = shape[1]
     x = torch.empty(shape, dtype=dtype, device="meta").contiguous(memory_format=torch.channels_last)
     reads, writes = [0, c, 0, 0, 0, c // 2, c, c + growth], [c, c + growth]
@@ -195,20 +196,27 @@ def growths(dtype: torch.dtype, shape: tuple[int, ...], growth: int, width: int 
         vectors: list[torch.Tensor | None] = [torch.empty(channels, device="meta") for _ in range(4)]
         return vectors if own else [*vectors[:2], None, None]
 
+    def kept(channels: int) -> torch.Tensor:
+        return torch.empty((shape[0], channels, *shape[2:]), dtype=torch.bool, device="meta").contiguous(
+            memory_format=torch.channels_last
+        )
+
     def call() -> None:
-        for own in (False, True):
+        for own, trains in ((False, True), (True, True), (True, False)):
             norms: list[torch.Tensor | None] = []
             for r in read:
                 norms += [*norm(r, own), *([] if width is None else norm(width, own))]
             conv1 = [weight(width or growth, r, *((1, 1) if width else (3, 3))) for r in read]
             conv2 = [] if width is None else [weight(growth, width, 3, 3) for _ in read]
             eps = [1e-5] * (len(norms) // 4)
-            common = (conv1, conv2, norms, [], 1.0, reads, writes, eps)
-            buffer, mean, var, *kept = dense_block.forward(
-                x, *common, c + 2 * growth, [], None, None, not own, False, ""
+            dropout = own and trains
+            keeps = [kept(w) for w in ([growth] if width is None else [width, growth]) * 2] if dropout else []
+            common = (conv1, conv2, norms, keeps, 1.0, reads, writes, eps)
+            buffer, mean, var, *found = dense_block.forward(
+                x, *common, c + 2 * growth, [], None, None, trains, False, ""
             )
-            if not own:
-                moments, mids = kept[: 2 * len(conv2)], kept[2 * len(conv2) :]
+            if trains:
+                moments, mids = found[: 2 * len(conv2)], found[2 * len(conv2) :]
                 dense_block.backward(buffer, buffer, mean, var, moments, mids, *common, c, [], "")
 
     return Launch(
