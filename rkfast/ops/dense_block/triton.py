@@ -679,6 +679,20 @@ def _summed(buffer: Tensor, firsts: list[int], channels: int, moments: bool) -> 
     return total
 
 
+def _spread(grad: Tensor, total: Tensor, firsts: list[int]) -> None:
+    """grad into the slots that were added up, 0 into the others; those that adjoin at once."""
+    width, end = grad.shape[1], 0
+    while firsts:
+        run = [first for i, first in enumerate(firsts) if first == firsts[0] + i * width]
+        if run[0] > end:
+            total[:, end : run[0]].zero_()
+        end = run[-1] + width
+        total[:, run[0] : end].unflatten(1, (-1, width)).copy_(grad[:, None])
+        firsts = firsts[len(run) :]
+    if end < total.shape[1]:
+        total[:, end:].zero_()
+
+
 def backward(
     grad: Tensor,
     buffer: Tensor,
@@ -702,12 +716,8 @@ def backward(
         block = _Block(buffer, mean, var, keep_scale, group)
         count = collective.count(layout.count(buffer), mean, group)
         total = layout.empty(buffer, True)
-        if summed and [0, *summed] == list(range(0, buffer.shape[1], inputs)):
-            total.unflatten(1, (-1, inputs)).copy_(grad[:, None])
-        elif summed:
-            total.zero_()
-            for first in (0, *summed):
-                total[:, first : first + inputs] = grad
+        if summed:
+            _spread(grad, total, [0, *summed])
         else:
             total.copy_(grad)
         left = (torch.zeros_like(mean), torch.zeros_like(mean))
