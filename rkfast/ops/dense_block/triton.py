@@ -562,13 +562,16 @@ class _Block:
         plan = _plan("weight_gradient", self.buffer, g, *incoming.tiled)
         blocks = plan.column_blocks(plan.blocks.read) * plan.width_blocks
         share, programs = plan.split(4 * blocks)
-        products = self.mean.new_empty((programs, g.conv1.shape[0], sum(plan.sizes)))
+        products = self.mean.new_empty((programs, *g.conv1.shape[:2]))
         self._launch(
             _weight_gradient_kernel, plan, blocks * programs,
             *incoming, self.buffer, *norm[:5], products, plan.rows, plan.width, plan.pitch, *plan.ranges, share,
             OWN=norm.own, PRECISION=self.precision,
         )  # fmt: skip
-        return torch.empty_like(g.conv1).copy_(products.sum(0).view(g.conv1.shape))
+        dconv = torch.empty_like(g.conv1)
+        out = _matrix(dconv)  # dconv itself, unless its channels are not innermost
+        rk_sum.add_up(products.flatten(1), out.view(-1))
+        return dconv if out.data_ptr() == dconv.data_ptr() else dconv.copy_(out.view(g.conv1.shape))
 
     def finished(self, slot: slice, total: Tensor, left: tuple[Tensor, Tensor], count: Tensor) -> Tensor:
         """The gradient of a slot, all of whose readers are done: total + slope * (x - mean) + offset. In a group these
