@@ -390,6 +390,21 @@ def test_tensors_begin_anywhere(dtype: torch.dtype, start: int) -> None:
             torch.testing.assert_close(found, expected)
 
 
+def test_gradients_lie_as_weights_do() -> None:
+    x, v = torch.randn(2, 16, 3, 3), torch.rand(16) + 0.5
+    turned = torch.randn(16, 8).t()[..., None, None]
+
+    def gradient(conv1: Tensor) -> Tensor:
+        rest = [torch.ones(4, 8, 3, 3)], [v, v, None, None, v[:8], v[:8], None, None], [], 1.0, [0, 16, 0, 0], [16]
+        dense = ([conv1], *rest, [1e-5, 1e-5])
+        buffer, mean, var, *moments, mid = dense_block.forward(x, *dense, 20, [], None, None, True, False, "")
+        return dense_block.backward(buffer, buffer, mean, var, moments, [mid], *dense, 16, [], "")[1]
+
+    found = gradient(turned)
+    assert found.stride() == turned.stride() == (1, 8, 1, 1)
+    assert torch.equal(found, gradient(turned.contiguous()))
+
+
 @pytest.mark.parametrize("momentum", (0.1, None, 1.0))
 @pytest.mark.parametrize("count", (0, 1, 50))
 def test_running_statistics(momentum: float | None, count: int) -> None:
