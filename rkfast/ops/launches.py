@@ -23,8 +23,8 @@ UNTUNED = {
     # Its loop over the width reads a few vectors besides; to have them and the next tiles in flight takes too many
     # registers.
     ("read_backward", 2): Cut(128, 64, 64, 8, 1),
-    ("read_backward", 4): Cut(64, 64, 32, 8, 1),
-    ("weight_gradient", 2): Cut(64, 128, 128, 8, 2),
+    ("read_backward", 4): Cut(128, 64, 32, 8, 1),
+    ("weight_gradient", 2): Cut(64, 128, 64, 8, 2),
     ("weight_gradient", 4): Cut(32, 128, 64, 8, 2),
 }
 """By kernel and bytes of an element, what compiles without spills everywhere."""

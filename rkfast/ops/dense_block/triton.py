@@ -1,5 +1,6 @@
 """dense_block in Triton: 1x1 products that normalise what they read and take the moments of what they write, and the
-passes back through BatchNorm and ReLU into the slots. The 3x3 convolutions are PyTorch's."""
+passes back through BatchNorm and ReLU into the slots, which take the second BatchNorm's as they read. The 3x3
+convolutions are PyTorch's."""
 
 from __future__ import annotations
 
