@@ -5,7 +5,8 @@ positions of one sample. channels_last: rows are positions, columns are channels
 reductions run along it, and what is per channel lies along the other one. A program owns one block of channels and a
 run of tiles of one group: the whole batch, or one sample where a factor differs from sample to sample.
 
-Lengths and pitches reach the kernels in units of UNIT elements, which tells the compiler that it may load UNIT at once.
+Lengths and pitches reach the kernels in units of UNIT elements, and tensors begin at multiples of them, so that the
+compiler may load UNIT at once: from a slot of a buffer, too, which seldom begins at the 16 bytes that Triton looks for.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,11 +33,12 @@ PARTIAL_ROWS = 1024  # read at once by the second stage
 # For those of which ptxas, left alone, spills a register or two in order to fit more warps.
 NO_TARGET = {"maxnreg": 255}
 GEOMETRY = ("channels", "length", "chunks", "blocks", "splits", "pieces", "span", "share", "tiles")
-PITCHES = ("pitch", "x_pitch", "out_pitch")
+PITCHES = ("pitch", "pitches", "x_pitch", "out_pitch")
+TILED = ("x", "terms", "out", "grad", "act", "dx", "outs")  # read and written by load and store
 
 # Alignment is told by UNIT; without this, every new shape could compile again. (A value of 1 is still a constant.)
 jit = functools.partial(
-    triton.jit, do_not_specialize_on_alignment=[*GEOMETRY, *PITCHES], do_not_specialize=["rows", "every"]
+    triton.jit, do_not_specialize_on_alignment=[*GEOMETRY, *PITCHES, *TILED], do_not_specialize=["rows", "every"]
 )
 
 
@@ -76,6 +78,7 @@ class View(NamedTuple):
     positions: int
     channels_last: bool
     pitches: tuple[int, ...]  # between samples (contiguous) or positions (channels_last)
+    begin: int = THREAD_BYTES  # divides every address
 
     def tiling(
         self,
@@ -88,7 +91,7 @@ class View(NamedTuple):
     ) -> Tiling:
         """operands: tensors read and written; vectors: per channel; sums: kept for each element of a tile."""
         row = self.channels if self.channels_last else self.positions
-        unit = unit_of(itemsize, row, *self.pitches)
+        unit = unit_of(itemsize, self.begin, row, *self.pitches)
         per_thread = THREAD_BYTES // itemsize
         held = (sums + vectors * self.channels_last) * max(1, itemsize // 4)  # registers
         while held * per_thread > MOST_HELD and per_thread > 1:
@@ -110,12 +113,13 @@ def view(tensors: Sequence[Tensor], channels_last: bool, per_channel: bool, mask
         channels_last = True
     pitches = tuple(layout.pitches(t, channels_last)[channels_last] for t in tensors)
     row, dense = (c, c) if channels_last else (p, c * p)
+    begin = begin_of(tensors)
     if not per_channel and not (mask and row % 8):
         if all(pitch == dense for pitch in pitches):
-            return View(1, 1, n * c * p, False, (n * c * p,) * len(pitches))
+            return View(1, 1, n * c * p, False, (n * c * p,) * len(pitches), begin)
         if not channels_last:
-            return View(n, 1, c * p, False, pitches)
-    return View(n, c, p, channels_last, pitches)
+            return View(n, 1, c * p, False, pitches, begin)
+    return View(n, c, p, channels_last, pitches, begin)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -189,9 +193,14 @@ def _width(length: int, least: int, most: int) -> int:
     return next((width for width in widths if 8 * padded[width] <= 9 * length), min(padded, key=lambda w: padded[w]))
 
 
-def unit_of(itemsize: int, *sizes: int) -> int:
-    """Elements that a thread may load at once where rows have these sizes."""
-    return math.gcd(THREAD_BYTES // itemsize, *sizes)
+def begin_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes at whose multiples all of them begin: THREAD_BYTES, unless some lie in between, as slots do."""
+    return math.gcd(THREAD_BYTES, *(t.data_ptr() for t in tensors))
+
+
+def unit_of(itemsize: int, begin: int, *sizes: int) -> int:
+    """Elements that a thread may load at once where rows have these sizes and tensors begin at multiples of begin."""
+    return math.gcd(THREAD_BYTES // itemsize, max(1, begin // itemsize), *sizes)
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -325,13 +334,21 @@ def factor(coeff, step, gate, group, c, channels, AXIS: tl.constexpr, WIDE: tl.c
 
 
 @triton.jit
+def tile(x, at, UNIT: tl.constexpr):
+    """Pointers to x [at], of which the compiler may take each UNIT at once."""
+    BYTES: tl.constexpr = UNIT * (x.dtype.element_ty.primitive_bitwidth // 8)
+    # Bytes; and of a sum taken in another function it would forget them.
+    return tl.multiple_of(x + at, [1, BYTES])
+
+
+@triton.jit
 def load(x, pitch, major, minor, exists, UNIT: tl.constexpr, WIDE: tl.constexpr):
-    return tl.load(x + (major * pitch * UNIT + minor), mask=exists, other=0.0).to(WIDE)
+    return tl.load(tile(x, major * pitch * UNIT + minor, UNIT), mask=exists, other=0.0).to(WIDE)
 
 
 @triton.jit
 def store(out, pitch, v, major, minor, exists, UNIT: tl.constexpr):
-    tl.store(out + (major * pitch * UNIT + minor), v.to(out.dtype.element_ty), mask=exists)
+    tl.store(tile(out, major * pitch * UNIT + minor, UNIT), v.to(out.dtype.element_ty), mask=exists)
 
 
 @triton.jit

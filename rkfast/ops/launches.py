@@ -17,7 +17,17 @@ class Cut(NamedTuple):
 
 SMALLEST = 16  # side that the tensor cores take
 NARROW = 8  # bytes; what loads fewer at once keeps an address for each
-UNTUNED = {2: Cut(128, 128, 64, 8, 2), 4: Cut(64, 128, 32, 8, 2)}  # by bytes of an element
+UNTUNED = {
+    ("bottleneck", 2): Cut(128, 128, 64, 8, 2),
+    ("bottleneck", 4): Cut(64, 128, 32, 8, 2),
+    # Its loop over the width reads a few vectors besides; to have them and the next tiles in flight takes too many
+    # registers.
+    ("read_backward", 2): Cut(128, 64, 64, 8, 1),
+    ("read_backward", 4): Cut(128, 64, 32, 8, 1),
+    ("weight_gradient", 2): Cut(64, 128, 64, 8, 2),
+    ("weight_gradient", 4): Cut(32, 128, 64, 8, 2),
+}
+"""By kernel and bytes of an element, what compiles without spills everywhere."""
 GPUS = ("A100", "H100", "H200")
 TUNED: dict[tuple[str, str, int], Cut] = {}
 """By GPU, kernel and bytes of an element, what was measured to be fastest there; nothing has been measured yet."""
@@ -31,12 +41,12 @@ def gpu(name: str) -> str:
 def cut(kernel: str, device: str, itemsize: int, unit: int, rows: int, width: int, read: int) -> Cut:
     """For a product of these sizes on the device of this name: no side is longer than its size.
 
-    unit: elements that a thread may load at once; what loads few keeps an address for each, and has registers for tiles
-    of half the rows and half of what is read.
+    unit: elements that a thread may load at once; what loads half of NARROW keeps twice the addresses, and has
+    registers for tiles of half the rows and half of what is read.
     """
-    most = TUNED.get((gpu(device), kernel, itemsize), UNTUNED[itemsize])
-    if unit * itemsize < NARROW:
-        most = most._replace(rows=most.rows // 2, read=most.read // 2)
+    most = TUNED.get((gpu(device), kernel, itemsize), UNTUNED[kernel, itemsize])
+    shrink = max(1, NARROW // (unit * itemsize))
+    most = most._replace(rows=most.rows // shrink, read=most.read // shrink)
     sides = (_side(limit, size) for limit, size in zip(most, (rows, width, read), strict=False))
     found = most._replace(**dict(zip(("rows", "width", "read"), sides, strict=True)))
     # A small tile is the work of few warps.

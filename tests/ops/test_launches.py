@@ -49,7 +49,7 @@ def test_what_was_tuned_is_taken_on_its_device(monkeypatch: pytest.MonkeyPatch) 
         ("bottleneck", "NVIDIA H100", 2),
         ("bottleneck", "NVIDIA H200", 4),
     ):
-        assert launches.cut(kernel, device, itemsize, 8, *sizes) == launches.UNTUNED[itemsize]
+        assert launches.cut(kernel, device, itemsize, 8, *sizes) == launches.UNTUNED[kernel, itemsize]
 
 
 def test_names_are_those_of_kernels() -> None:
@@ -59,7 +59,7 @@ def test_names_are_those_of_kernels() -> None:
 
 @pytest.mark.parametrize(
     ("itemsize", "unit", "rows", "read"),
-    ((2, 8, 128, 64), (2, 4, 128, 64), (2, 2, 64, 32), (4, 2, 64, 32), (4, 1, 32, 16)),
+    ((2, 8, 128, 64), (2, 4, 128, 64), (2, 2, 64, 32), (2, 1, 32, 16), (4, 2, 64, 32), (4, 1, 32, 16)),
 )
 def test_narrow_loads_take_smaller_tiles(itemsize: int, unit: int, rows: int, read: int) -> None:
     found = launches.cut("bottleneck", "", itemsize, unit, 65536, 150, 600)

@@ -8,6 +8,7 @@ prints a line per compiled kernel. Must run without TRITON_INTERPRET.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import subprocess
 import sys
@@ -118,19 +119,18 @@ class Launch(NamedTuple):
 
     name: str
     call: Callable[[], Any]
-    wide: bool  # rows divide into units of 16 bytes, and so should the accesses
+    bytes: int  # that a thread may load and store at once; 0 where none are asked for
 
 
-def launches(dtype: torch.dtype, shape: tuple[int, ...], channels_last: bool, sliced: bool = False) -> list[Launch]:
-    """Every kernel on tensors of this kind; nothing is read or written, so that meta tensors do."""
+def launches(dtype: torch.dtype, shape: tuple[int, ...], channels_last: bool, slots: int = 1) -> list[Launch]:
+    """Every kernel on the last of so many slots; nothing is read or written, so that meta tensors do."""
     n, c, h, w = shape
-    extra = 16 if sliced else 0
     memory = torch.channels_last if channels_last else torch.contiguous_format
-    buffer = torch.empty((n, c + extra, h, w), dtype=dtype, device="meta", memory_format=memory)
-    x = buffer[:, extra // 2 : c + extra // 2]
+    buffer = torch.empty((n, c * slots, h, w), dtype=dtype, device="meta", memory_format=memory)
+    x = buffer[:, c * (slots - 1) :]
     vector, gate = torch.empty(c, device="meta"), torch.empty(n, c, device="meta")
     row = c if channels_last else h * w
-    wide = row * dtype.itemsize % 16 == 0
+    at_once = math.gcd(row * dtype.itemsize, 16)
 
     def sums() -> None:
         rk_sum.forward([x] * 4, [1.0, 0.5, 0.25, 0.3], [None] * 4, None, channels_last, False, False, False)
@@ -164,7 +164,7 @@ def launches(dtype: torch.dtype, shape: tuple[int, ...], channels_last: bool, sl
             x, x, vector, vector, vector, vector, gate, None, [], channels_last, True, False, 1e-5, True, True, True
         )
 
-    return [Launch(f.__name__, f, wide) for f in (sums, steps, gates, norm, join, frozen)]
+    return [Launch(f.__name__, f, at_once) for f in (sums, steps, gates, norm, join, frozen)]
 
 
 def most(dtype: torch.dtype, channels_last: bool) -> Launch:
@@ -178,11 +178,12 @@ def most(dtype: torch.dtype, channels_last: bool) -> Launch:
         _, mask, *_ = rk_sum.forward([x] * 16, coeffs, steps, vector, channels_last, True, True, True)
         rk_sum.backward(x, mask, coeffs, steps, [x] * 16, coeffs, [False] * 16, True, channels_last)
 
-    return Launch("sixteen", call, False)
+    return Launch("sixteen", call, 0)
 
 
 def growths(dtype: torch.dtype, shape: tuple[int, ...], growth: int, width: int | None) -> Launch:
-    """Two growths, the second of which reads two ranges; in training, and the forward with frozen statistics."""
+    """Two growths, the second of which reads two ranges: in training, also with frozen statistics and dropout, and
+    afterwards."""
     c = shape[1]
     x = torch.empty(shape, dtype=dtype, device="meta").contiguous(memory_format=torch.channels_last)
     reads, writes = [0, c, 0, 0, 0, c // 2, c, c + growth], [c, c + growth]
@@ -195,26 +196,33 @@ def growths(dtype: torch.dtype, shape: tuple[int, ...], growth: int, width: int 
         vectors: list[torch.Tensor | None] = [torch.empty(channels, device="meta") for _ in range(4)]
         return vectors if own else [*vectors[:2], None, None]
 
+    def kept(channels: int) -> torch.Tensor:
+        return torch.empty((shape[0], channels, *shape[2:]), dtype=torch.bool, device="meta").contiguous(
+            memory_format=torch.channels_last
+        )
+
     def call() -> None:
-        for own in (False, True):
+        for own, trains in ((False, True), (True, True), (True, False)):
             norms: list[torch.Tensor | None] = []
             for r in read:
                 norms += [*norm(r, own), *([] if width is None else norm(width, own))]
             conv1 = [weight(width or growth, r, *((1, 1) if width else (3, 3))) for r in read]
             conv2 = [] if width is None else [weight(growth, width, 3, 3) for _ in read]
             eps = [1e-5] * (len(norms) // 4)
-            common = (conv1, conv2, norms, [], 1.0, reads, writes, eps)
-            buffer, mean, var, *kept = dense_block.forward(
-                x, *common, c + 2 * growth, [], None, None, not own, False, ""
+            dropout = own and trains
+            keeps = [kept(w) for w in ([growth] if width is None else [width, growth]) * 2] if dropout else []
+            common = (conv1, conv2, norms, keeps, 1.0, reads, writes, eps)
+            buffer, mean, var, *found = dense_block.forward(
+                x, *common, c + 2 * growth, [], None, None, trains, False, ""
             )
-            if not own:
-                moments, mids = kept[: 2 * len(conv2)], kept[2 * len(conv2) :]
+            if trains:
+                moments, mids = found[: 2 * len(conv2)], found[2 * len(conv2) :]
                 dense_block.backward(buffer, buffer, mean, var, moments, mids, *common, c, [], "")
 
     return Launch(
         "growths" if width is None else "bottlenecks",
         call,
-        (c // 2) * dtype.itemsize % 16 == growth * dtype.itemsize % 16 == 0,
+        math.gcd((c // 2) * dtype.itemsize, growth * dtype.itemsize, 16),
     )
 
 
@@ -226,7 +234,7 @@ def running() -> Launch:
         for momentum in (0.1, None):
             channel_moments.update_running_stats(vectors[0], vectors[0], 100, vectors, vectors, counters, momentum)
 
-    return Launch("running", call, False)
+    return Launch("running", call, 0)
 
 
 def table(targets: list[int]) -> Iterator[str]:

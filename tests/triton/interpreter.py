@@ -1,8 +1,9 @@
 """A pytest plugin (-p tests.triton.interpreter) that makes Triton's interpreter fit to test with.
 
 Its casts from float32 to bfloat16 cut bits off, where a GPU rounds to nearest even; its products of bfloat16 multiply
-their bits; and it prepares triton.language for
-every call of a device function again, which takes most of its time. Needs TRITON_INTERPRET=1.
+their bits; it ignores what kernels promise of their pointers, where a GPU ends the process if that is not so; and it
+prepares triton.language for every call of a device function again, which takes most of its time. Needs
+TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -47,5 +48,16 @@ interpreter.InterpreterBuilder.create_dot = create_dot
 # Prepared once and for all.
 interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
 interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
+
+
+def multiple_of(pointers: Any, values: Any) -> Any:
+    """Each run of as many elements as are promised to lie in one piece must begin where it is promised to."""
+    promised = int(getattr(values[-1], "value", values[-1]))
+    addresses = pointers.handle.data[..., :: promised * 8 // pointers.dtype.element_ty.primitive_bitwidth]
+    assert not (addresses % np.uint64(promised)).any(), f"pointers are no multiples of {promised} bytes"
+    return pointers
+
+
+tl.multiple_of = multiple_of
 # Lanes that are masked off compute with zeros.
 np.seterr(divide="ignore", invalid="ignore", over="ignore")

@@ -41,9 +41,8 @@ MIDDLE = """
 
 Of all specialisations that these steps ask for, compiled ahead of time: least and most registers of a thread, bytes
 of shared memory, share of a multiprocessor's warps that run at once, and bytes that a thread loads and stores at once
-where that is widest. None spills, products use tensor cores, and those that stream
-load 16 bytes at once where rows divide into 16: at 36 and 150 channels they do not, and what begins at any of these
-channels of a buffer is loaded and stored one by one.
+where that is widest. None spills, products use tensor cores, and activations are loaded and stored 16 bytes at once
+where the channels of all slots divide into them: at 36 channels it is 8, and at 150 it is 4.
 
 | kernel | sm | specialisations | warps | registers | shared | occupancy | loads | stores |
 |---|--:|--:|--:|--:|--:|--:|--:|--:|
@@ -96,8 +95,10 @@ def wrong(one: Specialisation) -> list[str]:
         faults.append(f"takes {kernel.shared} bytes of shared memory, more than half of what there is")
     if multiplies and not kernel.tensor_cores:
         faults.append("multiplies without tensor cores")
-    if name in STREAMS and unit * torch.bfloat16.itemsize == 16 and 16 not in kernel.accesses("ld"):
-        faults.append(f"loads {sorted(kernel.accesses('ld'))} bytes at once, where 16 are possible")
+    least = unit * torch.bfloat16.itemsize
+    loads, stores = kernel.accesses("ld"), kernel.accesses("st")
+    if name in STREAMS | PRODUCTS and (max(loads) < least or 2 in (loads | stores) - {least}):
+        faults.append(f"loads {sorted(loads)} and stores {sorted(stores)} bytes at once, where {least} are possible")
     return [f"{one.op}: {name} on sm_{kernel.cc}: {fault}" for fault in faults]
 
 

@@ -104,7 +104,7 @@ class Counted(TorchDispatchMode):
 
     def add(self, kernel: str, tensors: list[Any], moved: int | None = None) -> None:
         given = [t for t in tensors if isinstance(t, Tensor)]
-        large = any(t.dim() == 4 and t.shape[0] == self.batch and t.shape[3] not in (1, 3) for t in given)
+        large = any(t.dim() >= 4 and t.shape[0] == self.batch and t.shape[-1] not in (1, 3) for t in given)
         self.launches.append(Launch(kernel, _once(given) if moved is None else moved, large))
 
     def run(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **constants: Any) -> None:

@@ -193,6 +193,7 @@ def _backward_kernel(
     projections,  # [rows, C] or None: sums of g' * x_hat
     slope,  # [C] or None
     offset,  # [C] or None
+    act,  # [N, C, ...] or None: relu(BN(x)), where that is recomputed
     dx,  # [N, C, ...] or None
     outs,  # tuple of [N, C, ...]
     out_pitch,
@@ -233,7 +234,10 @@ def _backward_kernel(
         if mask is not None:
             g = tl.where(kernels.unpack(tl.load(mask + at, mask=bytes_exist, other=0), ROWS, COLS), g, 0.0)
         elif RECOMPUTE:
-            g = tl.where(kernels.stored(kernels.normalise(v, center, scale, shift), x) <= 0, 0.0, g)
+            normed = kernels.stored(kernels.normalise(v, center, scale, shift), x)
+            g = tl.where(normed <= 0, 0.0, g)
+            if act is not None:
+                kernels.store(act, out_pitch, kernels.relu(normed), major, minor, exists, UNIT)
         if sums is not None:
             s0 += g
             s1 += tl.where(exists, g * (v - center), 0.0)
@@ -315,7 +319,9 @@ def backward(
     need_x: bool,
     need_affine: bool,
     need_step: bool,
+    act: Tensor | None = None,
 ) -> list[Tensor]:
+    """act: where relu(BN(x)) is written as well, dense; of a ReLU without mask and step, by the pass that sums."""
     if x.numel() == 0:
         return reference.backward(
             grad, x, weight, bias, mean, var, step, mask, coeffs, channels_last, relu, batch_stats, eps, need_x,
@@ -335,6 +341,8 @@ def backward(
     def launch(reduces: bool, writes: bool, slope: Tensor | None = None, offset: Tensor | None = None) -> list[Tensor]:
         reads_x = reduces or recompute or slope is not None
         written = [*([] if dx is None else [dx]), *outs] if writes else []
+        remade = act if reduces else None
+        written += [] if remade is None else [remade]
         per_channel = reads_x or (writes and need_x)
         view = kernels.view([grad, x if reads_x else grad, *written], channels_last, per_channel, mask is not None)
         tiling = view.tiling(
@@ -359,6 +367,7 @@ def backward(
             *(partials or (None, None)),
             slope,
             offset,
+            remade,
             dx if writes else None,
             tuple(outs) if writes else (),
             pitches[0] if written else 0,

@@ -253,11 +253,15 @@ def backward(
         return [dx, *(t for gradients in reversed(found) for t in gradients)]
 
 
-def conv_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def conv_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, need_x: bool = True, need_weight: bool = True
+) -> tuple[Tensor, Tensor]:
     pad = weight.shape[2] // 2
     dx, dweight, _ = torch.ops.aten.convolution_backward(
         grad.contiguous(memory_format=torch.channels_last), x, weight, None,
-        [1, 1], [pad, pad], [1, 1], False, [0, 0], 1, [True, True, False],
+        [1, 1], [pad, pad], [1, 1], False, [0, 0], 1, [need_x, need_weight, False],
     )  # fmt: skip
     # As the operator promises: strided as the weight is.
-    return dx, dweight if dweight.stride() == weight.stride() else torch.empty_like(weight).copy_(dweight)
+    if need_weight and dweight.stride() != weight.stride():
+        dweight = torch.empty_like(weight).copy_(dweight)
+    return dx, dweight

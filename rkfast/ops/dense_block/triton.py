@@ -1,5 +1,6 @@
 """dense_block in Triton: 1x1 products that normalise what they read and take the moments of what they write, and the
-passes back through BatchNorm and ReLU into the slots. The 3x3 convolutions are PyTorch's."""
+passes back through BatchNorm and ReLU into the slots, which take the second BatchNorm's as they read. The 3x3
+convolutions are PyTorch's."""
 
 from __future__ import annotations
 
@@ -19,10 +20,11 @@ from rkfast.ops.dense_block.reference import Growth, conv, conv_backward, droppe
 from rkfast.ops.launches import Cut
 from rkfast.ops.rk_sum import triton as rk_sum
 
-# Layers differ in these; one compiled kernel serves them all.
+# Layers differ in these; one compiled kernel serves them all. UNIT tells of the alignment of what is in tiles.
 _jit = functools.partial(
     triton.jit,
     do_not_specialize=["rows", "width", "pitch", "begin0", "size0", "begin1", "size1", "share", "programs"],
+    do_not_specialize_on_alignment=["x", "total", "grad", "mid", "out"],
 )
 
 
@@ -61,11 +63,13 @@ class _Plan(NamedTuple):
         return share, triton.cdiv(self.tiles, share)
 
 
-def _plan(kernel: str, buffer: Tensor, g: Growth, width: int) -> _Plan:
+def _plan(kernel: str, buffer: Tensor, g: Growth, *tiled: Tensor) -> _Plan:
+    """tiled: what the kernel reads and writes besides the buffer."""
     (begin0, end0), (begin1, end1) = g.reads
+    width = g.conv1.shape[0]
     channels = buffer.shape[1]
     sizes = (width, channels, begin0, end0 - begin0, begin1, end1 - begin1)
-    unit = kernels.unit_of(buffer.element_size(), *sizes)
+    unit = kernels.unit_of(buffer.element_size(), kernels.begin_of([buffer, *tiled]), *sizes)
     n, *others = (size // unit for size in sizes)
     rows = layout.count(buffer)
     widest = max(end0 - begin0, end1 - begin1)
@@ -107,6 +111,28 @@ def _norm(norm: Any, mean: Tensor, var: Tensor, eps: float) -> _Norm:
     return _Norm(own_mean, own_var, weight, bias, eps, True)
 
 
+class _Incoming(NamedTuple):
+    """The gradient of relu(BN2(dropout(product))), and what leads from there to that of the product, in the order of
+    the kernels' arguments."""
+
+    grad: Tensor
+    mid: Tensor | None = None  # dropout(product)
+    mean: Tensor | None = None
+    var: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float = 1.0
+    dweight: Tensor | None = None  # over all that count counts
+    dbias: Tensor | None = None
+    count: float = 1.0
+    keep: Tensor | None = None
+    keep_scale: float = 1.0
+
+    @property
+    def tiled(self) -> list[Tensor]:
+        return [t for t in self[:2] if t is not None]
+
+
 @triton.jit
 def _columns(block, begin0, size0, begin1, size1, BLOCK: tl.constexpr, UNIT: tl.constexpr):
     """The channels in the buffer of a block of what is read, their columns among that, and which of them exist. A block
@@ -144,10 +170,37 @@ def _rows(tile, rows, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _read(x, at, there, center, scale, shift):
+def _read(x, at, there, center, scale, shift, UNIT: tl.constexpr):
     """relu(BN(x)) of a tile, as stored; and the tile itself."""
-    v = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
+    v = tl.load(kernels.tile(x, at, UNIT), mask=there, other=0.0).to(tl.float32)
     return kernels.stored(kernels.relu(kernels.normalise(v, center, scale, shift)), x), v
+
+
+@triton.jit
+def _fold_backward(mean, var, weight, bias, eps, dweight, dbias, count, n, exists):
+    """_fold, and (slope, offset) of what the moments' dependence on x adds: slope * (x - mean) + offset."""
+    center, rstd, scale, shift = _fold(mean, var, weight, bias, eps, n, n, exists, True)
+    if dweight is None:
+        return center, scale, shift, None, None
+    else:
+        left = -scale / count
+        slope = left * (rstd * tl.load(dweight + n, mask=exists, other=0.0))[None, :]
+        return center, scale, shift, slope, left * tl.load(dbias + n, mask=exists, other=0.0)[None, :]
+
+
+@triton.jit
+def _product_gradient(
+    grad, mid, keep, keep_scale, start, at, there, center, scale, shift, slope, offset, UNIT: tl.constexpr
+):  # fmt: skip
+    """A tile of the gradient of the product, from that of relu(BN2(dropout(product)))."""
+    act, v = _read(mid + start, at, there, center, scale, shift, UNIT)
+    g = tl.load(kernels.tile(grad + start, at, UNIT), mask=there, other=0.0).to(tl.float32)
+    d = scale * tl.where(act <= 0, 0.0, g)
+    if slope is not None:
+        d += slope * (v - center) + offset
+    if keep is not None:
+        d = tl.where(tl.load(keep + start + at, mask=there, other=0) != 0, d * keep_scale, 0.0)
+    return tl.where(there, d, 0.0).to(grad.dtype.element_ty)
 
 
 @_jit
@@ -198,7 +251,8 @@ def _bottleneck_kernel(
             channel, column, exists = _columns(block, begin0, size0, begin1, size1, BLOCK_READ, UNIT)
             center, rstd, scale, shift = _fold(mean, var, weight, bias, eps, channel, column, exists, OWN)
             at = row * (pitch * UNIT) + channel[None, :]
-            act, stored = _read(x + start * (pitch * UNIT), at, row_exists & exists[None, :], center, scale, shift)
+            there = row_exists & exists[None, :]
+            act, stored = _read(x + start * (pitch * UNIT), at, there, center, scale, shift, UNIT)
             w = tl.load(
                 conv + (n[None, :] * read + column[:, None]), mask=exists[:, None] & n_exists[None, :], other=0.0
             )
@@ -221,12 +275,23 @@ def _bottleneck_kernel(
         if mean2 is not None:
             center2, rstd2, scale2, shift2 = _fold(mean2, var2, weight2, bias2, eps2, n, n, n_exists, True)
             v = kernels.relu(kernels.normalise(v, center2, scale2, shift2))
-        tl.store(out + start * width + at, v.to(out.dtype.element_ty), mask=there)
+        tl.store(kernels.tile(out + start * width, at, UNIT), v.to(out.dtype.element_ty), mask=there)
 
 
 @_jit
 def _read_backward_kernel(
-    grad,  # [rows, width], of the product; without conv [rows, read], of relu(BN(x))
+    grad,  # [rows, width], of relu(BN2(dropout(product))); without conv [rows, read], of relu(BN(x))
+    mid,  # [rows, width], dropout(product); what follows is None without conv
+    mean2,  # [width]
+    var2,
+    weight2,  # [width] or None
+    bias2,
+    eps2,
+    dweight2,  # [width], over all that count counts; None where mean2 and var2 are no moments
+    dbias2,
+    count,
+    keep,  # [rows, width] or None
+    keep_scale,
     conv,  # [width, read] or None
     x,  # [rows, channels], channels at pitch
     total,  # like x: what the readers of the slots add up to
@@ -262,30 +327,36 @@ def _read_backward_kernel(
     s0 = tl.zeros((BLOCK_READ,), tl.float32)
     s1 = tl.zeros((BLOCK_READ,), tl.float32)
     for tile in range(program * share, tl.minimum((program + 1) * share, tl.cdiv(rows, BLOCK_ROWS))):
-        start, row, row_exists, count = _rows(tile, rows, BLOCK_ROWS)
+        start, row, row_exists, _ = _rows(tile, rows, BLOCK_ROWS)
         there = row_exists & exists[None, :]
         if conv is None:
             at = row * read + column[None, :]
-            g = tl.load(grad + start * read + at, mask=there, other=0.0).to(tl.float32)
+            g = tl.load(kernels.tile(grad + start * read, at, UNIT), mask=there, other=0.0).to(tl.float32)
         else:
             g = tl.zeros((BLOCK_ROWS, BLOCK_READ), tl.float32)
             for n0 in tl.range(0, width, BLOCK_WIDTH, num_stages=STAGES):
                 n = n0 + tl.arange(0, BLOCK_WIDTH)
                 n_exists = n < width
-                at = row * width + n[None, :]
-                d = tl.load(grad + start * width + at, mask=row_exists & n_exists[None, :], other=0.0)
+                center2, scale2, shift2, slope2, offset2 = _fold_backward(
+                    mean2, var2, weight2, bias2, eps2, dweight2, dbias2, count, n, n_exists
+                )
+                d = _product_gradient(
+                    grad, mid, keep, keep_scale, start * width, row * width + n[None, :],
+                    row_exists & n_exists[None, :], center2, scale2, shift2, slope2, offset2, UNIT,
+                )  # fmt: skip
                 w = tl.load(
                     conv + (n[:, None] * read + column[None, :]), mask=n_exists[:, None] & exists[None, :], other=0.0
                 )
                 g = tl.dot(d, w, g, input_precision=PRECISION)
         at = row * (pitch * UNIT) + channel[None, :]
         first = start * (pitch * UNIT)
-        act, v = _read(x + first, at, there, center, scale, shift)
+        act, v = _read(x + first, at, there, center, scale, shift, UNIT)
         g = tl.where((act <= 0) | ~there, 0.0, g)
         s0 += tl.sum(g, 0)
         s1 += tl.sum(g * (v - center), 0)
-        so_far = tl.load(total + first + at, mask=there, other=0.0).to(tl.float32)
-        tl.store(total + first + at, (so_far + scale * g).to(total.dtype.element_ty), mask=there)
+        at = kernels.tile(total + first, at, UNIT)
+        so_far = tl.load(at, mask=there, other=0.0).to(tl.float32)
+        tl.store(at, (so_far + scale * g).to(total.dtype.element_ty), mask=there)
     at = partials + (program.to(tl.int64) * read + column)
     tl.store(at, s0, mask=exists)
     tl.store(at + programs.to(tl.int64) * read, s1, mask=exists)
@@ -331,7 +402,18 @@ def _deferred_kernel(
 
 @_jit
 def _weight_gradient_kernel(
-    grad,  # [rows, width]
+    grad,  # [rows, width], of relu(BN2(dropout(product)))
+    mid,  # [rows, width], dropout(product)
+    mean2,  # [width]
+    var2,
+    weight2,  # [width] or None
+    bias2,
+    eps2,
+    dweight2,  # [width], over all that count counts; None where mean2 and var2 are no moments
+    dbias2,
+    count,
+    keep,  # [rows, width] or None
+    keep_scale,
     x,  # [rows, channels], channels at pitch
     mean,  # [channels], or [read] with OWN
     var,
@@ -365,14 +447,19 @@ def _weight_gradient_kernel(
     n_exists = n < width
     channel, column, exists = _columns(block // width_blocks, begin0, size0, begin1, size1, BLOCK_READ, UNIT)
     center, rstd, scale, shift = _fold(mean, var, weight, bias, eps, channel, column, exists, OWN)
+    center2, scale2, shift2, slope2, offset2 = _fold_backward(
+        mean2, var2, weight2, bias2, eps2, dweight2, dbias2, count, n, n_exists
+    )
     product = tl.zeros((BLOCK_WIDTH, BLOCK_READ), tl.float32)
     last = tl.minimum((program + 1) * share, tl.cdiv(rows, BLOCK_ROWS))
     for tile in tl.range(program * share, last, num_stages=STAGES):
-        start, row, row_exists, count = _rows(tile, rows, BLOCK_ROWS)
-        at = row * width + n[None, :]
-        d = tl.load(grad + start * width + at, mask=row_exists & n_exists[None, :], other=0.0)
+        start, row, row_exists, _ = _rows(tile, rows, BLOCK_ROWS)
+        d = _product_gradient(
+            grad, mid, keep, keep_scale, start * width, row * width + n[None, :], row_exists & n_exists[None, :],
+            center2, scale2, shift2, slope2, offset2, UNIT,
+        )  # fmt: skip
         at = row * (pitch * UNIT) + channel[None, :]
-        act, v = _read(x + start * (pitch * UNIT), at, row_exists & exists[None, :], center, scale, shift)
+        act, v = _read(x + start * (pitch * UNIT), at, row_exists & exists[None, :], center, scale, shift, UNIT)
         product = tl.dot(tl.trans(d), act.to(x.dtype.element_ty), product, input_precision=PRECISION)
     at = (program.to(tl.int64) * width + n[:, None]) * read + column[None, :]
     tl.store(products + at, product, mask=n_exists[:, None] & exists[None, :])
@@ -417,8 +504,8 @@ class _Block:
     def bottleneck(self, g: Growth, norm: _Norm, norm2: _Norm | None, moments: bool) -> tuple[Tensor, Tensor | None]:
         """(the first convolution, or with norm2 relu(norm2(it)); partial moments [3, tiles, width])."""
         width = g.conv1.shape[0]
-        plan = _plan("bottleneck", self.buffer, g, width)
         out = layout.empty(like(self.buffer, width), True)
+        plan = _plan("bottleneck", self.buffer, g, out)
         share, programs = plan.split(plan.width_blocks)
         partials = self.mean.new_empty((3, plan.tiles, width)) if moments else None
         then = (None, None, None, None, 1.0) if norm2 is None else norm2[:5]
@@ -431,20 +518,33 @@ class _Block:
         )  # fmt: skip
         return out, partials
 
+    def incoming(
+        self, g: Growth, norm2: _Norm, grad: Tensor, mid: Tensor, gradients: tuple[Tensor, Tensor], count: Tensor
+    ) -> _Incoming:
+        """gradients: of weight and bias of the second norm, by this process."""
+        left: tuple[Tensor | None, Tensor | None] = (None, None) if norm2.own else gradients
+        values = float(layout.count(mid))
+        if self.group and not norm2.own:
+            dweight, dbias = (collective.total(torch.stack(gradients), self.group) / count).to(self.mean.dtype)
+            left, values = (dweight, dbias), 1.0
+        keep = None if g.keep1 is None else g.keep1.view(torch.uint8)
+        mean, var, weight, bias, eps, _ = norm2
+        return _Incoming(grad, mid, mean, var, weight, bias, eps, *left, values, keep, self.keep_scale)
+
     def read_backward(
-        self, g: Growth, norm: _Norm, grad: Tensor, total: Tensor, left: tuple[Tensor, Tensor]
+        self, g: Growth, norm: _Norm, incoming: _Incoming, total: Tensor, left: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """From the gradient of the bottleneck, or else of what was read, back into the slots; the gradients of weight
-        and bias. ``left`` is what the BatchNorms leave to be added: slope and offset of each channel."""
-        neck = g.conv2 is not None
-        plan = _plan("read_backward", self.buffer, g, g.conv1.shape[0])
+        """From the gradient behind the bottleneck, or else of what was read, back into the slots; the gradients of
+        weight and bias. ``left`` is what the BatchNorms leave to be added: slope and offset of each channel."""
+        neck = incoming.mid is not None
+        plan = _plan("read_backward", self.buffer, g, total, *incoming.tiled)
         blocks = plan.column_blocks(plan.blocks.read)
         share, programs = plan.split(blocks)
         partials = self.mean.new_empty((2, programs, sum(plan.sizes)))
         self._launch(
             _read_backward_kernel, plan, blocks * programs,
-            grad, _matrix(g.conv1) if neck else None, self.buffer, total, *norm[:5], partials, plan.rows, plan.width,
-            plan.pitch, *plan.ranges, share, programs,
+            *incoming, _matrix(g.conv1) if neck else None, self.buffer, total, *norm[:5], partials, plan.rows,
+            plan.width, plan.pitch, *plan.ranges, share, programs,
             OWN=norm.own, PRECISION=self.precision,
         )  # fmt: skip
         dweight, dbias = (self.mean.new_empty(sum(plan.sizes)) for _ in range(2))
@@ -458,18 +558,21 @@ class _Block:
             )  # fmt: skip
         return dweight, dbias
 
-    def weight_gradient(self, g: Growth, norm: _Norm, grad: Tensor) -> Tensor:
+    def weight_gradient(self, g: Growth, norm: _Norm, incoming: _Incoming) -> Tensor:
         """Of the first convolution of a bottleneck."""
-        plan = _plan("weight_gradient", self.buffer, g, g.conv1.shape[0])
+        plan = _plan("weight_gradient", self.buffer, g, *incoming.tiled)
         blocks = plan.column_blocks(plan.blocks.read) * plan.width_blocks
         share, programs = plan.split(4 * blocks)
-        products = self.mean.new_empty((programs, g.conv1.shape[0], sum(plan.sizes)))
+        products = self.mean.new_empty((programs, *g.conv1.shape[:2]))
         self._launch(
             _weight_gradient_kernel, plan, blocks * programs,
-            grad, self.buffer, *norm[:5], products, plan.rows, plan.width, plan.pitch, *plan.ranges, share,
+            *incoming, self.buffer, *norm[:5], products, plan.rows, plan.width, plan.pitch, *plan.ranges, share,
             OWN=norm.own, PRECISION=self.precision,
         )  # fmt: skip
-        return torch.empty_like(g.conv1).copy_(products.sum(0).view(g.conv1.shape))
+        dconv = torch.empty_like(g.conv1)
+        out = _matrix(dconv)  # dconv itself, unless its channels are not innermost
+        rk_sum.add_up(products.flatten(1), out.view(-1))
+        return dconv if out.data_ptr() == dconv.data_ptr() else dconv.copy_(out.view(g.conv1.shape))
 
     def finished(self, slot: slice, total: Tensor, left: tuple[Tensor, Tensor], count: Tensor) -> Tensor:
         """The gradient of a slot, all of whose readers are done: total + slope * (x - mean) + offset. In a group these
@@ -580,6 +683,20 @@ def _summed(buffer: Tensor, firsts: list[int], channels: int, moments: bool) -> 
     return total
 
 
+def _spread(grad: Tensor, total: Tensor, firsts: list[int]) -> None:
+    """grad into the slots that were added up, 0 into the others; those that adjoin at once."""
+    width, end = grad.shape[1], 0
+    while firsts:
+        run = [first for i, first in enumerate(firsts) if first == firsts[0] + i * width]
+        if run[0] > end:
+            total[:, end : run[0]].zero_()
+        end = run[-1] + width
+        total[:, run[0] : end].unflatten(1, (-1, width)).copy_(grad[:, None])
+        firsts = firsts[len(run) :]
+    if end < total.shape[1]:
+        total[:, end:].zero_()
+
+
 def backward(
     grad: Tensor,
     buffer: Tensor,
@@ -603,12 +720,8 @@ def backward(
         block = _Block(buffer, mean, var, keep_scale, group)
         count = collective.count(layout.count(buffer), mean, group)
         total = layout.empty(buffer, True)
-        if summed and [0, *summed] == list(range(0, buffer.shape[1], inputs)):
-            total.unflatten(1, (-1, inputs)).copy_(grad[:, None])
-        elif summed:
-            total.zero_()
-            for first in (0, *summed):
-                total[:, first : first + inputs] = grad
+        if summed:
+            _spread(grad, total, [0, *summed])
         else:
             total.copy_(grad)
         left = (torch.zeros_like(mean), torch.zeros_like(mean))
@@ -621,26 +734,23 @@ def backward(
             if g.conv2 is None:
                 d = dropped(d, g.keep1, keep_scale)
                 d, dconv1 = conv_backward(d, block.read(g, norm), g.conv1)
-                dweight, dbias = block.read_backward(g, norm, _dense(d), total, left)
+                dweight, dbias = block.read_backward(g, norm, _Incoming(_dense(d)), total, left)
             else:
                 d = dropped(d, g.keep2, keep_scale)
                 mid = mids[i] if mids else block.bottleneck(g, norm, None, False)[0]
                 mean2, var2 = mid_moments[2 * i : 2 * i + 2]
                 norm2 = _norm(g.norm2, mean2, var2, g.eps2)
-                d, dconv2 = conv_backward(d, _normalised(mid, norm2, (mean2, var2)), g.conv2)
-                d, dweight2, dbias2 = bn_rk_sum.backward(
-                    d, mid, norm2.weight, norm2.bias, mean2, var2, None, None, [], True, True,
-                    not norm2.own and not group, norm2.eps, True, True, False,
+                dact = _dense(conv_backward(d, mid, g.conv2, need_weight=False)[0])
+                act = layout.empty(mid, True)
+                dweight2, dbias2 = bn_rk_sum.backward(
+                    dact, mid, norm2.weight, norm2.bias, mean2, var2, None, None, [], True, True, False, norm2.eps,
+                    False, True, False, act,
                 )  # fmt: skip
-                if group and not norm2.own:
-                    terms = collective.mean_terms(norm2.weight, var2, norm2.eps, dweight2, dbias2, count, group)
-                    d = bn_rk_sum.forward(
-                        mid, *terms, mean2, torch.zeros_like(mean2), [d], [1.0], None, True, False, 1.0, False, False
-                    )[0]  # fmt: skip
+                dconv2 = conv_backward(d, act, g.conv2, need_x=False)[1]
+                incoming = block.incoming(g, norm2, dact, mid, (dweight2, dbias2), count)
                 second = [dconv2, dweight2, dbias2]
-                d = _dense(dropped(d, g.keep1, keep_scale))
-                dconv1 = block.weight_gradient(g, norm, d)
-                dweight, dbias = block.read_backward(g, norm, d, total, left)
+                dconv1 = block.weight_gradient(g, norm, incoming)
+                dweight, dbias = block.read_backward(g, norm, incoming, total, left)
             found.append([dconv1, dweight, dbias, *second])
         dx = block.finished(slice(0, inputs), total, left, count)
         return [dx, *(t for gradients in reversed(found) for t in gradients)]

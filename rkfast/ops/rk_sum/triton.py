@@ -228,6 +228,11 @@ def _sums_kernel(
         tl.store(outs[i] + group * channels + c, kernels.scalar_of(coeffs[i], WIDE) * total, mask=c < channels)
 
 
+def add_up(partials: Tensor, out: Tensor) -> None:
+    """The sums over the rows of partials [rows, C] -> out [C], of any dtype."""
+    kernels.reduce(_sums_kernel, partials, 1, *partials.shape, (partials,), (out,), (1.0,))
+
+
 def backward(
     grad: Tensor,
     mask: Tensor | None,

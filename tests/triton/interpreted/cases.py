@@ -245,6 +245,10 @@ def bn_rk_sum(name: str, dtype: torch.dtype, shape: tuple[int, ...], how: str) -
         size = [absolute(double(v)) for v in (grad, apart, weight, bias, zero, var, step)]
         magnitudes = bn_reference.backward(*size, mask, *options)
         assert [t.dtype for t in ours] == [t.dtype for t in same]
+        if relu and not masked and step is None:
+            again = torch.empty_like(out)
+            bn_triton.backward(*common, None, *options, again)
+            assert torch.equal(again, out)
         for i in range(len(ours)):
             if i < need_x or i >= len(ours) - len(coeffs):
                 assert ours[i].stride() == same[i].stride()
@@ -349,6 +353,58 @@ def test_offsets_have_64_bits() -> None:
         assert torch.equal(x.relu() > 0, out == 0)
 
 
+def begun_at(start: int, x: Tensor) -> Tensor:
+    """x in channels_last, so many elements behind an address that 64 divides."""
+    memory = torch.empty(start + x.numel(), dtype=x.dtype)
+    assert memory.data_ptr() % 64 == 0
+    return memory.as_strided(x.shape, layout.strides(x.shape, True), start).copy_(x)
+
+
+@pytest.mark.parametrize("start", (1, 2, 4, 12))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_tensors_begin_anywhere(dtype: torch.dtype, start: int) -> None:
+    """The interpreter's plugin holds the kernels to the alignment that they promise."""
+
+    def call(*starts: int) -> list[list[Tensor]]:
+        torch.manual_seed(0)
+        x, y, grad = (begun_at(start, torch.randn(2, 16, 3, 3).to(dtype)) for start in starts)
+        v = torch.rand(16) + 0.5
+        out, mask, *_ = triton.forward([x, y], [1.0, 0.5], [None, v], None, True, True, False, True)
+        norms, eps = [v, v, None, None] * 2, [1e-5, 1e-5]
+        weights = [torch.ones(8, 16, 1, 1, dtype=dtype)], [torch.randn(16, 8, 3, 3).to(dtype)]
+        dense = (*weights, norms, [], 1.0, [0, 16, 0, 0], [16], eps)
+        buffer, mean, var, *moments, mid = dense_block.forward(x, *dense, 32, [], None, None, True, False, "")
+        buffer, mid, wide = begun_at(starts[0], buffer), begun_at(starts[1], mid), torch.cat([grad, x], 1)
+        return [
+            [out],
+            triton.backward(grad, mask, [1.0, 0.5], [None, v], [y], [0.5], [False], False, True),
+            bn_triton.forward(x, v, v, v, v, [y], [0.5], None, True, True, 1e-5, False, False),
+            bn_triton.backward(grad, x, v, v, v, v, None, None, [0.5], True, True, True, 1e-5, True, True, False),
+            list(moments_triton.forward(x, True)),
+            dense_block.backward(wide, buffer, mean, var, moments, [mid], *dense, 16, [], ""),
+        ]
+
+    for starts in ((start, 0, 0), (0, start, 0), (0, 0, start)):
+        for found, expected in zip(call(*starts), call(0, 0, 0), strict=True):
+            # Sums are taken in another order where tiles are smaller.
+            torch.testing.assert_close(found, expected)
+
+
+def test_gradients_lie_as_weights_do() -> None:
+    x, v = torch.randn(2, 16, 3, 3), torch.rand(16) + 0.5
+    turned = torch.randn(16, 8).t()[..., None, None]
+
+    def gradient(conv1: Tensor) -> Tensor:
+        rest = [torch.ones(4, 8, 3, 3)], [v, v, None, None, v[:8], v[:8], None, None], [], 1.0, [0, 16, 0, 0], [16]
+        dense = ([conv1], *rest, [1e-5, 1e-5])
+        buffer, mean, var, *moments, mid = dense_block.forward(x, *dense, 20, [], None, None, True, False, "")
+        return dense_block.backward(buffer, buffer, mean, var, moments, [mid], *dense, 16, [], "")[1]
+
+    found = gradient(turned)
+    assert found.stride() == turned.stride() == (1, 8, 1, 1)
+    assert torch.equal(found, gradient(turned.contiguous()))
+
+
 @pytest.mark.parametrize("momentum", (0.1, None, 1.0))
 @pytest.mark.parametrize("count", (0, 1, 50))
 def test_running_statistics(momentum: float | None, count: int) -> None:
@@ -377,7 +433,7 @@ def test_running_statistics(momentum: float | None, count: int) -> None:
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products of several tiles: all rows in one program's loop, or each tile in a program of its own."""
     small = launches.Cut(16, 16, 16, 4, 2)
-    monkeypatch.setattr(launches, "UNTUNED", {2: small, 4: small})
+    monkeypatch.setattr(launches, "UNTUNED", dict.fromkeys(launches.UNTUNED, small))
     monkeypatch.setattr(dense_block, "_PROGRAMS", 1 if request.param == "few programs" else 1 << 20)
     monkeypatch.setattr(kernels, "PARTIAL_ROWS", 2)
 
