@@ -28,7 +28,6 @@ from rkfast.train import engine, log
 from rkfast.train.recipes import Recipe, overridden, recipe
 
 from . import machine, report
-from .train import leave
 
 RECIPES = ("digits/erknet", "digits/irknet", "digits/tsc_resnet", "digits/ho_resnet")
 SIDES = (("auto", 0), ("off", 0), ("off", 1))  # fused, seed
@@ -145,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             document["rows"] += found
             document["compared"].append(compared(*found))
     document["load"][1] = machine.load()
-    leave(document, markdown(document), args.json, args.markdown)
+    report.leave(document, markdown(document), args.json, args.markdown)
     return 0
 
 

@@ -129,6 +129,16 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
     beside.replace(path)
 
 
+def leave(document: dict[str, Any], table: str, json_path: Path | None, markdown_path: Path | None) -> None:
+    """What was measured, printed and in the files that were asked for."""
+    print(table)
+    if json_path is not None:
+        write_json(json_path, document)
+    if markdown_path is not None:
+        markdown_path.parent.mkdir(parents=True, exist_ok=True)
+        markdown_path.write_text(table)
+
+
 def write_csv(path: Path, document: dict[str, Any]) -> None:
     peers = peer_names(document["rows"])
     path.parent.mkdir(parents=True, exist_ok=True)

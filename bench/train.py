@@ -120,16 +120,6 @@ def markdown(document: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def leave(document: dict[str, Any], table: str, json: Path | None, markdown: Path | None) -> None:
-    """What was measured, printed and in the files that were asked for."""
-    print(table)
-    if json is not None:
-        report.write_json(json, document)
-    if markdown is not None:
-        markdown.parent.mkdir(parents=True, exist_ok=True)
-        markdown.write_text(table)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench/train.py", description=__doc__)
     add = parser.add_argument
@@ -148,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         one = overridden(recipe(name), epochs=args.epochs + WARM)
         document["rows"] += [measured(one, fused, device) for fused in args.fused]
     document["load"][1] = machine.load()
-    leave(document, markdown(document), args.json, args.markdown)
+    report.leave(document, markdown(document), args.json, args.markdown)
     return 0
 
 

@@ -129,8 +129,8 @@ class WeightGradient {
 
   template <typename Load>
   void by_parts(const Load& load, Slot<const float> grad, Taps out) const {
-    // Of few channels, to transpose would take as long as to multiply.
-    const bool narrow = std::max(channels_, outputs_) <= 64;
+    constexpr int64_t kNarrow = 64;  // channels of which to transpose would take as long as to multiply
+    const bool narrow = std::max(channels_, outputs_) <= kNarrow;
     Aligned<float> sums(parts_ * 16 * size_);
     at::parallel_for(0, parts_, 1, [&](int64_t from, int64_t to) {
       const int64_t each = s_.together(2 * parts_), most = each * s_.tiles();
@@ -148,11 +148,11 @@ class WeightGradient {
           for (int q = 0; q < 16; ++q) {
             if (narrow) {
               outer_products({g + q * plane, x + q * read, tiles, outputs_, channels_, sum + q * size_});
-              continue;
+            } else {
+              transpose_rows({{g + q * plane, outputs_}, tiles, outputs_, {turned, most}});
+              at::native::cpublas::brgemm(outputs_, channels_, tiles, most, channels_, channels_, true, turned,
+                                          x + q * read, sum + q * size_);
             }
-            transpose_rows({{g + q * plane, outputs_}, tiles, outputs_, {turned, most}});
-            at::native::cpublas::brgemm(outputs_, channels_, tiles, most, channels_, channels_, true, turned, x + q * read,
-                                        sum + q * size_);
           }
         }
       }

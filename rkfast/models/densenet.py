@@ -20,6 +20,7 @@ from rkfast.nn import DenseBlock, Transition
 from rkfast.nn.chain import chain
 from rkfast.nn.dense import NormLayer
 from rkfast.nn.norm import recomputed
+from rkfast.nn.pool import global_average
 
 # name: growth rate, layers of each block, channels of the stem
 IMAGENET = {
@@ -143,7 +144,7 @@ class DenseNet(ImageModel):
 
     def forward_head(self, features: Tensor | list[Tensor], pre_logits: bool = False) -> Tensor:
         assert isinstance(features, Tensor)
-        pooled = features.mean((2, 3))
+        pooled = global_average(features)
         return pooled if pre_logits else self.classifier(pooled)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

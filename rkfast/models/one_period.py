@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from rkfast.models.base import ImageModel
 from rkfast.nn import batch_norm_relu
 from rkfast.nn.norm import reads_moments
+from rkfast.nn.pool import global_average
 
 
 class OnePeriodNet(ImageModel):
@@ -45,5 +46,5 @@ class OnePeriodNet(ImageModel):
 
     def forward_head(self, features: Tensor | list[Tensor], pre_logits: bool = False) -> Tensor:
         assert isinstance(features, Tensor)
-        pooled = features.mean((2, 3))
+        pooled = global_average(features)
         return pooled if pre_logits else self.fc(pooled)

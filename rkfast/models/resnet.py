@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from rkfast.models.base import MAX_LAYERS, Family, ImageModel, common, flag, one_of, whole
 from rkfast.nn import BasicBlock, Bottleneck, PadShortcut, Projection
-from rkfast.nn.residual import max_pool, norm_relu
+from rkfast.nn.pool import global_average, max_pool
+from rkfast.nn.residual import norm_relu
 from rkfast.ops import checks, layout
 
 # layers: block, how many in each stage
@@ -113,7 +114,7 @@ class ResNet(ImageModel):
 
     def forward_head(self, features: Tensor | list[Tensor], pre_logits: bool = False) -> Tensor:
         assert isinstance(features, Tensor)
-        pooled = features.mean((2, 3))
+        pooled = global_average(features)
         return pooled if pre_logits else self.fc(pooled)
 
 

@@ -16,8 +16,9 @@ from rkfast.nn.alike import alike
 from rkfast.nn.branch import slope, takes_moments
 from rkfast.nn.form import Form, children, form_of, present, sample
 from rkfast.nn.norm import hooked
-from rkfast.nn.step import asks_for_moments, weighted_sum, with_moments
+from rkfast.nn.step import Readers, asks_for_moments, with_moments
 from rkfast.ops import Moments
+from rkfast.ops.rk_sum import can_share
 from rkfast.tableau import Tableau
 
 MAX_STEP = 64
@@ -178,15 +179,15 @@ class Restacked(Period):
         own = form == _OWN
         acts = [getattr(block, form.activation) if form.activation else None for block in blocks]
         fused = blocks[0].fused if own else True
-        x = y, moments
-        slopes: list[Tensor] = []
+        rows = (*a, b)
+        readers = Readers(y, [1.0] * len(rows), rows, share=fused and can_share())
         for i, block in enumerate(blocks):
             if any(a[i]):
-                x = _sum(y, slopes, a[i], acts[i - 1], fused, _takes_moments(block))
-            elif i:
-                x = y, moments
-            slopes.append(slope(block.branches[0], x[0], x[1] if fused else None) if own else _f(form, block, x[0]))
-        return _sum(y, slopes, b, acts[-1], fused, return_moments)
+                x = _sum(readers, a[i], acts[i - 1], fused, _takes_moments(block))
+            else:
+                x = readers.y(), moments
+            readers.append(slope(block.branches[0], x[0], x[1] if fused else None) if own else _f(form, block, x[0]))
+        return _sum(readers, b, acts[-1], fused, return_moments)
 
     def staged(self) -> Iterator[nn.Module]:
         """The blocks that are not called, only their layers."""
@@ -204,11 +205,11 @@ class Restacked(Period):
 
 
 def _sum(
-    y: Tensor, slopes: Sequence[Tensor], weights: Sequence[float], act: nn.Module | None, fused: bool, moments: bool
+    readers: Readers, weights: Sequence[float], act: nn.Module | None, fused: bool, moments: bool
 ) -> tuple[Tensor, Moments | None]:
-    """``act(y + sum_j weights[j] * slopes[j])``."""
+    """``act(y + sum_j weights[j] * k_j)``."""
     relu = type(act) is nn.ReLU and not hooked(act)
-    total, found = weighted_sum(y, slopes, weights, relu=relu, fused=fused, return_moments=moments and act is None)
+    total, found = readers.sum(weights, relu=relu, fused=fused, return_moments=moments and act is None)
     return (total if act is None or relu else act(total)), found
 
 

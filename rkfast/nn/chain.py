@@ -16,7 +16,7 @@ from rkfast.nn.norm import (
     reads_moments,
     takes_relu,
 )
-from rkfast.nn.residual import max_pool
+from rkfast.nn.pool import max_pool
 from rkfast.nn.step import asks_for_moments, with_moments
 from rkfast.ops import Moments
 

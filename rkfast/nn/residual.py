@@ -25,6 +25,7 @@ from rkfast.nn.norm import (
     takes_relu,
     whole_residual,
 )
+from rkfast.nn.pool import global_average
 from rkfast.ops import Moments, channel_moments, rk_sum
 from rkfast.ops.channel_moments import moments_dtype
 
@@ -46,7 +47,7 @@ class SqueezeExcite(nn.Module):
         self.fc2 = nn.Conv2d(max(channels // reduction, 1), channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.gate(x.mean((2, 3)))[:, :, None, None]
+        return x * self.gate(global_average(x))[:, :, None, None]
 
     def gate(self, mean: Tensor) -> Tensor:
         """The factor [N, C] from the mean of x over H and W, Tensor [N, C]."""
@@ -381,42 +382,3 @@ def _normed_mean(norm: nn.Module, x: Tensor, moments: Moments | None) -> tuple[T
     mean, var = mean.to(dtype), var.to(dtype)
     pooled = _NormedMean.apply(x, given.weight, given.bias, mean, var, given.training, given.eps)
     return pooled, moments
-
-
-class _MaxPool(torch.autograd.Function):
-    """nn.MaxPool2d, which keeps all of its input for the backward to know its size."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, *window: Any) -> tuple[Tensor, Tensor]:
-        return F.max_pool2d_with_indices(x, *window)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, *ctx.window = inputs
-        ctx.given = (x.shape, x.stride())
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output[1])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: Any) -> Any:
-        if grad is None:
-            return (None,) * 6
-        (indices,) = ctx.saved_tensors
-        shape, strides = ctx.given
-        like = grad.new_empty_strided(shape, strides)
-        *window, ceil_mode = ctx.window
-        pairs = [[v, v] if isinstance(v, int) else list(v) for v in window]
-        dx = torch.ops.aten.max_pool2d_with_indices_backward(grad, like, *pairs, ceil_mode, indices)
-        return (dx, None, None, None, None, None)
-
-
-def max_pool(pool: nn.Module, x: Tensor, *, fused: bool) -> Tensor:
-    """``pool(x)``, which where pool is an nn.MaxPool2d without hooks keeps where the maxima are, and nothing else."""
-    if not fused or type(pool) is not nn.MaxPool2d or hooked(pool) or pool.return_indices:
-        return pool(x)
-    if not (torch.is_grad_enabled() and x.requires_grad):  # nothing is kept, and Dynamo would not take the function
-        return pool(x)
-    return _MaxPool.apply(x, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)[0]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from rkfast import tableau as tableaux
 from rkfast.nn.norm import hooked
 from rkfast.ops import Moments, rk_sum
 from rkfast.ops.channel_moments import moments_dtype
-from rkfast.ops.checks import MAX_TERMS, real
+from rkfast.ops.checks import MAX_TERMS, autocasts, real
+from rkfast.ops.rk_sum import can_share, shared, shared_sum
 from rkfast.tableau import Tableau
 
 LEARNABLE = ("a", "b", "h")
@@ -117,6 +119,10 @@ class RKStep(nn.Module):
         # Row i of a, and after the last the weights b; as they are, and times a step size that is one float.
         self.rows = self._table()
         self.scaled = self._table(self.step) if isinstance(self.step, float) else self.rows
+        # What y has in each row.
+        self.own = [1.0] * len(self.rows)
+        if variant == "paper":
+            self.own = [*(sum(row) for row in self.rows[:-1]), _PRINTED[tableau.name]]
         # b - b^, of an adaptive step
         pair = zip(tableau.b, tableau.b_embedded or tableau.b, strict=True)
         self.differences = tuple(float(b + -1 * e) for b, e in pair)
@@ -134,11 +140,13 @@ class RKStep(nn.Module):
     ) -> tuple[Tensor, Moments | None]:
         """The step, taking y's moments if they are known, and leaving those of y' if asked for (and fused)."""
         h = self._step_size(y)
+        share = self.fused and self.learned is None and self.tol is None and isinstance(h, float) and can_share()
+        readers = Readers(y, self.own, self.scaled, share)
         slopes: list[Tensor] = []  # k_1, k_2, ...
         for i in range(self.tableau.stages):
             branch = self.branches[i % len(self.branches)]
             reader = self.reads_moments(i)
-            x, x_moments = self._sum(i, y, slopes, h, return_moments=reader) if i else (y, moments)
+            x, x_moments = self._sum(i, readers, h, return_moments=reader) if i else (readers.y(), moments)
             k = branch(x, x_moments) if reader and x_moments is not None else branch(x)
             if k.shape != y.shape:
                 raise ValueError(
@@ -146,9 +154,10 @@ class RKStep(nn.Module):
                     "expected a branch that keeps the shape"
                 )
             slopes.append(k)
+            readers.append(k)
         if self.tol is not None:
             h = self._adapted(slopes, h)
-        return self._sum(len(slopes), y, slopes, h, return_moments=return_moments)
+        return self._sum(len(slopes), readers, h, return_moments=return_moments)
 
     def set_step(self, step: float) -> None:
         """Take ``step`` as h from now on, any finite number.
@@ -218,7 +227,7 @@ class RKStep(nn.Module):
         return h
 
     def _sum(
-        self, i: int, y: Tensor, slopes: list[Tensor], h: float | Tensor, *, return_moments: bool
+        self, i: int, readers: Readers, h: float | Tensor, *, return_moments: bool
     ) -> tuple[Tensor, Moments | None]:
         """What stage i (from 0) reads, or after the last the result: row i of all k."""
         last = i == self.tableau.stages
@@ -231,12 +240,13 @@ class RKStep(nn.Module):
             weights = self.rows[i]
         else:
             weights, h = self.scaled[i], 1.0
-        own = 1.0
-        if self.variant == "paper":
-            own = _PRINTED[self.tableau.name] if last else sum(self.rows[i])
-        relu = last and self.variant == "authors"
-        return weighted_sum(
-            y, slopes, weights, scale=h, own=own, relu=relu, fused=self.fused, return_moments=return_moments
+        return readers.sum(
+            weights,
+            scale=h,
+            own=self.own[i],
+            relu=last and self.variant == "authors",
+            fused=self.fused,
+            return_moments=return_moments,
         )
 
     def _adapted(self, slopes: list[Tensor], h: float | Tensor) -> Tensor:
@@ -359,6 +369,40 @@ def with_moments(
     return module(y), None
 
 
+class Readers:
+    """y and then each k, for the sums of a step. With ``share`` each adds up its gradient once, in one pass.
+
+    Args:
+        y: Tensor [N, C, ...].
+        own: what y has in each row.
+        rows: what k_1, k_2, ... have in what each stage reads, and then in the result; read with ``share`` alone.
+    """
+
+    def __init__(self, y: Tensor, own: Sequence[float], rows: Sequence[Sequence[float]], share: bool) -> None:
+        self.dtype, self.rows, self.share = y.dtype, rows, share
+        self.at = [self._each(y, [1.0, *own[1:]])]  # the first stage reads y itself
+
+    def _each(self, x: Tensor, weights: Sequence[float]) -> Iterator[Tensor]:
+        return iter(shared(x, weights)) if self.share else itertools.repeat(x)
+
+    def y(self) -> Tensor:
+        """For a reader in place of a sum."""
+        return next(self.at[0])
+
+    def append(self, k: Tensor) -> None:
+        if self.share and k.dtype != self.dtype and autocasts(k):
+            # So that what the sums give back is not rounded before it is added up.
+            k = k.to(torch.promote_types(k.dtype, self.dtype))
+        i = len(self.at) - 1
+        self.at.append(self._each(k, [row[i] for row in self.rows[i + 1 :] if row[i] != 0]))
+
+    def sum(self, weights: Sequence[float | Tensor], **options: Any) -> tuple[Tensor, Moments | None]:
+        """``weighted_sum`` of the next row."""
+        y, *slopes = self.at
+        used = [(next(k), w) for k, w in zip(slopes, weights, strict=False) if isinstance(w, Tensor) or w != 0]
+        return weighted_sum(next(y), [k for k, _ in used], [w for _, w in used], share=self.share, **options)
+
+
 def weighted_sum(
     y: Tensor,
     terms: Sequence[Tensor],
@@ -369,11 +413,12 @@ def weighted_sum(
     own: float = 1.0,
     relu: bool = False,
     return_moments: bool = False,
+    share: bool = False,
 ) -> tuple[Tensor, Moments | None]:
     """``act(own * y + scale * sum_j weights[j] * terms[j])``, and the moments of the sum if asked for (and fused).
 
     A weight is a float or a learned scalar; ``scale`` may also be a Tensor [C]. Terms may be channel slices of one
-    buffer, which are read where they are.
+    buffer, which are read where they are. share: y and terms are ``shared`` with these weights.
     """
     used = [(k, *_factors(w, scale)) for k, w in zip(terms, weights, strict=False) if isinstance(w, Tensor) or w != 0]
     if not fused:
@@ -386,12 +431,14 @@ def weighted_sum(
             c = y.shape[1]
             steps = [None, *(v if v is None or v.dim() else v.expand(c) for _, _, v in now)]
         inputs, coeffs = [total, *(k for k, _, _ in now)], [own, *(f for _, f, _ in now)]
-        if used:
-            total, own = rk_sum(inputs, coeffs, steps=steps), 1.0
-        elif return_moments:
-            return rk_sum(inputs, coeffs, steps=steps, relu=relu, return_moments=True)
+        act, wanted = relu and not used, return_moments and not used
+        if share:
+            found = shared_sum(inputs, coeffs, relu=act, return_moments=wanted)
         else:
-            return rk_sum(inputs, coeffs, steps=steps, relu=relu), None
+            found = rk_sum(inputs, coeffs, steps=steps, relu=act, return_moments=wanted)
+        if not used:
+            return found if return_moments else (found, None)
+        total, own = found, 1.0
 
 
 def _stock_sum(y: Tensor, used: Sequence[tuple[Tensor, float, Tensor | None]], own: float, relu: bool) -> Tensor:

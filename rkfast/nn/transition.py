@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch.nn import functional as F
 
 from rkfast.nn.dense import NormLayer, concatenated, dropout
 from rkfast.nn.norm import batch_norm_relu, hooked, reads_moments
+from rkfast.nn.pool import average, global_average
 from rkfast.ops import Moments
 
 
@@ -30,37 +30,11 @@ class Attention(nn.Module):
         self.fc2 = nn.Linear(max(channels // 2, 1), channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.gate(x.mean((2, 3)))
+        return x * self.gate(global_average(x))
 
     def gate(self, mean: Tensor) -> Tensor:
         """The factor [N, C, 1, 1] from the mean of x over H and W, Tensor [N, C]."""
         return torch.sigmoid(self.fc2(F.relu(self.fc1(mean))))[:, :, None, None]
-
-
-class _Pool(torch.autograd.Function):
-    """nn.AvgPool2d(2), which keeps all of its input for the backward to know its size."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return F.avg_pool2d(x, 2)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.given = (inputs[0].shape, inputs[0].stride())
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        shape, strides = ctx.given
-        like = grad.new_empty_strided(shape, strides)
-        return torch.ops.aten.avg_pool2d_backward(grad, like, [2, 2], [2, 2], [0, 0], False, True, None)
-
-
-def average(pool: nn.Module, x: Tensor) -> Tensor:
-    """``pool(x)`` with an nn.AvgPool2d, which where it is one over 2x2 keeps nothing."""
-    given = pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, pool.divisor_override
-    return _Pool.apply(x) if given == (2, 2, 0, False, None) else pool(x)
 
 
 class Transition(nn.Module):
@@ -106,7 +80,7 @@ class Transition(nn.Module):
             if self.attention is None:
                 return pooled
             # The mean of the convolution's result is the convolution of the mean, also where the pool leaves out a row.
-            return pooled * self.attention.gate(F.linear(x.mean((2, 3)), self.conv.weight.flatten(1)))
+            return pooled * self.attention.gate(F.linear(global_average(x), self.conv.weight.flatten(1)))
         x = dropout(self.conv(x), self.drop_rate, self.training)
         if self.attention is not None:
             x = self.attention(x)
@@ -155,7 +129,7 @@ class NormPool(nn.Module):
         self.add_module(norm_name, norm_layer(channels))
 
     def forward(self, y: Tensor, moments: Moments | None = None) -> Tensor:
-        return batch_norm_relu(self.get_submodule(self.norm_name), y, moments, fused=self.fused).mean((2, 3))
+        return global_average(batch_norm_relu(self.get_submodule(self.norm_name), y, moments, fused=self.fused))
 
     def reads_moments(self) -> bool:
         """Whether forward makes use of its input's moments."""

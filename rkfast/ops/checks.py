@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Real
 from typing import Any
@@ -19,7 +20,10 @@ MAX_DIMS = 5
 # Bits of what ``survey`` answers, as in csrc/cpu/host.h.
 UNIFORM, CHANNELS_LAST, NEEDS_GRAD, PLAIN = 1, 2, 4, 8
 
-_extension: Any = None
+
+@functools.cache
+def _extension() -> Any:
+    return native.cpu() if native.cpu_reason() is None else None
 
 
 def survey(
@@ -45,13 +49,10 @@ def survey_block(x: object, shortcut: object, convs: object, norms: Sequence[obj
 
 
 def _asked(question: str, *args: object) -> int:
-    global _extension
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _extension() is None:
         return 0
-    if _extension is None:
-        _extension = native.cpu() if native.cpu_reason() is None else False
     try:
-        return getattr(_extension, question)(*args) if _extension else 0
+        return getattr(_extension(), question)(*args)
     except TypeError:
         return 0
 
@@ -260,6 +261,11 @@ def transformed(tensors: Sequence[Tensor | None]) -> bool:
         forward_ad._current_level >= 0
         and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
     )
+
+
+def transforms() -> bool:
+    """Whether some tensors may be ``transformed``."""
+    return torch._C._are_functorch_transforms_active() or tracing() or forward_ad._current_level >= 0
 
 
 def autocasts(x: Tensor) -> bool:

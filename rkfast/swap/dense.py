@@ -18,7 +18,7 @@ from rkfast.nn.norm import (
     reads_moments,
     takes_relu,
 )
-from rkfast.nn.transition import average
+from rkfast.nn.pool import average
 from rkfast.ops import Moments, checks, dense_block
 from rkfast.ops.dense_block import kernel_reason
 from rkfast.swap.kind import Kind, leaves, mixes

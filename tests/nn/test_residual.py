@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from rkfast import dispatch, measure, native
 from rkfast.nn import BasicBlock, Bottleneck, PadShortcut, Projection, norm, residual
-from rkfast.nn.residual import max_pool
 from tests.models.tester import difference, settled
 
 Block = BasicBlock | Bottleneck
@@ -178,21 +177,6 @@ def test_gate_twice_differentiable() -> None:
         assert torch.autograd.gradgradcheck(block, x)
 
 
-@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last))
-@pytest.mark.parametrize("size", ((8, 8), (7, 9)))
-def test_max_pool(size: tuple[int, int], layout: torch.memory_format) -> None:
-    pool = nn.MaxPool2d(3, stride=2, padding=1)
-    x = torch.randn(2, 5, *size).contiguous(memory_format=layout)
-    grads = []
-    for fused in (True, False):
-        t = x.clone().requires_grad_()
-        y = max_pool(pool, t, fused=fused)
-        (y * torch.arange(y.numel()).view_as(y)).sum().backward()
-        grads.append((y.detach(), t.grad))
-        assert y.is_contiguous(memory_format=layout)
-    torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=0)
-
-
 def test_padding_keeps_the_layout() -> None:
     x = torch.randn(2, 6, 5, 5).contiguous(memory_format=torch.channels_last)
     assert PadShortcut(2, 2)(x).is_contiguous(memory_format=torch.channels_last)
@@ -274,12 +258,3 @@ def test_twice_differentiable(training: bool) -> None:
     assert torch.autograd.gradcheck(block, x)
     inputs = (x, block.bn1.weight, block.bn1.bias, block.conv2.weight)
     assert torch.autograd.gradgradcheck(lambda *_: block(x), inputs)
-
-
-def test_max_pool_compiles_where_nothing_is_kept() -> None:
-    pool, x = nn.MaxPool2d(3, 2, 1), torch.randn(2, 3, 9, 9)
-    compiled = torch.compile(lambda x: max_pool(pool, x, fused=True), backend="eager", fullgraph=True)
-    with torch.no_grad():
-        assert torch.equal(compiled(x), pool(x))
-    x.requires_grad_()
-    assert torch.equal(compiled(x), pool(x))

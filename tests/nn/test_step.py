@@ -648,6 +648,17 @@ def test_every_sum_is_one_pass(name: str, sums: int) -> None:
         assert y.min() == 0
 
 
+def test_gradients_of_stages_are_added_up_in_one_pass_each() -> None:
+    """Of y and of each stage, however many sums read it, and of the ReLU one pass more."""
+    for name, passes in (("verner8", 15), ("authors", 6)):
+        step, x = twins(name)[0][0], torch.randn(5, 6, 9, 8, requires_grad=True)
+        y = step(x)
+        before, scaled = calls("rk_sum"), calls("rk_sum_backward")
+        y.square().sum().backward()
+        assert (calls("rk_sum") - before) + (calls("rk_sum_backward") - scaled) == passes
+        assert calls("rk_sum_backward") - scaled == (name == "authors")
+
+
 @pytest.mark.parametrize("fused", (True, False), ids=("fused", "stock"))
 def test_a_branch_of_another_shape_is_refused(fused: bool) -> None:
     step = RKStep("midpoint", [nn.Linear(4, 4), nn.Linear(4, 1)], fused=fused)

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 import rkfast
 from rkfast import dispatch, native, ops
 from rkfast.ops import layout
+from rkfast.ops.rk_sum import shared, shared_sum
 from tests.ops.tester import Inputs, OpTester, lay
 
 
@@ -233,6 +234,35 @@ def test_shared_gradients() -> None:
     x = torch.randn(2, 6, 4, 5, requires_grad=True)
     (grad,) = torch.autograd.grad(ops.rk_sum([x, x, x], [1.0, 0.5, 0.5]).sum(), x)
     torch.testing.assert_close(grad, torch.full_like(x, 2.0))
+
+
+def test_shared_terms() -> None:
+    """Sums of shared terms have the gradients of sums, however many there are, and also where one of them is not used
+    or differentiated again; each term adds up its own in one pass for each 16 sums."""
+    n = 20
+    coeffs = [(1.0, 0.5 - 0.1 * i) for i in range(n)]
+    leaves = [torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    factors = torch.randn(n, dtype=torch.float64)
+
+    def readers(y: Tensor, k: Tensor, share: bool) -> Tensor:
+        ks = shared(k, [c for _, c in coeffs]) if share else (k,) * n
+        ys = shared(y, [1.0] * n) if share else (y,) * n
+        found = []
+        for i, (terms_, c) in enumerate(zip(zip(ys, ks, strict=True), coeffs, strict=True)):
+            relu = i % 2 == 0
+            found.append(
+                shared_sum(terms_, c, relu=relu, return_moments=False) if share else ops.rk_sum(terms_, c, relu=relu)
+            )
+        return sum(f * t.square() for f, t in zip(factors[1:], found[1:], strict=True))  # type: ignore[return-value]
+
+    expected = torch.autograd.grad(readers(*leaves, share=False).sum(), leaves)
+    total = readers(*leaves, share=True).sum()
+    before = dispatch.served()
+    found = torch.autograd.grad(total, leaves)
+    assert sum(n for (op, _), n in (dispatch.served() - before).items() if op == "rk_sum") == 2 * 2
+    torch.testing.assert_close(found, expected)
+    assert torch.autograd.gradcheck(lambda *ts: readers(*ts, share=True), leaves)
+    assert torch.autograd.gradgradcheck(lambda *ts: readers(*ts, share=True), leaves)
 
 
 def test_saves_nothing_where_nothing_is_needed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -246,24 +247,14 @@ def residual_block(
         needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
         channels_last = layout.is_channels_last(x)
     count = layout.count(x)
-    update: Any = update_running_stats_op if plain else update_running_stats
-
-    def advance(vectors: list[Tensor], update: Any = update) -> None:
-        at = 0
-        for norm in norms:
-            if norm.training and norm.running_mean is not None:
-                counters = [] if norm.num_batches_tracked is None else [norm.num_batches_tracked]
-                mean, var = vectors[at : at + 2]
-                update(mean, var, count, [norm.running_mean], [norm.running_var], counters, norm.momentum)
-            at += 2 * norm.batch
-
     if not plain and checks.transformed(given):
         out, *vectors = reference.composite(x, shortcut, *_sorted(tensors), step, eps)
         out = laid(out, channels_last)
         with torch.no_grad():
-            advance(vectors, plain_moments.update_running_stats)
+            _advance(plain_moments.update_running_stats, norms, count, vectors)
         return out
     run = _op if plain else _forward
+    advance = functools.partial(_advance, update_running_stats_op if plain else update_running_stats, norms, count)
     if needs_grad:
         # Activation checkpointing stops what it computes again at the last tensor that is kept: as in a BatchNorm,
         # statistics move before. A compiler wants nothing changed within a Function.
@@ -277,6 +268,17 @@ def residual_block(
     with torch.no_grad():
         advance(vectors)
     return out
+
+
+def _advance(update: Callable[..., None], norms: Sequence[Norm], count: int, vectors: Sequence[Tensor]) -> None:
+    """The running statistics of norms by vectors, mean and variance of each that normalises by its batch."""
+    at = 0
+    for norm in norms:
+        if norm.training and norm.running_mean is not None:
+            counters = [] if norm.num_batches_tracked is None else [norm.num_batches_tracked]
+            mean, var = vectors[at : at + 2]
+            update(mean, var, count, [norm.running_mean], [norm.running_var], counters, norm.momentum)
+        at += 2 * norm.batch
 
 
 def _surveyed(x: Any, shortcut: Any, convs: list[Any], norms: list[Any], step: Any) -> int:

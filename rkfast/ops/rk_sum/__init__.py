@@ -87,18 +87,18 @@ class _RkSum(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        call: tuple[list[float], tuple[int, ...], bool, bool, bool, bool],
+        call: tuple[list[float], tuple[int, ...], bool, bool, bool, bool, bool],
         *tensors: Tensor,
     ) -> Any:
         # One argument, because each costs apply as much as a tensor.
-        coeffs, step_at, channels_last, relu, moments, plain = call
+        coeffs, step_at, channels_last, relu, moments, plain, deferred = call
         n = len(coeffs)
         terms, vectors = list(tensors[:n]), tensors[n:]
         steps = _placed(vectors, step_at, n)
         has_shift = len(vectors) > len(step_at)
         shift = vectors[-1] if has_shift else None
         result = (_op if plain else _forward)(terms, coeffs, steps, shift, channels_last, relu, moments, relu)
-        ctx.saved = (coeffs, step_at, channels_last, has_shift)
+        ctx.saved = ([1.0] * n if deferred else coeffs, step_at, channels_last, has_shift)
         if relu or step_at:
             needed = ctx.needs_input_grad[1 + n :]
             ctx.save_for_backward(
@@ -230,6 +230,19 @@ def rk_sum(
             cannot be written.
         RuntimeError: ``out`` is given and an argument requires grad; or a backend was asked for that cannot serve this.
     """
+    return _sum(terms, coeffs, steps, shift, relu, return_moments, out, False)
+
+
+def _sum(
+    terms: Sequence[Tensor],
+    coeffs: Sequence[float],
+    steps: Sequence[Tensor | None] | None,
+    shift: Tensor | None,
+    relu: bool,
+    return_moments: bool,
+    out: Tensor | None,
+    deferred: bool,
+) -> Any:
     if type(relu) is not bool or type(return_moments) is not bool:
         checks.flags(relu=relu, return_moments=return_moments)
     if steps is not None and type(steps) is not list:
@@ -247,11 +260,11 @@ def rk_sum(
     else:
         needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         channels_last = layout.is_channels_last(first)
-    plain = bool(seen & checks.PLAIN)
     if out is not None:
         channels_last = checks.slot(out, first, terms, (*steps, shift), needs_grad)
         result = _forward_out(terms, coeffs, steps, shift, channels_last, relu, return_moments, out)
         return (out, Moments(result[0], result[1], layout.count(first))) if return_moments else out
+    plain = bool(seen & checks.PLAIN)
     if not plain and checks.transformed(tensors):
         total = reference.weighted_sum(terms, coeffs, steps, shift, relu)
         return (total, channel_moments(total)) if return_moments else total
@@ -259,7 +272,7 @@ def rk_sum(
         if not seen:
             tensors = checks.distinct(tensors)
         apply = _apply_plain if plain else _RkSum.apply
-        result = apply((coeffs, step_at, channels_last, relu, return_moments, plain), *tensors)
+        result = apply((coeffs, step_at, channels_last, relu, return_moments, plain, deferred), *tensors)
         if not return_moments:
             return result
     else:
@@ -269,6 +282,44 @@ def rk_sum(
             return result[0]
     total, mean, var = result
     return total, Moments(mean, var, layout.count(total))
+
+
+class _Shared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, coeffs: Sequence[float], x: Tensor) -> tuple[Tensor, ...]:
+        ctx.coeffs = coeffs
+        ctx.set_materialize_grads(False)
+        return tuple(x.view_as(x) for _ in coeffs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, Tensor | None]:
+        total: Tensor | None = None
+        given = [(g, c) for g, c in zip(grads, ctx.coeffs, strict=True) if g is not None]
+        while given:
+            now = [] if total is None else [(total, 1.0)]
+            room = checks.MAX_TERMS - len(now)
+            now, given = now + given[:room], given[room:]
+            total = rk_sum([g for g, _ in now], [c for _, c in now])
+        return None, total
+
+
+def can_share() -> bool:
+    """Whether ``shared`` makes sense here: where a gradient is wanted, and by autograd as it is."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and not checks.transforms()
+
+
+def shared(x: Tensor, coeffs: Sequence[float]) -> tuple[Tensor, ...]:
+    """x once for each of several sums, whose ``shared_sum`` has it with these coefficients.
+
+    The sums leave it to x to multiply their gradients, and x adds all of them up in one pass, where autograd would
+    write one product for each sum, and then add them two by two. A coefficient of 1 is also right for any other use.
+    """
+    return _Shared.apply(coeffs, x) if x.requires_grad else (x,) * len(coeffs)
+
+
+def shared_sum(terms: Sequence[Tensor], coeffs: Sequence[float], *, relu: bool, return_moments: bool) -> Any:
+    """``rk_sum`` of terms from ``shared``, with the coefficients that they were told there (or others, of 1)."""
+    return _sum(terms, coeffs, None, None, relu, return_moments, None, True)
 
 
 def _checked(
