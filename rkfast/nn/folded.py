@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable, without the import of the compiler
 
 from rkfast.nn import cudnn
-from rkfast.nn.norm import as_norm, frozen, hooked, plain_conv, takes_relu
+from rkfast.nn.branch import PreActBranch
+from rkfast.nn.norm import as_norm, batch_norm_relu, frozen, hooked, plain_conv, takes_relu
 from rkfast.nn.residual import gate_of, join
 from rkfast.ops import checks, rk_sum
 from rkfast.ops.conv import forward as conv_forward
@@ -341,6 +342,25 @@ class FoldedStage(nn.Sequential):
             x = block(x, into=True) if own and silent else block(x)
             own = silent
         return x
+
+
+class FoldedBranch(nn.Module):
+    """A PreActBranch for inference on a GPU, its second BatchNorm in the weights of the first convolution. (On a CPU
+    both BatchNorms are part of the convolutions behind them, at no cost.)
+
+    Shape: that of the branch.
+    """
+
+    def __init__(self, branch: PreActBranch) -> None:
+        super().__init__()
+        self.channels = branch.channels
+        self.fused = branch.fused
+        self.norm1 = branch.norm1
+        self.conv1, *_ = folded([branch.conv1, branch.norm2, nn.ReLU()])
+        self.conv2 = branch.conv2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(self.conv1(batch_norm_relu(self.norm1, x, fused=self.fused)))
 
 
 def _global_hooks() -> bool:

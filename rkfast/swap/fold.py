@@ -18,7 +18,7 @@ from rkfast.models.resnet import ResNet
 from rkfast.models.restack import Restacked
 from rkfast.models.rknet import Stem
 from rkfast.nn import BasicBlock, Bottleneck, DenseBlock, DenseLayer, PreActBranch, Projection
-from rkfast.nn.folded import FoldedBlock, FoldedConv, FoldedStage, folded
+from rkfast.nn.folded import FoldedBlock, FoldedBranch, FoldedConv, FoldedStage, folded, takes_norm
 from rkfast.nn.form import Form, present
 from rkfast.nn.norm import hooked, plain_conv
 from rkfast.ops import layout
@@ -62,6 +62,7 @@ def fold(model: nn.Module) -> nn.Module:
         for module, form in _blocks(net, opaque).items():
             new[module] = _block(form, module)
             opaque.update(module.modules())
+        new.update((branch, FoldedBranch(branch)) for branch in _branches(net))
         net = fuse(_replaced(_with_norms(net, opaque), new))
         for module in net.modules():
             if isinstance(module, (DenseBlock, FusedDenseBlock, PreActBranch)):
@@ -179,6 +180,15 @@ def _blocks(net: nn.Module, opaque: set[nn.Module]) -> dict[nn.Module, Form]:
         if isinstance(form, Form) and (type(module) in (BasicBlock, Bottleneck) or agrees(module, FusedBlock)):
             found[module] = form
     return found
+
+
+def _branches(net: nn.Module) -> Iterator[PreActBranch]:
+    """Those that are not on a CPU, and on which nobody listens."""
+    for module in net.modules():
+        if type(module) is PreActBranch and not any(map(hooked, module.modules())):
+            conv = module.conv1
+            if conv.weight.device.type != "cpu" and takes_norm(conv, module.norm2):
+                yield module
 
 
 def _block(form: Form, block: nn.Module) -> FoldedBlock:

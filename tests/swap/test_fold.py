@@ -16,8 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import rkfast
 from rkfast import dispatch, native
+from rkfast.nn import PreActBranch
 from rkfast.nn import folded as folded_layers
-from rkfast.nn.folded import FoldedBlock, FoldedConv
+from rkfast.nn.folded import FoldedBlock, FoldedBranch, FoldedConv
 from rkfast.swap.fold import plain
 from tests.libraries import network
 from tests.ops.tester import assert_as_good_as
@@ -227,6 +228,22 @@ def test_copies(name: str) -> None:
     wide = folded.double()
     assert wide(x.double()).dtype == torch.double
     torch.testing.assert_close(wide.float()(x), expected)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_branches_of_a_gpu(dtype: torch.dtype) -> None:
+    """Their second BatchNorm is folded; those with a hook inside, and those of a CPU, stay as they are."""
+    branch = settled(PreActBranch(6)).to(dtype)
+    ours, x = FoldedBranch(copy.deepcopy(branch)), torch.randn(4, 6, 9, 7, dtype=dtype)
+    assert type(ours.conv1) is FoldedConv and ours.conv1.relu and norms(ours) == 1
+    check(ours, branch, x)
+    check(plain(ours), branch, x)
+    model = rkfast.create_model("ho_resnet-10", method="midpoint", width=8)
+    assert len(kinds(rkfast.fold(model), PreActBranch)) == 4
+    model.period[0].branches[0].conv2.register_forward_hook(lambda *_: None)  # type: ignore[index, union-attr]
+    folded = rkfast.fold(model.to("meta"))
+    assert (len(kinds(folded, PreActBranch)), len(kinds(folded, FoldedBranch))) == (1, 3)
+    assert folded(torch.empty(2, 3, 8, 8, device="meta")).shape == (2, 10)
 
 
 def test_of_convolutions() -> None:

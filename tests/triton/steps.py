@@ -206,10 +206,10 @@ def on_meta() -> Iterator[None]:
 
 def made(network: Network, training: bool, fused: bool = True) -> nn.Module:
     """On meta; in bfloat16 what autocast would cast."""
-    model = rkfast.create_model(network.name, in_chans=3, fused=fused, **network.options)
+    model = rkfast.create_model(network.name, in_chans=3, fused=fused, **network.options).to("meta")
     if fused and not training:
         model = rkfast.fold(model)
-    model = model.to("meta").train(training).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = model.train(training).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for name, module in model.named_modules():
         if isinstance(module, FoldedConv) or (isinstance(module, nn.Linear) and not name.startswith("tsc.")):
             module.to(torch.bfloat16)
