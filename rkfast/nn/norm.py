@@ -118,21 +118,20 @@ def as_norm(norm: Any) -> Norm:
     """What calling ``norm``, an nn.BatchNorm2d, nn.SyncBatchNorm or a frozen one, would do, for an op."""
     if not isinstance(norm, _BatchNorm):
         return Norm(norm.weight, norm.bias, norm.running_mean, norm.running_var, None, False, 0.0, norm.eps)
-    tracked = not norm.training or norm.track_running_stats
-    running_mean = norm.running_mean if tracked else None
-    # Without a counter nn.BatchNorm2d leaves a cumulative average where it is.
-    momentum = 0.0 if norm.momentum is None and norm.num_batches_tracked is None else norm.momentum
-    return Norm(
-        norm.weight,
-        norm.bias,
-        running_mean,
-        norm.running_var if tracked else None,
-        norm.num_batches_tracked,
-        norm.training or running_mean is None,
-        momentum,
-        norm.eps,
-        group_of(norm),
-    )
+    parameters, buffers = norm._parameters, norm._buffers
+    try:  # an attribute of a module is looked for in many places
+        weight, bias = parameters["weight"], parameters["bias"]
+        mean, var, counter = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+    except KeyError:
+        weight, bias, counter = norm.weight, norm.bias, norm.num_batches_tracked
+        mean, var = norm.running_mean, norm.running_var
+    training, momentum = norm.training, norm.momentum
+    if training and not norm.track_running_stats:
+        mean = var = None
+    if momentum is None and counter is None:
+        momentum = 0.0  # without a counter nn.BatchNorm2d leaves a cumulative average where it is
+    batch = training or mean is None
+    return Norm(weight, bias, mean, var, counter, batch, momentum, norm.eps, group_of(norm))
 
 
 @contextlib.contextmanager

@@ -57,6 +57,11 @@ def _asked(question: str, *args: object) -> int:
         return 0
 
 
+def plain(grad: Tensor) -> bool:
+    """Whether a backward of PLAIN arguments may go past the dispatcher, too."""
+    return bool(survey((grad,), (), ()) & PLAIN)
+
+
 def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """``function.apply`` for PLAIN arguments, without its search for wrappers of functorch's transforms among them."""
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
@@ -152,7 +157,7 @@ def _coefficient(c: Any) -> float:
 
 def listed(values: Any, name: str) -> list[Any]:
     """values as a list, so that they can be read more than once."""
-    if isinstance(values, str) or not isinstance(values, (Sequence, Iterator)):
+    if type(values) is not tuple and (isinstance(values, str) or not isinstance(values, (Sequence, Iterator))):
         raise TypeError(f"{name}: expected a list, got {type(values).__name__}")
     return list(values)
 

@@ -29,16 +29,18 @@ THREAD_BYTES = 16  # of one tensor, loaded by one thread at once
 WARPS = 4
 MOST_HELD = 96  # registers of a thread that may stay occupied while tiles pass; a thread has 255
 PROGRAMS = 4096  # enough for a small tail on any GPU, few enough for a cheap second stage
-PARTIAL_ROWS = 1024  # read at once by the second stage
+PARTIAL_ROWS = (32, 256, 1024)  # read at once by the second stage: few, for each is a kernel to compile
 # For those of which ptxas, left alone, spills a register or two in order to fit more warps.
 NO_TARGET = {"maxnreg": 255}
 GEOMETRY = ("channels", "length", "chunks", "blocks", "splits", "pieces", "span", "share", "tiles")
 PITCHES = ("pitch", "pitches", "x_pitch", "out_pitch")
 TILED = ("x", "terms", "out", "grad", "act", "dx", "outs")  # read and written by load and store
 
-# Alignment is told by UNIT; without this, every new shape could compile again. (A value of 1 is still a constant.)
+# Alignment is told by UNIT; without this, new shapes would compile again. (A length or pitch of 1 is still a constant.)
 jit = functools.partial(
-    triton.jit, do_not_specialize_on_alignment=[*GEOMETRY, *PITCHES, *TILED], do_not_specialize=["rows", "every"]
+    triton.jit,
+    do_not_specialize_on_alignment=[*GEOMETRY, *PITCHES, *TILED],
+    do_not_specialize=[*GEOMETRY[3:], "rows", "every"],
 )
 
 
@@ -138,13 +140,15 @@ def _tiling(
     groups = samples if per_sample else 1
     if channels_last:
         length = positions * samples // groups
-        cols = _width(channels, 128 // itemsize, 256)
+        # As few as memory is read by at once: the fewer, the less of a program's reads are vectors per channel.
+        cols = _width(channels, _widths(channels, 128 // itemsize, 256))
         rows = min(elements // cols, triton.next_power_of_2(length))
         chunks, tiles = 1, _cdiv(length, rows)
         block = cols
     else:
         length = positions
-        cols = _width(length, max(256, elements // triton.next_power_of_2(channels)), elements)
+        least = max(256, elements // triton.next_power_of_2(channels))
+        cols = _width(length, _widths(length, least, elements)[::-1])
         rows = min(elements // cols, triton.next_power_of_2(channels))
         chunks = _cdiv(length, cols)
         tiles = chunks * samples // groups
@@ -180,15 +184,19 @@ def _tiling(
             "ROWS": rows,
             "COLS": cols,
             "UNIT": unit,
-            "STAGES": 3 if share > 1 else 1,
+            "STAGES": 3 if reduces else 1,
         },
     )
 
 
-def _width(length: int, least: int, most: int) -> int:
-    """The widest power of two that pads ``length`` by at most an eighth, else the one that pads it least."""
+def _widths(length: int, least: int, most: int) -> list[int]:
+    """The powers of two between these that are no longer than ``length`` needs."""
     most = max(8, min(most, triton.next_power_of_2(length)))  # 8: a byte of the mask
-    widths = [most >> i for i in range(most.bit_length()) if most >> i >= min(least, most)]
+    return [1 << i for i in range(most.bit_length()) if min(least, most) <= 1 << i <= most]
+
+
+def _width(length: int, widths: Sequence[int]) -> int:
+    """The first of the widths that pads ``length`` by at most an eighth, else the one that pads it least."""
     padded = {width: _cdiv(length, width) * width for width in widths}
     return next((width for width in widths if 8 * padded[width] <= 9 * length), min(padded, key=lambda w: padded[w]))
 
@@ -228,8 +236,8 @@ WIDE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 def reduce(kernel: Any, lead: Tensor, groups: int, rows: int, channels: int, *args: Any) -> None:
     """Launch a second stage, which reduces ``rows`` partial results per group and channel."""
-    height = min(triton.next_power_of_2(rows), PARTIAL_ROWS)
-    width = min(triton.next_power_of_2(channels), max(4, 2048 // height), 32)
+    height = next((h for h in PARTIAL_ROWS if rows <= h), PARTIAL_ROWS[-1])
+    width = min(max(4, 2048 // height), 32)
     with torch.cuda.device_of(lead):
         kernel[(groups * _cdiv(channels, width),)](
             *args,
@@ -246,7 +254,7 @@ def merge_moments(partials: Tensor, into: tuple[Tensor, Tensor] | None = None) -
     """Mean and biased variance from partials [3, rows, C]: counts, means and sums of squared deviations. into: where
     they are written, if not into new vectors."""
     _, rows, c = partials.shape
-    if rows > 2 * PARTIAL_ROWS:  # by more programs than there are blocks of channels
+    if rows > 2 * PARTIAL_ROWS[-1]:  # by more programs than there are blocks of channels
         span = max(2, math.isqrt(rows))
         groups = _cdiv(rows, span)
         merged = partials.new_empty((3, groups, c))

@@ -86,13 +86,14 @@ _forward_out = dispatch.register(
     _body_out,
     lambda *args: pairs(_fake(*args[:12]), args[3] is None, args[11]),
 )
+_backward_op = dispatch.Op("bn_rk_sum_backward", dispatch.ordered("rkfast.ops.bn_rk_sum", "backward"))
 # With g' the gradient where the mask is set (relu without a mask: where the output recomputed from x, which then has no
 # terms beside it, is not <= 0), returns [dx], [dweight, dbias], [dstep], each where needed, then [coeffs[i] * g' ...].
 _backward = dispatch.register(
     "bn_rk_sum_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, Tensor? step, "
     "Tensor? mask, float[] coeffs, bool channels_last, bool relu, bool batch_stats, float eps, bool need_x, "
     "bool need_affine, bool need_step) -> Tensor[]",
-    dispatch.Op("bn_rk_sum_backward", dispatch.ordered("rkfast.ops.bn_rk_sum", "backward")),
+    _backward_op,
     _fake_backward,
 )
 
@@ -122,7 +123,7 @@ class _BnRkSum(torch.autograd.Function):
             mean, var = vectors[:2]
         if moved is not None:
             (update_running_stats if found is None else update_running_stats_op)(mean, var, *moved)
-        ctx.saved = (coeffs, channels_last, relu, batch_stats, eps, group)
+        ctx.saved = (coeffs, channels_last, relu, batch_stats, eps, group, found is not None)
         ctx.save_for_backward(x, weight, bias, mean, var, step, result[1] if mask else None)
         if found is not None:  # outputs that nobody differentiates cost apply as much as the others
             found.extend(vectors)
@@ -136,14 +137,14 @@ class _BnRkSum(torch.autograd.Function):
         needed = ctx.needs_input_grad[3:]
         if grad is None:
             return (None,) * (3 + len(needed))
-        *saved, group = ctx.saved
+        *saved, group, plain = ctx.saved
         gradients: Any = _gradients
         if torch.is_grad_enabled():
             if group:
                 raise RuntimeError("bn_rk_sum: with group the gradient of its gradient (create_graph) is not supported")
             gradients = reference.gradients  # plain, differentiable PyTorch
         else:
-            saved.append(group)
+            saved += [group, plain and checks.plain(grad)]
         return (None, None, None, *gradients(grad, *ctx.saved_tensors, *saved, needed))
 
 
@@ -165,6 +166,7 @@ def _gradients(
     batch_stats: bool,
     eps: float,
     group: str,
+    plain: bool,
     needed: tuple[bool, ...],
 ) -> list[Tensor | None]:
     need_x, need_weight, need_bias, need_step, *need_terms = needed
@@ -178,7 +180,7 @@ def _gradients(
     result: list[Tensor] = []
     if need_x or need_affine or need_step or wanted:
         result = list(
-            _backward(
+            (_backward_op if plain else _backward)(
                 grad, x, weight, bias, mean, var, step, mask, list(wanted),
                 channels_last, relu, batch_stats and not group, eps, need_x, need_affine, need_step,
             )
@@ -389,9 +391,7 @@ def _checked(
     seen: int,
 ) -> tuple[Tensor, list[Tensor], list[float]]:
     if type(terms) is not list:
-        if isinstance(terms, Tensor) or not isinstance(terms, Sequence):
-            raise TypeError(f"terms: expected a list of tensors, got {type(terms).__name__}")
-        terms = list(terms)
+        terms = checks.listed(terms, "terms")
     if len(terms) > checks.MAX_TERMS:
         raise ValueError(
             f"terms: expected at most {checks.MAX_TERMS} tensors, got {len(terms)}; sum some of them first"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -12,7 +14,7 @@ from rkfast.ops.channel_moments import reference
 from rkfast.ops.channel_moments.reference import moments_dtype
 
 STATS_BLOCK = 1024
-STATS_AT_ONCE = 32  # pairs of running statistics per launch; kernel arguments end at 4 KB
+STATS_AT_ONCE = (1, 4, 16)  # pairs of running statistics per launch: few, for each is a kernel to compile
 
 
 @kernels.jit
@@ -80,13 +82,14 @@ def _move(running, batch, weight, c, exists):
     tl.store(running + c, new.to(running.dtype.element_ty), mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tracked"])
 def _running_stats_kernel(
     mean,  # [C]
     var,  # [C]
     running_mean,  # tuple of vectors, each of the first channels
     running_var,
-    counters,  # of batches, which are one more afterwards; with CUMULATIVE they are that already
+    counters,  # of batches, the first `tracked` of which are one more afterwards; with CUMULATIVE they are that already
+    tracked,
     sizes,
     unbias,
     momentum,
@@ -106,7 +109,8 @@ def _running_stats_kernel(
         _move(running_var[i], v * kernels.scalar_of(unbias, tl.float64).to(v.dtype), weight, c, exists)
     if not CUMULATIVE:
         for i in tl.static_range(len(counters)):
-            tl.store(counters[i], tl.load(counters[i]) + 1, mask=tl.program_id(0) == 0)
+            here = (tl.program_id(0) == 0) & (i < tracked)
+            tl.store(counters[i], tl.load(counters[i], mask=here, other=0) + 1, mask=here)
 
 
 def update_running_stats(
@@ -128,16 +132,20 @@ def update_running_stats(
         return
     mean, var = mean.contiguous(), var.contiguous()
     dense = [[r.contiguous() for r in each] for each in (running_mean, running_var)]
-    for i in range(0, len(running_mean), STATS_AT_ONCE):
-        means, variances = (tuple(each[i : i + STATS_AT_ONCE]) for each in dense)
+    counters = [n.to(mean.device) for n in num_batches_tracked] if in_kernel or cumulative else []
+    most = STATS_AT_ONCE[-1]
+    for i in range(0, len(running_mean), most):
+        means, variances, tracked = (each[i : i + most] for each in (*dense, counters))
+        sizes = [r.shape[0] for r in means]
+        places = next(n for n in STATS_AT_ONCE if n >= len(means))
         with torch.cuda.device_of(mean):
-            _running_stats_kernel[(triton.cdiv(max(r.shape[0] for r in means), STATS_BLOCK),)](
+            _running_stats_kernel[(triton.cdiv(max(sizes), STATS_BLOCK),)](
                 mean,
                 var,
-                means,
-                variances,
-                tuple(num_batches_tracked[i : i + STATS_AT_ONCE]),
-                tuple(r.shape[0] for r in means),
+                *(_filled(each, each[-1], places) for each in (means, variances)),
+                _filled(tracked, tracked[-1], places) if tracked else (),
+                len(tracked),
+                _filled(sizes, 0, places),
                 # PyTorch keeps the unbiased variance; one value per channel has none.
                 kernels.scalar(count / max(count - 1, 1), torch.float64),
                 kernels.scalar(0.0 if momentum is None else momentum, torch.float64),
@@ -147,3 +155,7 @@ def update_running_stats(
     for given, copy in zip((*running_mean, *running_var), (*dense[0], *dense[1]), strict=True):
         if copy is not given:
             given.copy_(copy)
+
+
+def _filled(given: list[Any], rest: Any, places: int) -> tuple[Any, ...]:
+    return (*given, *[rest] * (places - len(given)))

@@ -96,13 +96,14 @@ def _count_backward(grad: Shape, x: Shape, outs: Any, mask: Any, convs: Sequence
 # ReLU (layout.mask_shape) and the results of the convolutions, and then the mean and variance that were not given.
 _op = dispatch.Op("residual_block", implementations("rkfast.ops.residual_block", "forward", 0))
 _forward = dispatch.register(f"residual_block({_ARGS}) -> Tensor[]", _op, _fake, _count)
+_backward_op = dispatch.Op("residual_block_backward", implementations("rkfast.ops.residual_block", "backward", 1))
 # norms have every mean and var; own: the shortcut is x, and its gradient part of that of x. Returns [dx], [dshortcut],
 # [dstep], each where needed, and of each convolution [dconv] where needed, and dweight and dbias of its norm.
 _backward = dispatch.register(
     "residual_block_backward(Tensor grad, Tensor x, Tensor[] outs, Tensor mask, Tensor[] convs, Tensor?[] norms, "
     "Tensor? step, float[] eps, bool[] batch, bool channels_last, bool own, bool need_x, bool need_shortcut, "
     "bool need_convs, bool need_step) -> Tensor[]",
-    dispatch.Op("residual_block_backward", implementations("rkfast.ops.residual_block", "backward", 1)),
+    _backward_op,
     _fake_backward,
     _count_backward,
 )
@@ -151,8 +152,9 @@ class _ResidualBlock(torch.autograd.Function):
             norms = [next(given) if t is None and i % 4 > 1 else t for i, t in enumerate(norms)]
             need_x, need_shortcut, need_step, *_rest = needed
             need_convs = any(needed[3::5])
+            run = _backward_op if call.run is _op and checks.plain(grad) else _backward
             made = iter(
-                _backward(
+                run(
                     grad, x, outs, mask, convs, norms, step, call.eps, batch, call.channels_last, ctx.own, need_x,
                     need_shortcut, need_convs, need_step,
                 )

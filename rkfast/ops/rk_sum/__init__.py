@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -70,13 +71,14 @@ _forward_out = dispatch.register(
     _body_out,
     lambda *args: pairs(_fake(*args[:7]), args[6]),
 )
+_backward_op = dispatch.Op("rk_sum_backward", dispatch.ordered("rkfast.ops.rk_sum", "backward"))
 # With g' the gradient where the mask is set, returns [coeffs[i] * steps[i] * g' ...], then [step_coeffs[j] *
 # sum(g' * step_terms[j]) ...] over each channel (of each sample, where per_sample[j]), then [sum(g')] where shift is
 # set.
 _backward = dispatch.register(
     "rk_sum_backward(Tensor grad, Tensor? mask, float[] coeffs, Tensor?[] steps, Tensor[] step_terms, "
     "float[] step_coeffs, bool[] per_sample, bool shift, bool channels_last) -> Tensor[]",
-    dispatch.Op("rk_sum_backward", dispatch.ordered("rkfast.ops.rk_sum", "backward")),
+    _backward_op,
     _fake_backward,
 )
 
@@ -98,7 +100,7 @@ class _RkSum(torch.autograd.Function):
         has_shift = len(vectors) > len(step_at)
         shift = vectors[-1] if has_shift else None
         result = (_op if plain else _forward)(terms, coeffs, steps, shift, channels_last, relu, moments, relu)
-        ctx.saved = ([1.0] * n if deferred else coeffs, step_at, channels_last, has_shift)
+        ctx.saved = ([1.0] * n if deferred else coeffs, step_at, channels_last, has_shift, plain)
         if relu or step_at:
             needed = ctx.needs_input_grad[1 + n :]
             ctx.save_for_backward(
@@ -117,12 +119,15 @@ class _RkSum(torch.autograd.Function):
         needed = ctx.needs_input_grad[1:]
         if grad is None:
             return (None,) * (1 + len(needed))
-        coeffs, step_at, channels_last, has_shift = ctx.saved
+        coeffs, step_at, channels_last, has_shift, plain = ctx.saved
         mask, *saved = ctx.saved_tensors or (None,)
         steps: list[Tensor] = saved[: len(step_at)]
         step_terms: list[Tensor | None] = saved[len(step_at) :]
-        # A gradient of the gradient is asked for: the same in plain, differentiable PyTorch.
-        gradients = reference.gradients if torch.is_grad_enabled() else _gradients
+        if torch.is_grad_enabled():  # a gradient of the gradient is asked for: the same in differentiable PyTorch
+            gradients: Any = reference.gradients
+        else:
+            run = _backward_op if plain and checks.plain(grad) else _backward
+            gradients = functools.partial(_gradients, run)
         return (
             None,
             *gradients(grad, mask, coeffs, step_at, steps, step_terms, has_shift, needed, channels_last),
@@ -140,6 +145,7 @@ def _placed(tensors: Sequence[Tensor], at: tuple[int, ...], n: int) -> list[Tens
 
 
 def _gradients(
+    run: Callable[..., list[Tensor]],
     grad: Tensor,
     mask: Tensor | None,
     coeffs: list[float],
@@ -164,7 +170,7 @@ def _gradients(
     shift = has_shift and needed[-1]
     result: list[Tensor] = []
     if wanted or reduced or shift:
-        result = _backward(
+        result = run(
             grad,
             mask,
             [c for c, _ in wanted],
@@ -330,9 +336,7 @@ def _checked(
     seen: int,
 ) -> tuple[list[Tensor], list[float], list[Tensor | None], tuple[int, ...]]:
     if type(terms) is not list:
-        if isinstance(terms, Tensor) or not isinstance(terms, Sequence):
-            raise TypeError(f"terms: expected a list of tensors, got {type(terms).__name__}")
-        terms = list(terms)
+        terms = checks.listed(terms, "terms")
     n = len(terms)
     if not 1 <= n <= checks.MAX_TERMS:
         raise ValueError(f"terms: expected 1 to {checks.MAX_TERMS} tensors, got {n}; sum the rest in a second call")

@@ -107,6 +107,7 @@ def forward(
     )
     partials = kernels.empty_partials(x, 3, tiling, dtype) if moments else None
     pitch, *pitches = view.units(tiling)
+    wide = tiling.constants["UNIT"] * x.element_size() == kernels.THREAD_BYTES
     tiling.launch(
         _forward_kernel,
         x,
@@ -122,7 +123,7 @@ def forward(
         tiling.partials,
         RELU=relu,
         WIDE=kernels.WIDE[dtype],
-        **({} if moments else kernels.NO_TARGET),
+        **({} if moments and wide else kernels.NO_TARGET),
     )
     return [
         out,

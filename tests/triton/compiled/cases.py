@@ -10,7 +10,7 @@ import torch
 
 from rkfast.ops.rk_sum import triton as rk_sum
 from tests.ops.tester import DTYPES
-from tests.triton import compiler
+from tests.triton import compiler, steps
 
 TARGETS = (80, 90, 100)
 STREAMS = ("_forward_kernel", "_backward_kernel", "_moments_kernel")  # they read and write whole tensors
@@ -122,3 +122,12 @@ def test_coefficients_and_sizes_do_not_compile_again(dtype: torch.dtype) -> None
     call([0.1, 0.2, 0.7], (64, 48, 56, 56))
     assert call([1.0, 2.0, 16.0], (64, 48, 56, 56)) == 0
     assert call([0.0, -1 / 3, 1e-40], (32, 80, 28, 28)) == 0
+
+
+def test_a_first_step_compiles_few_kernels() -> None:
+    """Each takes a fraction of a second, and the user waits."""
+    network = steps.NETWORKS[0]
+    call = steps.step(network, steps.made(network, training=True))
+    with compiler.compiling_for(89) as compiled, steps.running(steps.Counted(network.batch)):  # as no other test does
+        call()
+    assert len(compiled) <= 24

@@ -49,7 +49,7 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     """Small tensors in many tiles: all of them in one program's loop, or each in a program of its own."""
     monkeypatch.setattr(kernels, "WARPS", 1)
     monkeypatch.setattr(kernels, "PROGRAMS", 1 if request.param == "one program" else 1 << 20)
-    monkeypatch.setattr(kernels, "PARTIAL_ROWS", 2)  # and so for their partial results
+    monkeypatch.setattr(kernels, "PARTIAL_ROWS", (2,))  # and so for their partial results
     kernels._tiling.cache_clear()
     yield
     kernels._tiling.cache_clear()
@@ -414,7 +414,7 @@ def test_running_statistics(momentum: float | None, count: int) -> None:
 
     def statistics() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         torch.manual_seed(1)
-        sizes = [1 + i % 9 for i in range(moments_triton.STATS_AT_ONCE + 3)]
+        sizes = [1 + i % 9 for i in range(moments_triton.STATS_AT_ONCE[-1] + 3)]
         means = [torch.randn(2 * size).to(dtypes[i % 4])[:: 1 + i % 2][:size] for i, size in enumerate(sizes)]
         variances = [torch.rand(size).to(dtypes[i % 4]) for i, size in enumerate(sizes)]
         return means, variances, [torch.tensor(i % 5) for i in range(len(sizes))]
@@ -435,7 +435,7 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     small = launches.Cut(16, 16, 16, 4, 2)
     monkeypatch.setattr(launches, "UNTUNED", dict.fromkeys(launches.UNTUNED, small))
     monkeypatch.setattr(dense_block, "_PROGRAMS", 1 if request.param == "few programs" else 1 << 20)
-    monkeypatch.setattr(kernels, "PARTIAL_ROWS", 2)
+    monkeypatch.setattr(kernels, "PARTIAL_ROWS", (2,))
 
 
 TRITON = ("triton", "cpu")
