@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rkfast.extras import MissingExtra, require
 from rkfast.models import create_model
-from rkfast.ops.dense_block import MEMORY
+from rkfast.ops.checks import MEMORY
 
 ADDRESSES = "torchvision:NAME, timm:NAME, rkfast:NAME, package.module:FUNCTION or path.py:FUNCTION"
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from rkfast.nn import BasicBlock, Bottleneck, CliqueBlock, DenseBlock, RKCNNStep
 from rkfast.nn.norm import recomputed
 from rkfast.nn.step import with_moments
-from rkfast.ops import Moments
-from rkfast.ops.dense_block import MEMORY
+from rkfast.ops import Moments, checks
 
 MAX_LAYERS = 2050
 MAX_CHANNELS = 4096
@@ -116,8 +115,7 @@ class ImageModel(nn.Module):
 
         Raises:
             ValueError: memory is neither."""
-        if memory not in MEMORY:
-            raise ValueError(f"memory: expected one of {', '.join(MEMORY)}, got {memory!r}")
+        checks.memory(memory)
         for module in self.modules():
             if isinstance(module, (DenseBlock, CliqueBlock, RKCNNStep, BasicBlock, Bottleneck)):
                 module.memory = memory

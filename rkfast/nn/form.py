@@ -49,8 +49,8 @@ def residual(form: Form, block: Any, x: Tensor, step: Tensor | None = None, memo
     downsample = block._modules.get("downsample")
     shortcut = None if downsample is None else functools.partial(shortcut_of, downsample)
     behind, act = present(block, form.behind), getattr(block, form.activation)
-    if memory == "speed" and not behind and len(inner) % 3 == 1:
-        whole = whole_residual(inner[::3], [*inner[1::3], norm], [*inner[2::3], act], x, shortcut, step)
+    if not behind and len(inner) % 3 == 1:
+        whole = whole_residual(inner[::3], [*inner[1::3], norm], [*inner[2::3], act], x, shortcut, step, memory)
         if whole is not None:
             return whole
 

@@ -236,9 +236,13 @@ def whole_residual(
     x: Tensor,
     downsample: Callable[[Tensor], Tensor] | None,
     step: Tensor | None,
+    memory: str,
 ) -> Tensor | None:
     """A residual block in one op, convolutions, norms and ReLUs in turn, the last ReLU behind the sum with
-    ``downsample(x)`` (None: x); None where one of them is not as that op has it, or more ops are the better choice."""
+    ``downsample(x)`` (None: x); None where one of them is not as that op has it, or more ops are the better choice:
+    with memory "min" the shortcut is made again, which that op does not."""
+    if memory == "min" and downsample is not None:
+        return None
     if not (all(map(plain_conv, convs)) and all(map(takes_relu, relus)) and all(serves(norm, x) for norm in norms)):
         return None
     if x.dim() != 4 or (step is not None and step.dim() != 1):
@@ -248,7 +252,7 @@ def whole_residual(
     if any(norm.group for norm in given) or block_reason(x, [w.shape for w in weights]) is not None:
         return None
     shortcut = None if downsample is None else downsample(x)
-    return residual_block(x, weights, given, shortcut=shortcut, step=step)
+    return residual_block(x, weights, given, shortcut=shortcut, step=step, memory=memory)
 
 
 def batch_norm_relu(norm: nn.Module, x: Tensor, moments: Moments | None = None, *, fused: bool = True) -> Tensor:

@@ -120,9 +120,9 @@ class _Residual(nn.Module):
         self, convs: Sequence[nn.Module], norms: Sequence[nn.Module], x: Tensor, step: Tensor | None
     ) -> Tensor | None:
         """The block in one op, where it can be."""
-        if not self.fused or self.memory != "speed" or self.se is not None:
+        if not self.fused or self.se is not None:
             return None
-        return whole_residual(convs, norms, [self.relu], x, self.downsample, step)
+        return whole_residual(convs, norms, [self.relu], x, self.downsample, step, self.memory)
 
     def _behind(self, y: Tensor, x: Tensor, step: Tensor | None, moments: Moments | None = None) -> Tensor:
         if self.memory == "min" and self.fused and not torch.compiler.is_compiling():

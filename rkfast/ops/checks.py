@@ -16,6 +16,7 @@ from rkfast.ops import layout
 
 MAX_TERMS = 16
 MAX_DIMS = 5
+MEMORY = ("speed", "min")  # what blocks keep for the backward
 
 # Bits of what ``survey`` answers, as in csrc/cpu/host.h.
 UNIFORM, CHANNELS_LAST, NEEDS_GRAD, PLAIN = 1, 2, 4, 8
@@ -166,6 +167,11 @@ def flags(**values: object) -> None:
     for name, value in values.items():
         if type(value) is not bool:
             raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
+def memory(value: object) -> None:
+    if value not in MEMORY:
+        raise ValueError(f"memory: expected one of {', '.join(MEMORY)}, got {value!r}")
 
 
 def real(value: object, name: str) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from rkfast import measure
+from rkfast.ops import checks
 from rkfast.swap.copies import chosen, has_fused, inside, is_fused, stock, tensors
-from rkfast.swap.fuse import check_memory, fuse_one, survey
+from rkfast.swap.fuse import fuse_one, survey
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -57,7 +58,7 @@ def estimate(model: nn.Module, *inputs: Any, memory: str | None = None) -> Estim
     """
     net = inside(model)
     if memory is not None:
-        check_memory(memory)
+        checks.memory(memory)
     fake = fake_mode()
     given = pytree.tree_map_only(Tensor, fake.from_tensor, inputs)
     found = []

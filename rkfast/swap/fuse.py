@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from rkfast.ops.dense_block import MEMORY
+from rkfast.ops import checks
 from rkfast.swap.dense import FusedDenseBlock, FusedTransition
 from rkfast.swap.kind import Kind, Options, agrees, parts_of, restore, stock_class, swap, takes_more, unserved
 from rkfast.swap.residual import FusedBlock
@@ -53,7 +53,7 @@ def fuse(
         RuntimeError: strict, and not all candidates are served. The model is as before.
     """
     check_model(model)
-    check_memory(memory)
+    checks.memory(memory)
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn: expected a function of a module and its name, got {type(filter_fn).__name__}")
     chosen: list[tuple[nn.Module, type[Kind] | None]] = []
@@ -167,8 +167,3 @@ def is_own(module: nn.Module) -> bool:
 def check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-
-
-def check_memory(memory: object) -> None:
-    if memory not in MEMORY:
-        raise ValueError(f"memory: expected one of {', '.join(MEMORY)}, got {memory!r}")

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rkfast.ops import layout
+from rkfast.ops import checks, layout
 from rkfast.swap.copies import has_fused, inside, stock, tensors
 from rkfast.swap.estimate import fake_mode, fuse_shadow, in_words, shadow, without_numbers
-from rkfast.swap.fuse import check_memory
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -56,7 +55,7 @@ def max_batch(
     """
     net = inside(model)
     if memory is not None:
-        check_memory(memory)
+        checks.memory(memory)
     states = _states(optimizer)
     batch = _batch(inputs)
     own = [*net.parameters(), *net.buffers()]

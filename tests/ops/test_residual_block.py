@@ -32,10 +32,16 @@ LARGE = (3, 40, 17, 31)  # more than one unit of work in every backend; few enou
 
 
 def case(
-    sizes: str = "3 3", shortcut: bool = False, step: bool = True, training: str = "batch", affine: bool = True
+    sizes: str = "3 3",
+    shortcut: bool = False,
+    step: bool = True,
+    training: str = "batch",
+    affine: bool = True,
+    memory: str = "speed",
 ) -> dict[str, Any]:
     """sizes: of the convolutions; training: batch, frozen (running statistics), mixed, or bare (there are none)."""
-    return dict(sizes=[int(n) for n in sizes.split()], shortcut=shortcut, step=step, training=training, affine=affine)
+    found = dict(shortcut=shortcut, step=step, training=training, affine=affine, memory=memory)
+    return found | {"sizes": [int(n) for n in sizes.split()]}
 
 
 def skip_unserved(target: Target, dtype: torch.dtype) -> None:
@@ -55,6 +61,9 @@ class TestResidualBlock(OpTester):
         "bare": case("3 1", training="bare", affine=False, step=False),
         "one": case("1", shortcut=True),
         "wide_kernel": case("5 3"),
+        "minimal": case("1 3", training="mixed", memory="min"),
+        "minimal_frozen": case("1 3 1", training="frozen", memory="min"),
+        "minimal_one": case("1", shortcut=True, memory="min"),
     }
 
     def inputs(self, case: dict[str, Any], shape: tuple[int, ...]) -> Inputs:
@@ -87,7 +96,8 @@ class TestResidualBlock(OpTester):
         return found
 
     def ours(self, case: dict[str, Any], x: Inputs) -> Tensor:
-        return ops.residual_block(x.x, x.convs, self.norms(case, x), shortcut=x.shortcut, step=x.step)
+        options = {"shortcut": x.shortcut, "step": x.step, "memory": case["memory"]}
+        return ops.residual_block(x.x, x.convs, self.norms(case, x), **options)
 
     def eager(self, case: dict[str, Any], x: Inputs) -> Tensor:
         y = x.x

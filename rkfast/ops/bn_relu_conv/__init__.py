@@ -74,7 +74,7 @@ def _count_backward(grad: Shape, x: Shape, conv: Shape, *rest: Any, **__: Any) -
 _ARGS = "Tensor x, Tensor conv, Tensor? weight, Tensor? bias"
 # Normalises with the given mean and variance, else with those of x. Returns [out], then x's mean and variance where
 # they were not given, then those of out where asked for.
-_forward = dispatch.register(
+forward = dispatch.register(
     f"bn_relu_conv({_ARGS}, Tensor? mean, Tensor? var, bool channels_last, float eps, bool moments) -> Tensor[]",
     dispatch.Op("bn_relu_conv", implementations("rkfast.ops.bn_relu_conv", "forward", 0)),
     _fake,
@@ -111,7 +111,7 @@ class _BnReluConv(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
     ) -> Any:
-        out, *vectors = _forward(x, conv, weight, bias, mean, var, call.channels_last, call.eps, call.moments)
+        out, *vectors = forward(x, conv, weight, bias, mean, var, call.channels_last, call.eps, call.moments)
         if mean is None:
             mean, var = vectors[:2]
         if call.moved is not None:
@@ -258,7 +258,7 @@ def bn_relu_conv(
             out, *found = _BnReluConv.apply(call, *checks.distinct((mean, var, *params)))
             moved = moved if within is None else None
         else:
-            out, *found = _forward(*params, mean, var, channels_last, norm.eps, return_moments)
+            out, *found = forward(*params, mean, var, channels_last, norm.eps, return_moments)
     if moved is not None:
         if mean is None:
             mean, var = found[:2]

@@ -15,8 +15,6 @@ from rkfast.ops import autocast, checks, collective, layout
 from rkfast.ops.channel_moments import Moments, moments_dtype, update_running_stats
 from rkfast.ops.norm import Norm, check_norm
 
-MEMORY = ("speed", "min")
-
 
 class Slots(NamedTuple):
     """Where growths read and write: channels of the buffer, the input's first. Lists are never changed."""
@@ -547,8 +545,7 @@ def checked(
     checks.activation(x, "x")
     if x.dim() != 4:
         raise ValueError(f"x: expected [N, C, H, W], got {x.dim()} dimensions")
-    if memory not in MEMORY:
-        raise ValueError(f"memory: expected one of {', '.join(MEMORY)}, got {memory!r}")
+    checks.memory(memory)
     if not 0 <= drop_rate <= 1:
         raise ValueError(f"drop_rate: expected a number in [0, 1], got {drop_rate}")
     if not conv1:

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from rkfast import dispatch
 from rkfast.ops import autocast, checks, layout
+from rkfast.ops.bn_relu_conv import forward as bn_relu_conv_forward
 from rkfast.ops.channel_moments import moments_dtype, update_running_stats, update_running_stats_op
 from rkfast.ops.channel_moments import reference as plain_moments
+from rkfast.ops.conv import forward as conv_forward
 from rkfast.ops.conv import implementations, products
 from rkfast.ops.conv import kernel_reason as conv_reason
 from rkfast.ops.conv.reference import laid
@@ -113,6 +115,7 @@ class _Call(NamedTuple):
     run: Callable[..., list[Tensor]]
     eps: list[float]
     channels_last: bool
+    remake: bool  # what the last convolution makes, which is not kept
     advance: Callable[[list[Tensor]], None] | None  # the running statistics, by moments
 
 
@@ -128,7 +131,7 @@ class _ResidualBlock(torch.autograd.Function):
             call.advance(vectors)
         ctx.call, ctx.own = call, shortcut is None
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, step, mask, *outs, *tensors, *vectors)
+        ctx.save_for_backward(x, step, mask, *(outs[:-1] if call.remake else outs), *tensors, *vectors)
         ctx.mark_non_differentiable(*vectors)
         return (out, *vectors)
 
@@ -140,7 +143,8 @@ class _ResidualBlock(torch.autograd.Function):
         call: _Call = ctx.call
         x, step, mask, *rest = ctx.saved_tensors
         count = len(call.eps)
-        outs, tensors, vectors = rest[:count], rest[count : 6 * count], rest[6 * count :]
+        kept = count - call.remake
+        outs, tensors, vectors = rest[:kept], rest[kept : kept + 5 * count], rest[kept + 5 * count :]
         convs, norms = _sorted(tensors)
         result: list[Tensor | None] = [None] * len(needed)
         wanted = [0, 1, 2, *(i for i in range(3, len(needed)) if (i - 3) % 5 < 3)]
@@ -150,6 +154,8 @@ class _ResidualBlock(torch.autograd.Function):
             batch = [norms[4 * i + 2] is None for i in range(count)]
             given = iter(vectors)
             norms = [next(given) if t is None and i % 4 > 1 else t for i, t in enumerate(norms)]
+            if call.remake:
+                outs.append(_last(x, outs, convs, norms, call))
             need_x, need_shortcut, need_step, *_rest = needed
             need_convs = any(needed[3::5])
             run = _backward_op if call.run is _op and checks.plain(grad) else _backward
@@ -172,6 +178,13 @@ class _ResidualBlock(torch.autograd.Function):
 
 
 _apply_plain = checks.plain_apply(_ResidualBlock)
+
+
+def _last(x: Tensor, outs: list[Tensor], convs: list[Tensor], norms: list[Tensor | None], call: _Call) -> Tensor:
+    """What the last convolution makes."""
+    if not outs:
+        return conv_forward(x, convs[-1], None, None, call.channels_last, False, False)[0]
+    return bn_relu_conv_forward(outs[-1], convs[-1], *norms[-8:-4], call.channels_last, call.eps[-2], False)[0]
 
 
 def _sorted(tensors: Sequence[Any]) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -197,6 +210,7 @@ def residual_block(
     *,
     shortcut: Tensor | None = None,
     step: Tensor | None = None,
+    memory: str = "speed",
 ) -> Tensor:
     """A residual block (He et al., "Deep Residual Learning for Image Recognition"), with a step size that of a learned
     time step, ``relu(x + step * F(x))`` (TSC, equation 3)::
@@ -216,6 +230,7 @@ def residual_block(
         norms: for each convolution the BatchNorm behind it, over K_i channels, in any of its modes but with a group.
         shortcut: what is added, Tensor [N, K_last, H, W]; None is x.
         step: None for 1, else a factor per channel, Tensor [K_last].
+        memory: "speed" keeps the results of all convolutions for the backward, "min" makes that of the last again.
 
     Returns:
         Tensor [N, K_last, H, W] in the memory format of x, channels_last being the fastest. Kept for the backward are
@@ -232,6 +247,7 @@ def residual_block(
         RuntimeError: running statistics require grad; or a backend was asked for that cannot serve this.
     """
     convs, norms = checks.listed(convs, "convs"), checks.listed(norms, "norms")
+    checks.memory(memory)
     seen = _surveyed(x, shortcut, convs, norms, step)
     if not seen:
         x, shortcut, convs = _checked(x, shortcut, convs, norms, step)
@@ -262,7 +278,7 @@ def residual_block(
         # statistics move before. A compiler wants nothing changed within a Function.
         within = None if torch.compiler.is_compiling() else advance
         apply = _apply_plain if plain else _ResidualBlock.apply
-        out, *vectors = apply(_Call(run, eps, channels_last, within), *checks.distinct(given))
+        out, *vectors = apply(_Call(run, eps, channels_last, memory == "min", within), *checks.distinct(given))
         if within is not None:
             return out
     else:
