@@ -87,6 +87,7 @@ def triton_missing() -> str | None:
     return "Triton is not installed; install it with: pip install 'rkfast[triton]'"
 
 
+@functools.cache
 def triton_interprets() -> bool:
     """Whether Triton's interpreter is on (TRITON_INTERPRET=1), which serves CPU tensors, slowly, for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1" and triton_missing() is None

@@ -61,7 +61,8 @@ class RKStep(nn.Module):
 
     Args:
         tableau: the method, or its name; a Tableau that is not explicit cannot be made.
-        branches: the F_i, one module per stage, or a single module that serves all stages.
+        branches: the F_i, one module per stage, or a single module that serves all stages; they leave their input as
+            it is.
         step: the step size h, or a Tensor [C] with one for each channel (dimension 1 of y).
         learn: which of "a", "b" and "h" are parameters, that start from the tableau and ``step``; ``learned``
             holds them, and ``coefficients()`` reads them. With all three this is g_i of RKNet (Zhu et al.,

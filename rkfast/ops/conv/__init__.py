@@ -140,17 +140,20 @@ LEAST_FORWARD = 2.0  # forward alone
 LEAST_TRANSFORMED = 0.2  # the same of a weight that is transformed already
 
 
-def kernel_reason(x: Tensor, weight: Shape) -> str | None:
-    """Why PyTorch's convolution with a weight of this shape is the better choice; None where this op is, or a backend
-    that serves it is forced. On a GPU it is cuDNN's in either case."""
+def kernel_reason(x: Tensor, *weights: Shape) -> str | None:
+    """Why PyTorch's convolution with one of these weights, of those shapes, is the better choice; None where this op is
+    with all of them, or a backend that serves it is forced. On a GPU it is cuDNN's in either case."""
     forced = dispatch.forced()
     if forced == "reference":
         return None
-    if torch.is_grad_enabled():
-        return _refusal(x) or (None if forced else _slow_reason(x, weight, LEAST_3X3))
-    if forced is None and weight[2] == 1:
+    trains = torch.is_grad_enabled()
+    if not trains and forced is None and any(weight[2] == 1 for weight in weights):
         return "forward alone, oneDNN's 1x1 convolution is no slower"
-    return _refusal(x) or (None if forced else _slow_reason(x, weight, LEAST_FORWARD))
+    reason = _refusal(x)
+    if reason is not None or forced:
+        return reason
+    reasons = (_slow_reason(x, weight, LEAST_3X3 if trains else LEAST_FORWARD) for weight in weights)
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def transformed_reason(x: Tensor, weight: Shape) -> str | None:

@@ -196,11 +196,7 @@ def _sorted(tensors: Sequence[Any]) -> tuple[list[Tensor], list[Tensor | None]]:
 def kernel_reason(x: Tensor, weights: Sequence[Shape]) -> str | None:
     """Why other ops are the better choice for a block of convolutions with weights of these shapes; None where this one
     is, or a backend that serves it is forced."""
-    for weight in weights:
-        reason = conv_reason(x, weight)
-        if reason is not None:
-            return reason
-    return None
+    return conv_reason(x, *weights)
 
 
 def residual_block(
