@@ -12,7 +12,7 @@ namespace rkfast {
 namespace {
 
 // Who would miss a call that goes past the dispatcher.
-const c10::DispatchKeySet kWatched({c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot,
+const c10::DispatchKeySet kWatched({c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot, c10::DispatchKey::Batched,
                                     c10::DispatchKey::FuncTorchDynamicLayerFrontMode, c10::DispatchKey::FuncTorchBatched,
                                     c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Functionalize,
                                     c10::DispatchKey::Tracer});
@@ -51,9 +51,7 @@ class Surveyor {
     if (keys_.has_any(kLazy)) return 0;
     const bool plain = (x_.is_cpu() || x_.is_cuda()) && !keys_.has_any(kWatched) &&
         !c10::impl::TorchDispatchModeTLS::any_modes_set() && !at::hasCallbacks() && without_duals();
-    const bool channels_last = !x_.is_contiguous() &&
-        ((x_.dim() == 4 && x_.is_contiguous(at::MemoryFormat::ChannelsLast)) ||
-         (x_.dim() > 2 && x_.stride(1) == 1 && x_.size(1) > 1));
+    const bool channels_last = !x_.is_contiguous() && x_.dim() > 2 && x_.stride(1) == 1 && x_.size(1) > 1;
     return kUniform | (channels_last ? kChannelsLast : 0) | (grad_ ? kNeedsGrad : 0) | (plain ? kPlain : 0);
   }
 

@@ -36,9 +36,10 @@ _PRINTED = {"euler": 1.0, "midpoint": 1.0, "rk4": 2.0}
 class RKStep(nn.Module):
     """An explicit Runge-Kutta step, ``y' = y + h * sum_i b_i k_i`` with ``k_i = F_i(y + h * sum_{j<i} a_ij k_j)``.
 
-    Each sum is one pass over the memory. A branch with a method ``reads_moments()`` that answers True is called as
-    ``branch(x, moments)``, with the moments of its input taken in the pass that wrote it (PreActBranch does, and a
-    step, which may be the branch of another).
+    Each sum is one pass over the memory, and in the backward each stage adds up the gradients of its sums in one. For
+    that the first branch reads an alias of y: a hook on that tensor has the gradient of this reader alone. A branch
+    with a method ``reads_moments()`` that answers True is called as ``branch(x, moments)``, with the moments of its
+    input taken in the pass that wrote it (PreActBranch does, and a step, which may be the branch of another).
 
     Luo et al., "Rethinking ResNets: Improved Stacking Strategies With High Order Schemes", have three versions of it:
 
@@ -120,10 +121,6 @@ class RKStep(nn.Module):
         # Row i of a, and after the last the weights b; as they are, and times a step size that is one float.
         self.rows = self._table()
         self.scaled = self._table(self.step) if isinstance(self.step, float) else self.rows
-        # What y has in each row.
-        self.own = [1.0] * len(self.rows)
-        if variant == "paper":
-            self.own = [*(sum(row) for row in self.rows[:-1]), _PRINTED[tableau.name]]
         # b - b^, of an adaptive step
         pair = zip(tableau.b, tableau.b_embedded or tableau.b, strict=True)
         self.differences = tuple(float(b + -1 * e) for b, e in pair)
@@ -142,7 +139,8 @@ class RKStep(nn.Module):
         """The step, taking y's moments if they are known, and leaving those of y' if asked for (and fused)."""
         h = self._step_size(y)
         share = self.fused and self.learned is None and self.tol is None and isinstance(h, float) and can_share()
-        readers = Readers(y, self.own, self.scaled, share)
+        own = [self._own(i) for i in range(len(self.rows))]
+        readers = Readers(y, own, self.scaled, share)
         slopes: list[Tensor] = []  # k_1, k_2, ...
         for i in range(self.tableau.stages):
             branch = self.branches[i % len(self.branches)]
@@ -244,11 +242,17 @@ class RKStep(nn.Module):
         return readers.sum(
             weights,
             scale=h,
-            own=self.own[i],
+            own=self._own(i),
             relu=last and self.variant == "authors",
             fused=self.fused,
             return_moments=return_moments,
         )
+
+    def _own(self, i: int) -> float:
+        """What y has in row i."""
+        if self.variant != "paper":
+            return 1.0
+        return _PRINTED[self.tableau.name] if i == self.tableau.stages else sum(self.rows[i])
 
     def _adapted(self, slopes: list[Tensor], h: float | Tensor) -> Tensor:
         """h' of the docstring."""

@@ -245,6 +245,11 @@ def held(t: Any) -> Any:
     return t.resolve_neg() if t.is_neg() else torch.zeros(t.shape, dtype=t.dtype, device=t.device) + t
 
 
+def apart(t: Any) -> Any:
+    """t as an input to differentiate by: of two inputs one may have been made of the other."""
+    return t if t is None or not t.requires_grad else t.view_as(t)
+
+
 def distinct(tensors: Sequence[Any]) -> Sequence[Any]:
     """tensors, none of them twice where torch.compile traces: it would lose gradients of an autograd.Function."""
     if not torch.compiler.is_compiling():
@@ -262,16 +267,21 @@ def tracing() -> bool:
 
 
 def transformed(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether only plain PyTorch gives what is asked for: under a transform of torch.func, in forward-mode AD and in
-    torch.jit.trace, which records no op of ours."""
+    """Whether only plain PyTorch gives what is asked for: under a transform of torch.func, in forward-mode AD, where
+    gradients come in batches (is_grads_batched), and in torch.jit.trace, which records no op of ours."""
     if torch._C._are_functorch_transforms_active():
         return True
     if torch.compiler.is_compiling():
         return False
-    return tracing() or (
-        forward_ad._current_level >= 0
-        and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-    )
+    given = [t for t in tensors if t is not None]
+    if tracing() or any(map(torch._C._functorch.is_legacy_batchedtensor, given)):
+        return True
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in given)
+
+
+def differentiated(grad: Tensor) -> bool:
+    """Whether a backward has to be differentiable in turn (create_graph), or plain PyTorch (``transformed``)."""
+    return torch.is_grad_enabled() or transformed((grad,))
 
 
 def transforms() -> bool:

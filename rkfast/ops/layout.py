@@ -21,11 +21,7 @@ from torch import Tensor
 
 def is_channels_last(x: Tensor) -> bool:
     """Whether x is laid out with its channels innermost. One that is both (C = 1 or P = 1) counts as contiguous."""
-    if x.is_contiguous():
-        return False
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return True
-    return x.dim() > 2 and x.stride(1) == 1 and x.shape[1] > 1
+    return not x.is_contiguous() and x.dim() > 2 and x.stride(1) == 1 and x.shape[1] > 1
 
 
 def _dense(sizes: Sequence[int], strides: Sequence[int], innermost: int) -> bool:

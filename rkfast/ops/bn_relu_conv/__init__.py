@@ -129,7 +129,7 @@ class _BnReluConv(torch.autograd.Function):
             return (None,) * 7
         call: _Call = ctx.call
         x, conv, weight, bias, mean, var = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if checks.differentiated(grad):
             if call.group:
                 raise RuntimeError(
                     "bn_relu_conv: with group the gradient of its gradient (create_graph) is not supported"

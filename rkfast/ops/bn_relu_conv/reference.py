@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rkfast.ops import checks
 from rkfast.ops.bn_rk_sum import reference as bn_rk_sum
 from rkfast.ops.channel_moments import reference as channel_moments
 from rkfast.ops.conv.reference import gradients as conv_gradients
@@ -95,9 +96,11 @@ def gradients(
 ) -> list[Tensor | None]:
     """What backward gives each input, differentiable in grad, x, conv, weight and bias. statistics: None for those of
     x."""
-    inputs = (x, conv, weight, bias)
+    graph = torch.is_grad_enabled()
     mean, var = statistics or (None, None)
-    out = composite(*inputs, mean, var, eps, False)[0]
+    with torch.enable_grad():
+        x, conv, weight, bias = inputs = [checks.apart(t) for t in (x, conv, weight, bias)]
+        out = composite(x, conv, weight, bias, mean, var, eps, False)[0]
     wanted = [t for t, need in zip(inputs, needed, strict=True) if t is not None and need]
-    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=graph))
     return [next(found) if t is not None and need else None for t, need in zip(inputs, needed, strict=True)]

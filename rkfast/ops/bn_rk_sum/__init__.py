@@ -139,7 +139,7 @@ class _BnRkSum(torch.autograd.Function):
             return (None,) * (3 + len(needed))
         *saved, group, plain = ctx.saved
         gradients: Any = _gradients
-        if torch.is_grad_enabled():
+        if checks.differentiated(grad):
             if group:
                 raise RuntimeError("bn_rk_sum: with group the gradient of its gradient (create_graph) is not supported")
             gradients = reference.gradients  # plain, differentiable PyTorch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rkfast.ops import layout
+from rkfast.ops import checks, layout
 from rkfast.ops.channel_moments import reference as channel_moments
 from rkfast.ops.channel_moments.reference import moments_dtype, per_channel, sums
 from rkfast.ops.rk_sum.reference import masked, pack
@@ -137,8 +137,9 @@ def gradients(
     needed: tuple[bool, ...],
 ) -> list[Tensor | None]:
     """What backward gives each input, differentiable in grad, x, weight, bias and step."""
-    need_terms = needed[4:]
-    with torch.autocast(x.device.type, enabled=False):
+    need_terms, graph = needed[4:], torch.is_grad_enabled()
+    with torch.autocast(x.device.type, enabled=False), torch.enable_grad():
+        x, weight, bias, step = map(checks.apart, (x, weight, bias, step))
         if batch_stats:
             mean, var = channel_moments.forward(x, channels_last)
         normed = _scaled_norm(x, weight, bias, mean, var, step, eps).to(x.dtype)
@@ -146,7 +147,7 @@ def gradients(
             mask = pack(~(normed <= 0), channels_last)
         g = masked(grad, mask, channels_last)
         inputs = [t for t, need in zip((x, weight, bias, step), needed, strict=False) if t is not None and need]
-        found = iter(torch.autograd.grad(normed, inputs, g, create_graph=True) if inputs else ())
+        found = iter(torch.autograd.grad(normed, inputs, g, create_graph=graph) if inputs else ())
         return [
             *(
                 next(found) if t is not None and need else None

@@ -126,7 +126,7 @@ class _Conv(torch.autograd.Function):
         if grad is None:
             return None, other, None
         x, weight = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if checks.differentiated(grad):
             dx, dweight = reference.gradients(grad, x, weight, need_x, need_weight)
             return None, dx if other is None or dx is None else dx + other, dweight
         found = iter(_backward(grad, x, weight, other, call.channels_last, need_x, need_weight))

@@ -223,7 +223,7 @@ class _DenseBlock(torch.autograd.Function):
         needed: tuple[bool, ...] = ctx.needs_input_grad[1:]
         if grad is None:
             return (None,) * (1 + len(needed))
-        if torch.is_grad_enabled():
+        if checks.differentiated(grad):
             raise RuntimeError(
                 "dense_block: the gradient of its gradient (create_graph=True) is not supported; "
                 "take the plain block (fused=False) for it"

@@ -148,7 +148,7 @@ class _ResidualBlock(torch.autograd.Function):
         convs, norms = _sorted(tensors)
         result: list[Tensor | None] = [None] * len(needed)
         wanted = [0, 1, 2, *(i for i in range(3, len(needed)) if (i - 3) % 5 < 3)]
-        if torch.is_grad_enabled():
+        if checks.differentiated(grad):
             found = reference.gradients(grad, x, mask, convs, norms, step, call.eps, call.channels_last, ctx.own)
         else:
             batch = [norms[4 * i + 2] is None for i in range(count)]

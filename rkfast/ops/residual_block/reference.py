@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rkfast.ops import checks
 from rkfast.ops.bn_rk_sum import reference as bn_rk_sum
 from rkfast.ops.conv.reference import gradients as conv_gradients
 from rkfast.ops.conv.reference import laid
@@ -135,19 +135,16 @@ def gradients(
     """Those of x, shortcut, step, and of each convolution with weight and bias of its norm, where they require grad;
     differentiable in all of them and in grad. Of norms mean and var are given where they are not the batch's."""
 
-    def alias(t: Tensor | None) -> Any:
-        """One may have been made of another, such as the step of the weights."""
-        return t if t is None or not t.requires_grad else t.view_as(t)
-
-    with torch.autocast(x.device.type, enabled=False):
+    graph = torch.is_grad_enabled()
+    with torch.autocast(x.device.type, enabled=False), torch.enable_grad():
         g = masked(grad, mask, channels_last)
-        x, step, *tensors = map(alias, (x, step, *convs, *norms))
+        x, step, *tensors = map(checks.apart, (x, step, *convs, *norms))
         convs, norms = tensors[: len(convs)], tensors[len(convs) :]
         added = composite(x, None, convs, norms, step, eps, joined=False)[0]
         inputs = [x, step]
         for i, conv in enumerate(convs):
             inputs += [conv, *norms[4 * i : 4 * i + 2]]
         wanted = [t for t in inputs if t is not None and t.requires_grad]
-        made = iter(torch.autograd.grad(added, wanted, g, create_graph=True) if wanted else ())
+        made = iter(torch.autograd.grad(added, wanted, g, create_graph=graph) if wanted else ())
         dx, *rest = [next(made) if t is not None and t.requires_grad else None for t in inputs]
         return [dx if dx is None or not own else dx + g, g, *rest]

@@ -123,7 +123,7 @@ class _RkSum(torch.autograd.Function):
         mask, *saved = ctx.saved_tensors or (None,)
         steps: list[Tensor] = saved[: len(step_at)]
         step_terms: list[Tensor | None] = saved[len(step_at) :]
-        if torch.is_grad_enabled():  # a gradient of the gradient is asked for: the same in differentiable PyTorch
+        if checks.differentiated(grad):  # a gradient of the gradient is asked for: the same in differentiable PyTorch
             gradients: Any = reference.gradients
         else:
             run = _backward_op if plain and checks.plain(grad) else _backward
