@@ -22,7 +22,6 @@ from rkfast.ops import Moments, Norm, bn_relu_conv, bn_rk_sum, checks, residual_
 from rkfast.ops import conv as conv_op
 from rkfast.ops.bn_relu_conv import kernel_reason
 from rkfast.ops.conv import kernel_reason as conv_reason
-from rkfast.ops.residual_block import kernel_reason as block_reason
 
 
 def hooked(module: nn.Module) -> bool:
@@ -249,7 +248,7 @@ def whole_residual(
         return None
     given = [as_norm(norm) for norm in norms]
     weights: list[Any] = [conv.weight for conv in convs]
-    if any(norm.group for norm in given) or block_reason(x, [w.shape for w in weights]) is not None:
+    if any(norm.group for norm in given) or conv_reason(x, *(w.shape for w in weights)) is not None:
         return None
     shortcut = None if downsample is None else downsample(x)
     return residual_block(x, weights, given, shortcut=shortcut, step=step, memory=memory)

@@ -13,7 +13,7 @@ from torch import Tensor, nn, profiler
 from rkfast import dispatch, native, ops
 from rkfast.nn.norm import as_norm
 from rkfast.ops import Norm, checks, layout
-from rkfast.ops.residual_block import kernel_reason
+from rkfast.ops.conv import kernel_reason
 from tests.ops.tester import (
     DTYPES,
     LAYOUTS,
@@ -377,11 +377,11 @@ def test_transforms_take_plain_pytorch() -> None:
 def test_why_not() -> None:
     x = torch.randn(2, 16, 4, 4).to(memory_format=torch.channels_last)
     basic = [(16, 16, 3, 3)] * 2
-    assert kernel_reason(x, basic) is None
-    assert "gains nothing" in str(kernel_reason(x, [*basic, (8, 16, 3, 3)]))
-    assert "contiguous" in str(kernel_reason(x.contiguous(), basic))
+    assert kernel_reason(x, *basic) is None
+    assert "gains nothing" in str(kernel_reason(x, *basic, (8, 16, 3, 3)))
+    assert "contiguous" in str(kernel_reason(x.contiguous(), *basic))
     with torch.no_grad():
-        assert "no slower" in str(kernel_reason(x, [(16, 16, 3, 3), (16, 16, 1, 1)]))
+        assert "no slower" in str(kernel_reason(x, (16, 16, 3, 3), (16, 16, 1, 1)))
 
 
 @pytest.mark.parametrize(
@@ -390,6 +390,7 @@ def test_why_not() -> None:
         (dict(x=torch.randn(2, 4, 5)), ValueError, r"x: expected \[N, C, H, W\], got 3"),
         (dict(x=torch.ones(2, 4, 5, 5).int()), TypeError, "x: expected a floating-point tensor"),
         (dict(convs=[]), ValueError, "convs: expected at least one weight"),
+        (dict(memory="most"), ValueError, "memory: expected one of speed, min, got 'most'"),
         (dict(convs=torch.ones(4, 4, 3, 3)), TypeError, "convs: expected a list, got Tensor"),
         (dict(convs=[None, torch.ones(4, 4, 1, 1)]), TypeError, r"convs\[0\]: expected a Tensor, got NoneType"),
         (dict(convs=[torch.ones(4, 4, 3, 3), torch.ones(4, 2, 3, 3)]), ValueError, r"convs\[1\]: expected \[K, 4, n"),

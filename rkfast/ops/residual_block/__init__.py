@@ -16,7 +16,6 @@ from rkfast.ops.channel_moments import moments_dtype, update_running_stats, upda
 from rkfast.ops.channel_moments import reference as plain_moments
 from rkfast.ops.conv import forward as conv_forward
 from rkfast.ops.conv import implementations, products
-from rkfast.ops.conv import kernel_reason as conv_reason
 from rkfast.ops.conv.reference import laid
 from rkfast.ops.norm import Norm, check_norm
 from rkfast.ops.residual_block import reference
@@ -193,12 +192,6 @@ def _sorted(tensors: Sequence[Any]) -> tuple[list[Tensor], list[Tensor | None]]:
     return list(tensors[::5]), norms
 
 
-def kernel_reason(x: Tensor, weights: Sequence[Shape]) -> str | None:
-    """Why other ops are the better choice for a block of convolutions with weights of these shapes; None where this one
-    is, or a backend that serves it is forced."""
-    return conv_reason(x, *weights)
-
-
 def residual_block(
     x: Tensor,
     convs: Sequence[Tensor],
@@ -238,8 +231,8 @@ def residual_block(
 
     Raises:
         TypeError: an argument is no tensor or Norm, not floating, or the dtypes are mixed.
-        ValueError: a shape, length, number or device that does not fit; one value per channel in training; a norm with
-            a group; running statistics that cannot be written. Nothing is modified then.
+        ValueError: a shape, length, number, device or memory that does not fit; one value per channel in training; a
+            norm with a group; running statistics that cannot be written. Nothing is modified then.
         RuntimeError: running statistics require grad; or a backend was asked for that cannot serve this.
     """
     convs, norms = checks.listed(convs, "convs"), checks.listed(norms, "norms")

@@ -107,7 +107,6 @@ def forward(
     )
     partials = kernels.empty_partials(x, 3, tiling, dtype) if moments else None
     pitch, *pitches = view.units(tiling)
-    wide = tiling.constants["UNIT"] * x.element_size() == kernels.THREAD_BYTES
     tiling.launch(
         _forward_kernel,
         x,
@@ -123,7 +122,7 @@ def forward(
         tiling.partials,
         RELU=relu,
         WIDE=kernels.WIDE[dtype],
-        **({"maxnreg": 96} if moments and wide else kernels.NO_TARGET),  # for more warps, and none spills
+        **kernels.NO_TARGET,
     )
     return [
         out,
