@@ -29,7 +29,8 @@ library = torch.library.Library("rkfast", "DEF")
 class Implementation(NamedTuple):
     """One way to compute an op.
 
-    ``module`` is imported at the first call it serves; ``supports(*args)`` answers None, or the reason why not.
+    ``module`` is imported at the first call it serves; ``supports(*args)`` answers None, or the reason why not, by
+    device, dtype and emptiness of the op's lead alone, unless the op ``varies``.
     """
 
     backend: str
@@ -64,26 +65,32 @@ _served: Counter[tuple[str, str]] = Counter()
 
 
 class Op:
-    """An op's implementations in the order in which they are tried. Calling it chooses and runs one."""
+    """An op's implementations in the order in which they are tried. Calling it chooses and runs one.
 
-    def __init__(self, name: str, implementations: tuple[Implementation, ...]) -> None:
+    lead: which of the arguments decides, a tensor or the first of a list. varies: something else decides, too, and the
+    choice is made at every call.
+    """
+
+    def __init__(
+        self, name: str, implementations: tuple[Implementation, ...], lead: int = 0, varies: bool = False
+    ) -> None:
         OPS[name] = self
         self.name = name
         self.implementations = implementations
+        self._lead = lead
         self._last: tuple[Choice, torch.Size, torch.dtype, torch.device] | None = None
-        # Where the choice depends on device and dtype alone it is made once.
-        self._static = all(i.supports is None and i.deterministic for i in implementations)
-        self._chosen: dict[tuple[str | None, torch.device, torch.dtype], Choice] = {}
+        self._once = not varies and all(i.deterministic for i in implementations)
+        self._chosen: dict[tuple[str | None, torch.device, torch.dtype, bool], Choice] = {}
 
     def __call__(self, *args: Any) -> Any:
-        first = args[0]
+        first = args[self._lead]
         lead = first[0] if isinstance(first, (list, tuple)) else first
         device, dtype = lead.device, lead.dtype
-        key = (forced() if _forced or _environment != "auto" else None, device, dtype)
+        key = (forced() if _forced or _environment != "auto" else None, device, dtype, lead.numel() == 0)
         choice = self._chosen.get(key)
         if choice is None:
             choice = self._choose(lead, args)
-            if self._static:
+            if self._once:
                 self._chosen[key] = choice
         result = choice.function(*args)
         with _lock:

@@ -242,13 +242,18 @@ def whole_residual(
     with memory "min" the shortcut is made again, which that op does not."""
     if memory == "min" and downsample is not None:
         return None
-    if not (all(map(plain_conv, convs)) and all(map(takes_relu, relus)) and all(serves(norm, x) for norm in norms)):
-        return None
     if x.dim() != 4 or (step is not None and step.dim() != 1):
         return None
-    given = [as_norm(norm) for norm in norms]
-    weights: list[Any] = [conv.weight for conv in convs]
-    if any(norm.group for norm in given) or conv_reason(x, *(w.shape for w in weights)) is not None:
+    weights: list[Any] = []
+    given = []
+    for conv, norm in zip(convs, norms, strict=True):
+        if not (plain_conv(conv) and serves(norm, x)):
+            return None
+        weights.append(conv.weight)
+        given.append(as_norm(norm))
+        if given[-1].group:
+            return None
+    if not all(map(takes_relu, relus)) or conv_reason(x, *(weight.shape for weight in weights)) is not None:
         return None
     shortcut = None if downsample is None else downsample(x)
     return residual_block(x, weights, given, shortcut=shortcut, step=step, memory=memory)

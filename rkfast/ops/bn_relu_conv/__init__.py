@@ -14,7 +14,7 @@ from rkfast.ops.bn_relu_conv import reference
 from rkfast.ops.bn_rk_sum import with_mean_terms
 from rkfast.ops.channel_moments import Moments, channel_moments, moments_dtype, update_running_stats
 from rkfast.ops.channel_moments import reference as plain_moments
-from rkfast.ops.conv import implementations, products
+from rkfast.ops.conv import convolution_op, products
 from rkfast.ops.conv import kernel_reason as conv_reason
 from rkfast.ops.norm import Norm, check_norm
 
@@ -76,7 +76,7 @@ _ARGS = "Tensor x, Tensor conv, Tensor? weight, Tensor? bias"
 # they were not given, then those of out where asked for.
 forward = dispatch.register(
     f"bn_relu_conv({_ARGS}, Tensor? mean, Tensor? var, bool channels_last, float eps, bool moments) -> Tensor[]",
-    dispatch.Op("bn_relu_conv", implementations("rkfast.ops.bn_relu_conv", "forward", 0)),
+    convolution_op("bn_relu_conv", "forward"),
     _fake,
     _count,
 )
@@ -84,7 +84,7 @@ forward = dispatch.register(
 _backward = dispatch.register(
     f"bn_relu_conv_backward(Tensor grad, {_ARGS}, Tensor mean, Tensor var, bool channels_last, bool batch_stats, "
     "float eps, bool need_x, bool need_conv, bool need_affine) -> Tensor[]",
-    dispatch.Op("bn_relu_conv_backward", implementations("rkfast.ops.bn_relu_conv", "backward", 1)),
+    convolution_op("bn_relu_conv_backward", "backward", 1),
     _fake_backward,
     _count_backward,
 )

@@ -29,13 +29,14 @@ def _empty_reason(x: Tensor, dtype: torch.dtype) -> str | None:
 REASONS = {"triton": _empty_reason, "cpu": _cpu_reason}
 
 
-def implementations(home: str, function: str, lead: int) -> tuple[dispatch.Implementation, ...]:
+def convolution_op(name: str, function: str, lead: int = 0) -> dispatch.Op:
     """Of an op around one convolution. lead: which of the arguments is x."""
     supports = {
         backend: lambda *args, reason=reason: reason(args[lead], args[lead].dtype)
         for backend, reason in REASONS.items()
     }
-    return dispatch.ordered(home, function, (*REASONS, "reference"), supports)
+    home = f"rkfast.ops.{name.removesuffix('_backward')}"
+    return dispatch.Op(name, dispatch.ordered(home, function, (*REASONS, "reference"), supports), lead)
 
 
 def _fake(
@@ -88,7 +89,7 @@ def _count_backward(grad: Shape, x: Shape, weight: Shape, *rest: Any, **__: Any)
 forward = dispatch.register(
     "conv(Tensor x, Tensor weight, Tensor? bias, Tensor? other, bool channels_last, bool relu, bool moments) "
     "-> Tensor[]",
-    dispatch.Op("conv", implementations("rkfast.ops.conv", "forward", 0)),
+    convolution_op("conv", "forward"),
     _fake,
     _count,
 )
@@ -96,7 +97,7 @@ forward = dispatch.register(
 _backward = dispatch.register(
     "conv_backward(Tensor grad, Tensor x, Tensor weight, Tensor? other, bool channels_last, bool need_x, "
     "bool need_weight) -> Tensor[]",
-    dispatch.Op("conv_backward", implementations("rkfast.ops.conv", "backward", 1)),
+    convolution_op("conv_backward", "backward", 1),
     _fake_backward,
     _count_backward,
 )
@@ -149,23 +150,21 @@ def kernel_reason(x: Tensor, *weights: Shape) -> str | None:
     trains = torch.is_grad_enabled()
     if not trains and forced is None and any(weight[2] == 1 for weight in weights):
         return "forward alone, oneDNN's 1x1 convolution is no slower"
-    reason = _refusal(x)
+    reason = _refusal(x, forced)
     if reason is not None or forced:
         return reason
-    reasons = (_slow_reason(x, weight, LEAST_3X3 if trains else LEAST_FORWARD) for weight in weights)
-    return next((reason for reason in reasons if reason is not None), None)
+    return _slow_reason(x, weights, LEAST_3X3 if trains else LEAST_FORWARD)
 
 
 def transformed_reason(x: Tensor, weight: Shape) -> str | None:
     """``kernel_reason`` of an inference whose weight of this shape is by tiles already."""
     if weight[2] == 1:
         return "there are no tiles of 1x1 convolutions"
-    return _refusal(x) or _slow_reason(x, weight, LEAST_TRANSFORMED)
+    return _refusal(x, dispatch.forced()) or _slow_reason(x, (weight,), LEAST_TRANSFORMED)
 
 
-def _refusal(x: Tensor) -> str | None:
+def _refusal(x: Tensor, forced: str | None) -> str | None:
     """Why no kernel can serve x."""
-    forced = dispatch.forced()
     backend = forced or "cpu"
     if backend not in REASONS:
         return f"there is no kernel of {backend}"
@@ -174,17 +173,21 @@ def _refusal(x: Tensor) -> str | None:
     return checks.missing(backend, x.device.type, forced is not None) or REASONS[backend](x, checks.dtype_of_call(x))
 
 
-def _slow_reason(x: Tensor, weight: Shape, least: float) -> str | None:
+def _slow_reason(x: Tensor, weights: Sequence[Shape], least: float) -> str | None:
     """Where the C++ kernel gains nothing on PyTorch."""
     if not layout.is_channels_last(x):
         return "a contiguous tensor is copied: the C++ kernel works channels_last"
-    if weight[2] == 1:
-        return None
-    # As csrc/cpu/convolution.h says.
-    if weight[2] != 3 or min(weight[:2]) < 16 or min(x.shape[2:]) < 4:
-        return "the convolution would be PyTorch's, which gains nothing"
-    pixels = x.shape[0] * x.shape[2] * x.shape[3]
-    return None if pixels >= least * max(weight[:2]) else "too few pixels pay for the transform of the weight"
+    images, _, height, width = x.shape
+    for weight in weights:
+        outputs, channels, size, _ = weight
+        if size == 1:
+            continue
+        # As csrc/cpu/convolution.h says.
+        if size != 3 or min(outputs, channels) < 16 or min(height, width) < 4:
+            return "the convolution would be PyTorch's, which gains nothing"
+        if images * height * width < least * max(outputs, channels):
+            return "too few pixels pay for the transform of the weight"
+    return None
 
 
 def transformed(weight: Tensor) -> Tensor:

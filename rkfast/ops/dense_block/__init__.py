@@ -62,13 +62,14 @@ _REASONS = {"triton": _triton_reason, "cpu": _cpu_reason}
 _KERNEL = {"cuda": "triton", "cpu": "cpu"}  # by device
 
 
-def _implementations(function: str, lead: int) -> tuple[dispatch.Implementation, ...]:
-    """lead: which of the arguments decides."""
+def _made(name: str, function: str, lead: int) -> dispatch.Op:
+    """lead: which of the arguments is x, beside the group, the last."""
     supports = {
         "triton": lambda *args: _triton_reason(args[lead], args[lead].dtype),
         "cpu": lambda *args: _cpu_reason(args[lead], args[lead].dtype, args[-1]),
     }
-    return dispatch.ordered("rkfast.ops.dense_block", function, (*_REASONS, "reference"), supports)
+    implementations = dispatch.ordered("rkfast.ops.dense_block", function, (*_REASONS, "reference"), supports)
+    return dispatch.Op(name, implementations, lead, varies=True)
 
 
 def _fake(
@@ -162,7 +163,7 @@ def _products(x: Shape, weights: Sequence[Shape]) -> int:
     return 2 * x[0] * math.prod(x[2:]) * sum(math.prod(w) for w in weights)
 
 
-_op = dispatch.Op("dense_block", _implementations("forward", 0))
+_op = _made("dense_block", "forward", 0)
 # Returns the buffer [N, channels, H, W] and its mean and var [channels], which mean nothing where no norm takes the
 # batch's and neither keep nor total_moments asks for them; with keep also, of each bottleneck, mean and var, and then
 # the bottlenecks themselves; at last, where there is something to sum, the input and that, and with total_moments its
@@ -174,7 +175,7 @@ _backward = dispatch.register(
     "dense_block_backward(Tensor grad, Tensor buffer, Tensor mean, Tensor var, Tensor[] mid_moments, Tensor[] mids, "
     "Tensor[] conv1, Tensor[] conv2, Tensor?[] norms, Tensor?[] keeps, float keep_scale, int[] reads, int[] writes, "
     "float[] eps, int inputs, int[] summed, str group) -> Tensor[]",
-    dispatch.Op("dense_block_backward", _implementations("backward", 1)),
+    _made("dense_block_backward", "backward", 1),
     _fake_backward,
     _count_backward,
 )

@@ -14,8 +14,8 @@ from rkfast.ops import autocast, checks, layout
 from rkfast.ops.bn_relu_conv import forward as bn_relu_conv_forward
 from rkfast.ops.channel_moments import moments_dtype, update_running_stats, update_running_stats_op
 from rkfast.ops.channel_moments import reference as plain_moments
+from rkfast.ops.conv import convolution_op, products
 from rkfast.ops.conv import forward as conv_forward
-from rkfast.ops.conv import implementations, products
 from rkfast.ops.conv.reference import laid
 from rkfast.ops.norm import Norm, check_norm
 from rkfast.ops.residual_block import reference
@@ -95,9 +95,9 @@ def _count_backward(grad: Shape, x: Shape, outs: Any, mask: Any, convs: Sequence
 
 # norms: of each weight, bias, mean and var, these two None for the batch's. Returns [out], with keep the mask of the
 # ReLU (layout.mask_shape) and the results of the convolutions, and then the mean and variance that were not given.
-_op = dispatch.Op("residual_block", implementations("rkfast.ops.residual_block", "forward", 0))
+_op = convolution_op("residual_block", "forward")
 _forward = dispatch.register(f"residual_block({_ARGS}) -> Tensor[]", _op, _fake, _count)
-_backward_op = dispatch.Op("residual_block_backward", implementations("rkfast.ops.residual_block", "backward", 1))
+_backward_op = convolution_op("residual_block_backward", "backward", 1)
 # norms have every mean and var; own: the shortcut is x, and its gradient part of that of x. Returns [dx], [dshortcut],
 # [dstep], each where needed, and of each convolution [dconv] where needed, and dweight and dbias of its norm.
 _backward = dispatch.register(
