@@ -186,3 +186,33 @@ def residual_block_backward(
     need_convs: bool,
     need_step: bool,
 ) -> list[Tensor]: ...
+def rk_sum_node(
+    call: object,
+    out: Tensor,
+    terms: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    shift: Tensor | None,
+    kept: Sequence[Tensor | None],
+    coeffs: Sequence[float],
+    step_at: Sequence[int],
+    channels_last: bool,
+) -> None: ...
+def bn_rk_sum_node(
+    call: object,
+    out: Tensor,
+    inputs: Sequence[Tensor | None],
+    kept: Sequence[Tensor | None],
+    coeffs: Sequence[float],
+    channels_last: bool,
+    relu: bool,
+    batch_stats: bool,
+    eps: float,
+) -> None: ...
+def residual_block_node(
+    call: object,
+    out: Tensor,
+    inputs: Sequence[Tensor | None],
+    kept: Sequence[Tensor | None],
+    eps: Sequence[float],
+    channels_last: bool,
+) -> None: ...

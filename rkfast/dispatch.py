@@ -85,18 +85,32 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         first = args[self._lead]
         lead = first[0] if isinstance(first, (list, tuple)) else first
-        device, dtype = lead.device, lead.dtype
-        key = (forced() if _forced or _environment != "auto" else None, device, dtype, lead.numel() == 0)
+        choice = self._choice(lead, args)
+        result = choice.function(*args)
+        self._note(choice, lead)
+        return result
+
+    def serves_itself(self, lead: torch.Tensor) -> bool:
+        """Whether C++ code that has such a CPU tensor may call its own kernel in place of this, which is counted."""
+        choice = self._choice(lead, (None,) * self._lead + (lead,))
+        if choice.backend != "cpu":
+            return False
+        self._note(choice, lead)
+        return True
+
+    def _choice(self, lead: torch.Tensor, args: tuple[Any, ...]) -> Choice:
+        key = (forced() if _forced or _environment != "auto" else None, lead.device, lead.dtype, lead.numel() == 0)
         choice = self._chosen.get(key)
         if choice is None:
             choice = self._choose(lead, args)
             if self._once:
                 self._chosen[key] = choice
-        result = choice.function(*args)
+        return choice
+
+    def _note(self, choice: Choice, lead: torch.Tensor) -> None:
         with _lock:
             _served[self.name, choice.backend] += 1
-        self._last = (choice, lead.shape, dtype, device)
-        return result
+        self._last = (choice, lead.shape, lead.dtype, lead.device)
 
     @property
     def last(self) -> Record | None:

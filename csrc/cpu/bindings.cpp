@@ -6,6 +6,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "cpu/host.h"
+#include "cpu/nodes.h"
 
 namespace rkfast {
 
@@ -146,4 +147,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("residual_block_backward", &rkfast::residual_block_backward, release(), arg("grad"), arg("x"), arg("outs"),
         arg("mask"), arg("convs"), arg("norms"), arg("step"), arg("eps"), arg("batch"), arg("channels_last"), arg("own"),
         arg("need_x"), arg("need_shortcut"), arg("need_convs"), arg("need_step"));
+  rkfast::define_nodes(m);
 }

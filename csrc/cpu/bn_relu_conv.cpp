@@ -1,5 +1,3 @@
-#include <ATen/core/grad_mode.h>
-
 #include "cpu/one_convolution.h"
 
 namespace rkfast {
@@ -118,8 +116,7 @@ class BnReluConv : OneConvolution {
 std::vector<Tensor> bn_relu_conv(const Tensor& x, const Tensor& conv, const Optional& weight, const Optional& bias,
                                  const Optional& mean, const Optional& var, bool channels_last, double eps,
                                  bool moments) {
-  WithoutAutocast guard;
-  at::NoGradGuard no_grad;
+  WithinOp within;
   TORCH_CHECK_VALUE(mean.has_value() == var.has_value(), mean ? "var" : "mean", ": give mean and var, or neither");
   return BnReluConv(x, conv, weight, bias, channels_last).forward(mean, var, eps, moments);
 }
@@ -127,8 +124,7 @@ std::vector<Tensor> bn_relu_conv(const Tensor& x, const Tensor& conv, const Opti
 std::vector<Tensor> bn_relu_conv_backward(const Tensor& grad, const Tensor& x, const Tensor& conv, const Optional& weight,
                                           const Optional& bias, const Tensor& mean, const Tensor& var, bool channels_last,
                                           bool batch_stats, double eps, bool need_x, bool need_conv, bool need_affine) {
-  WithoutAutocast guard;
-  at::NoGradGuard no_grad;
+  WithinOp within;
   return BnReluConv(x, conv, weight, bias, channels_last)
       .backward(grad, mean, var, batch_stats, eps, need_x, need_conv, need_affine);
 }

@@ -6,7 +6,7 @@ std::vector<Tensor> bn_rk_sum(const Tensor& x, const Optional& weight, const Opt
                               const Optional& var, const std::vector<Tensor>& terms, const std::vector<double>& coeffs,
                               const Optional& step, bool channels_last, bool relu, double eps, bool moments, bool mask,
                               const Optional& out) {
-  WithoutAutocast guard;
+  WithinOp within;
   TORCH_CHECK_VALUE(terms.size() < kMaxTerms && terms.size() == coeffs.size(),
                     "terms, coeffs: expected as many of each, at most 16");
   TORCH_CHECK_VALUE(mean.has_value() == var.has_value(), mean ? "var" : "mean", ": give mean and var, or neither");
@@ -192,7 +192,7 @@ std::vector<Tensor> bn_rk_sum_backward(const Tensor& grad, const Tensor& x, cons
                                        const Optional& step, const Optional& mask, const std::vector<double>& coeffs,
                                        bool channels_last, bool relu, bool batch_stats, double eps, bool need_x,
                                        bool need_affine, bool need_step) {
-  WithoutAutocast guard;
+  WithinOp within;
   return BnRkSumBackward(grad, x, weight, bias, mean, var, step, mask, coeffs, channels_last, relu, batch_stats, eps, need_x,
                          need_affine, need_step)
       .finish();

@@ -55,7 +55,7 @@ std::vector<double> Partials::sums(int64_t which, bool by_sample) {
 }
 
 std::pair<Tensor, Tensor> channel_moments(const Tensor& x, bool channels_last) {
-  WithoutAutocast guard;
+  WithinOp within;
   const Rows rows(x, channels_last);
   Operands operands(x, rows);
   const Operand operand = operands.add(x);
@@ -103,7 +103,7 @@ void update(const Tensor& running, double weight, F&& batch) {
 void update_running_stats(const Tensor& mean, const Tensor& var, int64_t count, const std::vector<Tensor>& running_mean,
                           const std::vector<Tensor>& running_var, const std::vector<Tensor>& num_batches_tracked,
                           std::optional<double> momentum) {
-  WithoutAutocast guard;
+  WithinOp within;
   const int64_t channels = mean.dim() == 1 ? mean.size(0) : -1;
   TORCH_CHECK_VALUE(channels >= 0, "mean: expected [C], got ", mean.sizes());
   const Vector batch_mean("mean", mean, channels, 0), batch_var("var", var, channels, 0);

@@ -1,5 +1,3 @@
-#include <ATen/core/grad_mode.h>
-
 #include "cpu/one_convolution.h"
 
 namespace rkfast {
@@ -83,15 +81,13 @@ class Conv : OneConvolution {
 
 std::vector<Tensor> conv(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& other,
                          bool channels_last, bool relu, bool moments) {
-  WithoutAutocast guard;
-  at::NoGradGuard no_grad;
+  WithinOp within;
   return Conv(x, weight, channels_last).forward(bias, other, relu, moments);
 }
 
 std::vector<Tensor> conv_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Optional& other,
                                   bool channels_last, bool need_x, bool need_weight) {
-  WithoutAutocast guard;
-  at::NoGradGuard no_grad;
+  WithinOp within;
   return Conv(x, weight, channels_last).backward(grad, other, need_x, need_weight);
 }
 

@@ -1,5 +1,3 @@
-#include <ATen/core/grad_mode.h>
-
 #include "cpu/convolution.h"
 
 namespace rkfast {
@@ -519,8 +517,7 @@ std::vector<Tensor> dense_block(const Tensor& x, const std::vector<Tensor>& conv
                                 const std::vector<double>& eps, int64_t channels, const std::vector<int64_t>& summed,
                                 const Optional& mean, const Optional& var, bool keep,
                                 bool total_moments) {
-  WithoutAutocast guard;
-  at::NoGradGuard no_grad;
+  WithinOp within;
   return with_type(x, "x", [&](auto zero) {
     return Block<decltype(zero)>(x, conv1, conv2, norms, keeps, keep_scale, reads, writes, eps, x.size(1), channels, summed)
         .forward(x, mean, var, keep, total_moments);
@@ -534,8 +531,7 @@ std::vector<Tensor> dense_block_backward(const Tensor& grad, const Tensor& buffe
                                          double keep_scale, const std::vector<int64_t>& reads,
                                          const std::vector<int64_t>& writes, const std::vector<double>& eps,
                                          int64_t inputs, const std::vector<int64_t>& summed) {
-  WithoutAutocast guard;
-  at::NoGradGuard no_grad;
+  WithinOp within;
   return with_type(buffer, "buffer", [&](auto zero) {
     return Block<decltype(zero)>(buffer, conv1, conv2, norms, keeps, keep_scale, reads, writes, eps, inputs, buffer.size(1), summed)
         .backward(grad, buffer, mean, var, mid_moments, mids);

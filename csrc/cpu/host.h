@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
@@ -19,9 +20,10 @@ namespace rkfast {
 using at::Tensor;
 using Optional = std::optional<Tensor>;
 
-// Inside an op autocast is over: its copies and conversions mean what they say.
-struct WithoutAutocast {
-  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
+// Inside an op autocast is over, its copies and conversions mean what they say, and none of them is recorded.
+struct WithinOp {
+  c10::impl::ExcludeDispatchKeyGuard without_autocast{c10::autocast_dispatch_keyset};
+  at::NoGradGuard without_gradients;
 };
 
 inline DType dtype_of(const Tensor& x) {

@@ -1,5 +1,3 @@
-#include <ATen/core/grad_mode.h>
-
 #include "cpu/bn_rk_sum.h"
 
 namespace rkfast {
@@ -22,6 +20,7 @@ void check(const std::vector<Tensor>& convs, const std::vector<Optional>& norms,
 std::vector<Tensor> residual_block(const Tensor& x, const Optional& shortcut, const std::vector<Tensor>& convs,
                                    const std::vector<Optional>& norms, const Optional& step, const std::vector<double>& eps,
                                    bool channels_last, bool keep) {
+  WithinOp within;
   check(convs, norms, eps);
   const size_t last = convs.size() - 1;
   std::vector<Tensor> outs, moments;
@@ -55,8 +54,7 @@ std::vector<Tensor> residual_block_backward(const Tensor& grad, const Tensor& x,
                                             const std::vector<double>& eps, const std::vector<bool>& batch,
                                             bool channels_last, bool own, bool need_x, bool need_shortcut, bool need_convs,
                                             bool need_step) {
-  WithoutAutocast guard;
-  at::NoGradGuard no_grad;
+  WithinOp within;
   check(convs, norms, eps);
   TORCH_CHECK_VALUE(outs.size() == convs.size() && batch.size() == convs.size(), "outs, batch: expected one for each convolution");
   const int last = static_cast<int>(convs.size()) - 1;

@@ -39,7 +39,7 @@ class Steps {
 std::vector<Tensor> rk_sum(const std::vector<Tensor>& terms, const std::vector<double>& coeffs,
                            const std::vector<Optional>& steps, const Optional& shift, bool channels_last, bool relu,
                            bool moments, bool mask, const Optional& out) {
-  WithoutAutocast guard;
+  WithinOp within;
   TORCH_CHECK_VALUE(!terms.empty(), "terms: expected 1 to 16 tensors, got none");
   const Tensor& first = terms[0];
   TORCH_CHECK_VALUE(terms.size() == coeffs.size(), "coeffs: expected one per term");
@@ -90,7 +90,7 @@ std::vector<Tensor> rk_sum_backward(const Tensor& grad, const Optional& mask, co
                                     const std::vector<Optional>& steps, const std::vector<Tensor>& step_terms,
                                     const std::vector<double>& step_coeffs, const std::vector<bool>& per_sample,
                                     bool shift, bool channels_last) {
-  WithoutAutocast guard;
+  WithinOp within;
   const Rows rows(grad, channels_last);
   const Steps factors(coeffs, steps, rows);
   TORCH_CHECK_VALUE(step_terms.size() < kMaxTerms && step_terms.size() == step_coeffs.size() &&

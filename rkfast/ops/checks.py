@@ -58,6 +58,12 @@ def _asked(question: str, *args: object) -> int:
         return 0
 
 
+def node(op: str) -> Any:
+    """What makes the C++ node of autograd for a call of PLAIN arguments on a CPU (csrc/cpu/nodes.cpp); None where
+    another backend is asked for."""
+    return getattr(_extension(), f"{op}_node") if dispatch.forced() in (None, "cpu") else None
+
+
 def plain(grad: Tensor) -> bool:
     """Whether a backward of PLAIN arguments may go past the dispatcher, too."""
     return bool(survey((grad,), (), ()) & PLAIN)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,54 +98,69 @@ _backward = dispatch.register(
 )
 
 
-class _BnRkSum(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        call: tuple[list[float], bool, bool, bool, float, bool, list[Tensor] | None, tuple[Any, ...] | None, str],
-        mean: Tensor | None,
-        var: Tensor | None,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        step: Tensor | None,
-        *terms: Tensor,
-    ) -> Any:
-        # One argument, because each costs apply as much as a tensor.
-        coeffs, channels_last, relu, batch_stats, eps, moments, found, moved, group = call
-        # Without terms the sign of the output follows from x, so that nothing need be kept for it.
-        mask = relu and len(terms) > 0
-        result = (_forward if found is None else _op)(
-            x, weight, bias, mean, var, list(terms), coeffs, step, channels_last, relu, eps, moments, mask
-        )
-        vectors = result[2 if mask else 1 :]
-        if mean is None:
-            mean, var = vectors[:2]
-        if moved is not None:
-            (update_running_stats if found is None else update_running_stats_op)(mean, var, *moved)
-        ctx.saved = (coeffs, channels_last, relu, batch_stats, eps, group, found is not None)
-        ctx.save_for_backward(x, weight, bias, mean, var, step, result[1] if mask else None)
-        if found is not None:  # outputs that nobody differentiates cost apply as much as the others
-            found.extend(vectors)
-            return result[0]
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*vectors)
-        return (result[0], *vectors)
+class _Call(NamedTuple):
+    coeffs: list[float]
+    channels_last: bool
+    relu: bool
+    batch_stats: bool
+    eps: float
+    moments: bool
+    moved: tuple[Any, ...] | None  # running statistics, by these
+    group: str
+    plain: bool
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
-        needed = ctx.needs_input_grad[3:]
-        if grad is None:
-            return (None,) * (3 + len(needed))
-        *saved, group, plain = ctx.saved
+    def run(self, inputs: Sequence[Any]) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+        """out, the moments that were not given and those of out, and what ``gradients`` reads."""
+        mean, var, x, weight, bias, step, *terms = inputs
+        # Without terms the sign of the output follows from x, so that nothing need be kept for it.
+        mask = self.relu and len(terms) > 0
+        total, *found = (_op if self.plain else _forward)(
+            x, weight, bias, mean, var, terms, self.coeffs, step, self.channels_last, self.relu, self.eps, self.moments,
+            mask,
+        )  # fmt: skip
+        bits = found.pop(0) if mask else None
+        if mean is None:
+            mean, var = found[:2]
+        if self.moved is not None:
+            (update_running_stats_op if self.plain else update_running_stats)(mean, var, *self.moved)
+        return total, found, [x, weight, bias, mean, var, step, bits]
+
+    def serves(self, grad: Tensor) -> bool:
+        return not self.group and _backward_op.serves_itself(grad)
+
+    def gradients(self, grad: Tensor, kept: Sequence[Any], needed: Sequence[bool]) -> list[Tensor | None]:
+        arguments = [*kept, self.coeffs, self.channels_last, self.relu, self.batch_stats, self.eps]
         gradients: Any = _gradients
         if checks.differentiated(grad):
-            if group:
+            if self.group:
                 raise RuntimeError("bn_rk_sum: with group the gradient of its gradient (create_graph) is not supported")
             gradients = reference.gradients  # plain, differentiable PyTorch
         else:
-            saved += [group, plain and checks.plain(grad)]
-        return (None, None, None, *gradients(grad, *ctx.saved_tensors, *saved, needed))
+            arguments += [self.group, self.plain and checks.plain(grad)]
+        return gradients(grad, *arguments, needed)
+
+
+class _BnRkSum(torch.autograd.Function):
+    """inputs: mean, var, x, weight, bias, step, terms. found: what is returned besides goes there, if given."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, found: list[Tensor] | None, *inputs: Tensor | None) -> Any:
+        total, vectors, kept = call.run(inputs)
+        ctx.call = call
+        ctx.save_for_backward(*kept)
+        if found is not None:  # outputs that nobody differentiates cost apply as much as the others
+            found.extend(vectors)
+            return total
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*vectors)
+        return (total, *vectors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
+        needed = ctx.needs_input_grad[4:]
+        if grad is None:
+            return (None,) * (4 + len(needed))
+        return (None, None, None, None, *ctx.call.gradients(grad, ctx.saved_tensors, needed))
 
 
 _apply_plain = checks.plain_apply(_BnRkSum)
@@ -364,9 +379,15 @@ def bn_rk_sum(
         # Activation checkpointing stops what it computes again at the last tensor that is kept: as in a BatchNorm,
         # statistics move before. A compiler wants nothing changed within a Function.
         within = None if torch.compiler.is_compiling() else moved
-        call = (coeffs, channels_last, relu, training, eps, return_moments, found if plain else None, within, group)
-        returned = (_apply_plain if plain else _BnRkSum.apply)(call, *inputs)
-        total, *found = (returned, *found) if plain else returned
+        call = _Call(coeffs, channels_last, relu, training, eps, return_moments, within, group, plain)
+        node = checks.node("bn_rk_sum") if plain and x.is_cpu else None
+        if node is not None:
+            total, found, kept = call.run(inputs)
+            node(call, total, inputs[2:], kept, coeffs, channels_last, relu, training, eps)
+        elif plain:
+            total = _apply_plain(call, found, *inputs)
+        else:
+            total, *found = _BnRkSum.apply(call, None, *inputs)
         moved = moved if within is None else None
     else:
         run = _op if plain else _forward

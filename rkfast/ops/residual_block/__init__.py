@@ -111,11 +111,59 @@ _backward = dispatch.register(
 
 
 class _Call(NamedTuple):
-    run: Callable[..., list[Tensor]]
     eps: list[float]
     channels_last: bool
+    own: bool  # the shortcut is x
     remake: bool  # what the last convolution makes, which is not kept
     advance: Callable[[list[Tensor]], None] | None  # the running statistics, by moments
+    plain: bool
+
+    def run(self, x: Tensor, shortcut: Tensor | None, step: Tensor | None, tensors: Sequence[Any]) -> Any:
+        """The result, moments that were not given, and what ``gradients`` reads."""
+        convs, norms = _sorted(tensors)
+        run = _op if self.plain else _forward
+        out, mask, *found = run(x, shortcut, convs, norms, step, self.eps, self.channels_last, True)
+        outs, vectors = found[: len(convs)], found[len(convs) :]
+        if self.advance is not None:
+            self.advance(vectors)
+        return out, vectors, [x, step, mask, *(outs[:-1] if self.remake else outs), *tensors, *vectors]
+
+    def serves(self, grad: Tensor) -> bool:
+        return _backward_op.serves_itself(grad)
+
+    def gradients(self, grad: Tensor, kept: Sequence[Any], needed: Sequence[bool]) -> list[Tensor | None]:
+        """Of x, shortcut and step, and of each convolution, and weight and bias of its norm."""
+        x, step, mask, *rest = kept
+        count = len(self.eps)
+        outs, tensors = rest[: count - self.remake], rest[count - self.remake :]
+        tensors, vectors = tensors[: 5 * count], tensors[5 * count :]
+        convs, norms = _sorted(tensors)
+        if checks.differentiated(grad):
+            found = reference.gradients(grad, x, mask, convs, norms, step, self.eps, self.channels_last, self.own)
+        else:
+            batch = [norms[4 * i + 2] is None for i in range(count)]
+            given = iter(vectors)
+            norms = [next(given) if t is None and i % 4 > 1 else t for i, t in enumerate(norms)]
+            if self.remake:
+                outs = [*outs, _last(x, outs, convs, norms, self)]
+            need_x, need_shortcut, need_step, *rest = needed
+            need_convs = any(rest[::3])
+            run = _backward_op if self.plain and checks.plain(grad) else _backward
+            made = iter(
+                run(
+                    grad, x, outs, mask, convs, norms, step, self.eps, batch, self.channels_last, self.own, need_x,
+                    need_shortcut, need_convs, need_step,
+                )
+            )  # fmt: skip
+            found = [next(made) if need else None for need in needed[:3]]
+            for _conv in convs:
+                found += [next(made) if need_convs else None, next(made), next(made)]
+        like = [x, None, step, *(t for i, t in enumerate(tensors) if i % 5 < 3)]
+        result: list[Tensor | None] = []
+        for d, t, need in zip(found, like, needed, strict=True):
+            d = d if need else None
+            result.append(d if d is None or t is None or d.dtype == t.dtype else d.to(t.dtype))
+        return result
 
 
 class _ResidualBlock(torch.autograd.Function):
@@ -123,57 +171,24 @@ class _ResidualBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: _Call, x: Tensor, shortcut: Tensor | None, step: Tensor | None, *tensors: Any) -> Any:
-        convs, norms = _sorted(tensors)
-        out, mask, *found = call.run(x, shortcut, convs, norms, step, call.eps, call.channels_last, True)
-        outs, vectors = found[: len(convs)], found[len(convs) :]
-        if call.advance is not None:
-            call.advance(vectors)
-        ctx.call, ctx.own = call, shortcut is None
+        out, vectors, kept = call.run(x, shortcut, step, tensors)
+        ctx.call = call
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, step, mask, *(outs[:-1] if call.remake else outs), *tensors, *vectors)
+        ctx.save_for_backward(*kept)
         ctx.mark_non_differentiable(*vectors)
         return (out, *vectors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
-        needed: tuple[bool, ...] = ctx.needs_input_grad[1:]
-        if grad is None:
-            return (None,) * (1 + len(needed))
-        call: _Call = ctx.call
-        x, step, mask, *rest = ctx.saved_tensors
-        count = len(call.eps)
-        kept = count - call.remake
-        outs, tensors, vectors = rest[:kept], rest[kept : kept + 5 * count], rest[kept + 5 * count :]
-        convs, norms = _sorted(tensors)
+        needed = ctx.needs_input_grad
         result: list[Tensor | None] = [None] * len(needed)
-        wanted = [0, 1, 2, *(i for i in range(3, len(needed)) if (i - 3) % 5 < 3)]
-        if checks.differentiated(grad):
-            found = reference.gradients(grad, x, mask, convs, norms, step, call.eps, call.channels_last, ctx.own)
-        else:
-            batch = [norms[4 * i + 2] is None for i in range(count)]
-            given = iter(vectors)
-            norms = [next(given) if t is None and i % 4 > 1 else t for i, t in enumerate(norms)]
-            if call.remake:
-                outs.append(_last(x, outs, convs, norms, call))
-            need_x, need_shortcut, need_step, *_rest = needed
-            need_convs = any(needed[3::5])
-            run = _backward_op if call.run is _op and checks.plain(grad) else _backward
-            made = iter(
-                run(
-                    grad, x, outs, mask, convs, norms, step, call.eps, batch, call.channels_last, ctx.own, need_x,
-                    need_shortcut, need_convs, need_step,
-                )
-            )  # fmt: skip
-            found = [next(made) if need else None for need in needed[:3]]
-            for _conv in convs:
-                found += [next(made) if need_convs else None, next(made), next(made)]
-        for i, d in zip(wanted, found, strict=True):
-            result[i] = d if d is not None and needed[i] else None
-        for i, t in ((2, step), *((i, tensors[i - 3]) for i in wanted[3:])):
-            d = result[i]
-            if d is not None and t is not None and d.dtype != t.dtype:
-                result[i] = d.to(t.dtype)
-        return (None, *result)
+        if grad is not None:
+            # Not of the call, nor of mean and var.
+            wanted = [i for i in range(1, len(needed)) if i < 4 or (i - 4) % 5 < 3]
+            found = ctx.call.gradients(grad, ctx.saved_tensors, [needed[i] for i in wanted])
+            for i, d in zip(wanted, found, strict=True):
+                result[i] = d
+        return tuple(result)
 
 
 _apply_plain = checks.plain_apply(_ResidualBlock)
@@ -260,17 +275,25 @@ def residual_block(
         with torch.no_grad():
             _advance(plain_moments.update_running_stats, norms, count, vectors)
         return out
-    run = _op if plain else _forward
     advance = functools.partial(_advance, update_running_stats_op if plain else update_running_stats, norms, count)
     if needs_grad:
         # Activation checkpointing stops what it computes again at the last tensor that is kept: as in a BatchNorm,
         # statistics move before. A compiler wants nothing changed within a Function.
         within = None if torch.compiler.is_compiling() else advance
+        call = _Call(eps, channels_last, shortcut is None, memory == "min", within, plain)
+        usual = plain and memory == "speed" and x.is_cpu and x.dtype == torch.float32 and x.numel() > 0
+        node = checks.node("residual_block") if usual else None
+        if node is not None:
+            out, vectors, kept = call.run(x, shortcut, step, tensors)
+            inputs = (x, shortcut, step, *(t for i, t in enumerate(tensors) if i % 5 < 3))
+            node(call, out, inputs, kept, eps, channels_last)
+            return out
         apply = _apply_plain if plain else _ResidualBlock.apply
-        out, *vectors = apply(_Call(run, eps, channels_last, memory == "min", within), *checks.distinct(given))
+        out, *vectors = apply(call, *checks.distinct(given))
         if within is not None:
             return out
     else:
+        run = _op if plain else _forward
         out, *vectors = run(x, shortcut, *_sorted(tensors), step, eps, channels_last, False)
     with torch.no_grad():
         advance(vectors)

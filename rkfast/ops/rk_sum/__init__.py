@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,32 +83,45 @@ _backward = dispatch.register(
 )
 
 
+class _Call(NamedTuple):
+    coeffs: list[float]
+    onto: list[float]  # coeffs of the backward
+    step_at: tuple[int, ...]
+    has_shift: bool
+    channels_last: bool
+    relu: bool
+    moments: bool
+    plain: bool
+
+    def serves(self, grad: Tensor) -> bool:
+        return _backward_op.serves_itself(grad)
+
+    def gradients(self, grad: Tensor, kept: Sequence[Any], needed: Sequence[bool]) -> list[Tensor | None]:
+        """kept: the mask, the steps, and the terms of those that need a gradient; nothing without any of them."""
+        mask, *saved = kept or (None,)
+        steps: list[Tensor] = saved[: len(self.step_at)]
+        step_terms: list[Tensor | None] = saved[len(self.step_at) :]
+        if checks.differentiated(grad):  # a gradient of the gradient is asked for: the same in differentiable PyTorch
+            gradients: Any = reference.gradients
+        else:
+            run = _backward_op if self.plain and checks.plain(grad) else _backward
+            gradients = functools.partial(_gradients, run)
+        return gradients(
+            grad, mask, self.onto, self.step_at, steps, step_terms, self.has_shift, needed, self.channels_last
+        )
+
+
 class _RkSum(torch.autograd.Function):
     """tensors: the terms, the steps of the terms in step_at, the shift if there is one."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        call: tuple[list[float], tuple[int, ...], bool, bool, bool, bool, bool],
-        *tensors: Tensor,
-    ) -> Any:
-        # One argument, because each costs apply as much as a tensor.
-        coeffs, step_at, channels_last, relu, moments, plain, deferred = call
-        n = len(coeffs)
+    def forward(ctx: Any, call: _Call, *tensors: Tensor) -> Any:
+        n = len(call.coeffs)
         terms, vectors = list(tensors[:n]), tensors[n:]
-        steps = _placed(vectors, step_at, n)
-        has_shift = len(vectors) > len(step_at)
-        shift = vectors[-1] if has_shift else None
-        result = (_op if plain else _forward)(terms, coeffs, steps, shift, channels_last, relu, moments, relu)
-        ctx.saved = ([1.0] * n if deferred else coeffs, step_at, channels_last, has_shift, plain)
-        if relu or step_at:
-            needed = ctx.needs_input_grad[1 + n :]
-            ctx.save_for_backward(
-                result[1] if relu else None,
-                *vectors[: len(step_at)],
-                *(terms[i] if needed[k] else None for k, i in enumerate(step_at)),
-            )
-        if not moments:
+        result = _run(_op if call.plain else _forward, call, terms, vectors)
+        ctx.call = call
+        ctx.save_for_backward(*_kept(call, result, terms, vectors, ctx.needs_input_grad[1 + n :]))
+        if not call.moments:
             return result[0]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*result[-2:])
@@ -119,22 +132,27 @@ class _RkSum(torch.autograd.Function):
         needed = ctx.needs_input_grad[1:]
         if grad is None:
             return (None,) * (1 + len(needed))
-        coeffs, step_at, channels_last, has_shift, plain = ctx.saved
-        mask, *saved = ctx.saved_tensors or (None,)
-        steps: list[Tensor] = saved[: len(step_at)]
-        step_terms: list[Tensor | None] = saved[len(step_at) :]
-        if checks.differentiated(grad):  # a gradient of the gradient is asked for: the same in differentiable PyTorch
-            gradients: Any = reference.gradients
-        else:
-            run = _backward_op if plain and checks.plain(grad) else _backward
-            gradients = functools.partial(_gradients, run)
-        return (
-            None,
-            *gradients(grad, mask, coeffs, step_at, steps, step_terms, has_shift, needed, channels_last),
-        )
+        return (None, *ctx.call.gradients(grad, ctx.saved_tensors, needed))
 
 
 _apply_plain = checks.plain_apply(_RkSum)
+
+
+def _run(run: Callable[..., list[Tensor]], call: _Call, terms: list[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
+    steps = _placed(vectors, call.step_at, len(terms))
+    shift = vectors[-1] if call.has_shift else None
+    return run(terms, call.coeffs, steps, shift, call.channels_last, call.relu, call.moments, call.relu)
+
+
+def _kept(
+    call: _Call, result: list[Tensor], terms: list[Tensor], vectors: Sequence[Tensor], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """What ``gradients`` reads."""
+    if not call.relu and not call.step_at:
+        return []
+    mask = result[1] if call.relu else None
+    step_terms = [terms[i] if needed[k] else None for k, i in enumerate(call.step_at)]
+    return [mask, *vectors[: len(call.step_at)], *step_terms]
 
 
 def _placed(tensors: Sequence[Tensor], at: tuple[int, ...], n: int) -> list[Tensor | None]:
@@ -277,8 +295,17 @@ def _sum(
     if needs_grad:
         if not seen:
             tensors = checks.distinct(tensors)
-        apply = _apply_plain if plain else _RkSum.apply
-        result = apply((coeffs, step_at, channels_last, relu, return_moments, plain, deferred), *tensors)
+        onto = [1.0] * len(coeffs) if deferred else coeffs
+        call = _Call(coeffs, onto, step_at, shift is not None, channels_last, relu, return_moments, plain)
+        node = checks.node("rk_sum") if plain and first.is_cpu else None
+        if node is None:
+            result = (_apply_plain if plain else _RkSum.apply)(call, *tensors)
+        else:
+            vectors = tensors[len(terms) :]
+            made = _run(_op, call, terms, vectors)
+            kept = _kept(call, made, terms, vectors, [v.requires_grad for v in vectors])
+            node(call, made[0], terms, vectors[: len(step_at)], shift, kept, onto, step_at, channels_last)
+            result = (made[0], *made[-2:]) if return_moments else made[0]
         if not return_moments:
             return result
     else:

@@ -1,0 +1,305 @@
+#include "cpu/nodes.h"
+
+#include <ATen/core/grad_mode.h>
+#include <c10/core/GradMode.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+namespace rkfast {
+namespace {
+
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+using Needed = std::vector<bool>;
+
+Tensor tensor(const Optional& t) { return t ? *t : Tensor(); }
+Optional optional(const Tensor& t) { return t.defined() ? Optional(t) : std::nullopt; }
+// The gradient of v, in its dtype.
+Tensor like(const Tensor& d, const Tensor& v) { return d.to(v.scalar_type()); }
+
+// As errors of Python's own nodes pass through the engine.
+[[noreturn]] void raise(py::error_already_set& error) {
+  error.restore();
+  python_error kept;
+  kept.persist();
+  throw std::move(kept);
+}
+
+// `call` is what Python knows of the call: call.serves(grad) says whether the C++ kernel may serve its backward, and counts it;
+// call.gradients(grad, kept, needed) are those that PyTorch or another backend computes.
+class Node : public torch::autograd::Node {
+ public:
+  Node(py::object call, const variable_list& inputs, const variable_list& kept)
+      : torch::autograd::Node(torch::autograd::collect_next_edges(inputs)), call_(call.release().ptr()) {
+    kept_.reserve(kept.size());
+    for (const Tensor& t : kept) kept_.emplace_back(t, false);
+  }
+  ~Node() override {
+    if (!Py_IsInitialized()) return;
+    py::gil_scoped_acquire gil;
+    Py_DECREF(call_);
+  }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable& kept : kept_) kept.reset_data();
+  }
+
+ protected:
+  // Of the inputs, from a dense gradient of theirs.
+  virtual variable_list gradients(const Tensor& grad, const variable_list& kept, const Needed& needed) const = 0;
+
+ private:
+  variable_list apply(variable_list&& grads) override {
+    const Tensor& grad = grads[0];
+    if (!grad.defined()) return variable_list(num_outputs());
+    variable_list kept;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      for (const SavedVariable& each : kept_) kept.push_back(each.unpack());
+    }
+    Needed needed(num_outputs());
+    for (size_t i = 0; i < needed.size(); ++i) needed[i] = task_should_compute_output(i);
+    const bool plain = !c10::GradMode::is_enabled() && (survey({grad}, {}, {}, 0, {}) & kPlain);
+    return plain && serves(grad) ? gradients(grad, kept, needed) : asked(grad, kept, needed);
+  }
+
+  bool serves(const Tensor& grad) const {
+    py::gil_scoped_acquire gil;
+    try {
+      return py::handle(call_).attr("serves")(grad).cast<bool>();
+    } catch (py::error_already_set& error) {
+      raise(error);
+    }
+  }
+  variable_list asked(const Tensor& grad, const variable_list& kept, const Needed& needed) const {
+    py::gil_scoped_acquire gil;
+    try {
+      std::vector<Optional> given(kept.size());
+      std::transform(kept.begin(), kept.end(), given.begin(), optional);
+      variable_list result;
+      for (const Optional& d : py::handle(call_).attr("gradients")(grad, given, needed).cast<std::vector<Optional>>())
+        result.push_back(tensor(d));
+      return result;
+    } catch (py::error_already_set& error) {
+      raise(error);
+    }
+  }
+
+  PyObject* const call_;
+  std::vector<SavedVariable> kept_;
+};
+
+using Pointer = decltype(torch::autograd::Edge::function);  // shared before torch 2.13, intrusive since
+
+template <typename Of, typename... Args>
+void attach(const Tensor& out, Args&&... args) {
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {
+    // Torch's deleter does not recurse along a deep graph.
+    torch::autograd::set_history(out, Pointer(new Of(std::forward<Args>(args)...), [](auto* node) { deleteNode(node); }));
+  } else {
+    torch::autograd::set_history(out, Pointer(c10::make_intrusive<Of>(std::forward<Args>(args)...)));
+  }
+}
+
+template <typename... Lists>
+variable_list joined(const Lists&... lists) {
+  variable_list all;
+  (all.insert(all.end(), lists.begin(), lists.end()), ...);
+  return all;
+}
+
+// Products of the incoming gradient, each by what it is multiplied by, made once for all that ask for it.
+class Products {
+ public:
+  int add(double coeff, int step) {
+    for (size_t i = 0; i < coeffs.size(); ++i)
+      if (coeffs[i] == coeff && steps[i] == step) return static_cast<int>(i);
+    coeffs.push_back(coeff);
+    steps.push_back(step);
+    return static_cast<int>(coeffs.size()) - 1;
+  }
+  std::vector<double> coeffs;
+  std::vector<int> steps;
+};
+
+class RkSumNode : public Node {
+ public:
+  RkSumNode(py::object call, const std::vector<Tensor>& terms, const variable_list& steps, const Tensor& shift,
+            const variable_list& kept, std::vector<double> coeffs, std::vector<int64_t> step_at, bool channels_last)
+      : Node(std::move(call), joined(terms, steps, variable_list{shift}), kept),
+        coeffs_(std::move(coeffs)), step_at_(std::move(step_at)), channels_last_(channels_last) {}
+  std::string name() const override { return "RkSumBackward"; }
+
+ private:
+  // kept: mask, steps, and the terms of those that need a gradient.
+  variable_list gradients(const Tensor& grad, const variable_list& kept, const Needed& needed) const override {
+    const size_t n = coeffs_.size(), s = step_at_.size();
+    const Optional mask = kept.empty() ? std::nullopt : optional(kept[0]);
+    std::vector<int> step_of(n, -1), at(n, -1);
+    for (size_t k = 0; k < s; ++k) step_of[step_at_[k]] = static_cast<int>(k);
+    Products products;
+    for (size_t i = 0; i < n; ++i)
+      if (needed[i] && (mask || coeffs_[i] != 1 || step_of[i] >= 0)) at[i] = products.add(coeffs_[i], step_of[i]);
+    std::vector<Optional> steps;
+    for (int k : products.steps) steps.push_back(k < 0 ? std::nullopt : optional(kept[1 + k]));
+    std::vector<Tensor> step_terms;
+    std::vector<double> step_coeffs;
+    std::vector<bool> per_sample;
+    std::vector<size_t> reduced;
+    for (size_t k = 0; k < s; ++k) {
+      if (!needed[n + k]) continue;
+      reduced.push_back(k);
+      step_terms.push_back(kept[1 + s + k]);
+      step_coeffs.push_back(coeffs_[step_at_[k]]);
+      per_sample.push_back(kept[1 + k].dim() == 2);
+    }
+    const bool shift = needed.back();
+    std::vector<Tensor> made;
+    if (!products.coeffs.empty() || !reduced.empty() || shift)
+      made = rk_sum_backward(grad, mask, products.coeffs, steps, step_terms, step_coeffs, per_sample, shift, channels_last_);
+    variable_list result(needed.size());
+    for (size_t i = 0; i < n; ++i)
+      if (needed[i]) result[i] = at[i] < 0 ? grad : made[at[i]];
+    for (size_t j = 0; j < reduced.size(); ++j)
+      result[n + reduced[j]] = like(made[products.coeffs.size() + j], kept[1 + reduced[j]]);
+    if (shift) result.back() = made.back();
+    return result;
+  }
+
+  const std::vector<double> coeffs_;
+  const std::vector<int64_t> step_at_;
+  const bool channels_last_;
+};
+
+class BnRkSumNode : public Node {
+ public:
+  BnRkSumNode(py::object call, const variable_list& inputs, const variable_list& kept, std::vector<double> coeffs,
+              bool channels_last, bool relu, bool batch_stats, double eps)
+      : Node(std::move(call), inputs, kept), coeffs_(std::move(coeffs)), channels_last_(channels_last), relu_(relu),
+        batch_stats_(batch_stats), eps_(eps) {}
+  std::string name() const override { return "BnRkSumBackward"; }
+
+ private:
+  // Inputs: x, weight, bias, step, terms. Kept: x, weight, bias, mean, var, step, mask.
+  variable_list gradients(const Tensor& grad, const variable_list& kept, const Needed& needed) const override {
+    const Tensor &x = kept[0], &weight = kept[1], &bias = kept[2], &step = kept[5];
+    const Optional mask = optional(kept[6]);
+    Products products;
+    std::vector<int> at(coeffs_.size(), -1);
+    for (size_t i = 0; i < coeffs_.size(); ++i)
+      if (needed[4 + i] && (mask || coeffs_[i] != 1)) at[i] = products.add(coeffs_[i], -1);
+    const bool need_x = needed[0], need_affine = needed[1] || needed[2], need_step = needed[3];
+    std::vector<Tensor> made;
+    if (need_x || need_affine || need_step || !products.coeffs.empty())
+      made = bn_rk_sum_backward(grad, x, optional(weight), optional(bias), kept[3], kept[4], optional(step), mask, products.coeffs,
+                                channels_last_, relu_, batch_stats_, eps_, need_x, need_affine, need_step);
+    variable_list result(needed.size());
+    auto next = made.begin();
+    if (need_x) result[0] = *next++;
+    if (need_affine) {
+      if (needed[1]) result[1] = like(next[0], weight);
+      if (needed[2]) result[2] = like(next[1], bias);
+      next += 2;
+    }
+    if (need_step) result[3] = like(*next++, step);
+    for (size_t i = 0; i < at.size(); ++i)
+      if (needed[4 + i]) result[4 + i] = at[i] < 0 ? grad : next[at[i]];
+    return result;
+  }
+
+  const std::vector<double> coeffs_;
+  const bool channels_last_, relu_, batch_stats_;
+  const double eps_;
+};
+
+class ResidualBlockNode : public Node {
+ public:
+  ResidualBlockNode(py::object call, const variable_list& inputs, const variable_list& kept, std::vector<double> eps,
+                    bool channels_last)
+      : Node(std::move(call), inputs, kept), eps_(std::move(eps)), channels_last_(channels_last), own_(!inputs[1].defined()) {}
+  std::string name() const override { return "ResidualBlockBackward"; }
+
+ private:
+  // Inputs: x, shortcut, step, and of each convolution the weight, and weight and bias of its norm. Kept: x, step, mask; the
+  // results of the convolutions; of each weight, and weight, bias, mean and var of its norm; the moments that were not given.
+  variable_list gradients(const Tensor& grad, const variable_list& kept, const Needed& needed) const override {
+    const size_t count = eps_.size();
+    auto next = kept.begin() + 3;
+    const std::vector<Tensor> outs(next, next + count);
+    next += count;
+    auto moments = next + 5 * count;
+    std::vector<Tensor> convs;
+    std::vector<Optional> norms;
+    std::vector<bool> batch;
+    bool need_convs = false;
+    for (size_t i = 0; i < count; ++i, next += 5) {
+      convs.push_back(next[0]);
+      batch.push_back(!next[3].defined());
+      need_convs = need_convs || needed[3 + 3 * i];
+      for (int k = 1; k < 3; ++k) norms.push_back(optional(next[k]));
+      for (int k = 3; k < 5; ++k) norms.push_back(batch.back() ? *moments++ : next[k]);
+    }
+    const bool need_x = needed[0], need_shortcut = needed[1], need_step = needed[2];
+    const std::vector<Tensor> made =
+        residual_block_backward(grad, kept[0], outs, kept[2], convs, norms, optional(kept[1]), eps_, batch, channels_last_, own_,
+                                need_x, need_shortcut, need_convs, need_step);
+    variable_list result(needed.size());
+    auto found = made.begin();
+    if (need_x) result[0] = *found++;
+    if (need_shortcut) result[1] = *found++;
+    if (need_step) result[2] = like(*found++, kept[1]);
+    for (size_t i = 0; i < count; ++i) {
+      if (need_convs) {
+        if (needed[3 + 3 * i]) result[3 + 3 * i] = *found;
+        ++found;
+      }
+      for (size_t k = 1; k < 3; ++k, ++found)
+        if (needed[3 + 3 * i + k]) result[3 + 3 * i + k] = like(*found, *norms[4 * i + k - 1]);
+    }
+    return result;
+  }
+
+  const std::vector<double> eps_;
+  const bool channels_last_, own_;
+};
+
+variable_list tensors(const std::vector<Optional>& from) {
+  variable_list to(from.size());
+  std::transform(from.begin(), from.end(), to.begin(), tensor);
+  return to;
+}
+
+}  // namespace
+
+void define_nodes(py::module_& m) {
+  using py::arg;
+  m.def("rk_sum_node",
+        [](py::object call, const Tensor& out, const std::vector<Tensor>& terms, const std::vector<Tensor>& steps,
+           const Optional& shift, const std::vector<Optional>& kept, std::vector<double> coeffs, std::vector<int64_t> step_at,
+           bool channels_last) {
+          attach<RkSumNode>(out, std::move(call), terms, steps, tensor(shift), tensors(kept), std::move(coeffs), std::move(step_at),
+                            channels_last);
+        },
+        arg("call"), arg("out"), arg("terms"), arg("steps"), arg("shift"), arg("kept"), arg("coeffs"), arg("step_at"),
+        arg("channels_last"));
+  m.def("bn_rk_sum_node",
+        [](py::object call, const Tensor& out, const std::vector<Optional>& inputs, const std::vector<Optional>& kept,
+           std::vector<double> coeffs, bool channels_last, bool relu, bool batch_stats, double eps) {
+          attach<BnRkSumNode>(out, std::move(call), tensors(inputs), tensors(kept), std::move(coeffs), channels_last, relu,
+                              batch_stats, eps);
+        },
+        arg("call"), arg("out"), arg("inputs"), arg("kept"), arg("coeffs"), arg("channels_last"), arg("relu"), arg("batch_stats"),
+        arg("eps"));
+  m.def("residual_block_node",
+        [](py::object call, const Tensor& out, const std::vector<Optional>& inputs, const std::vector<Optional>& kept,
+           std::vector<double> eps, bool channels_last) {
+          attach<ResidualBlockNode>(out, std::move(call), tensors(inputs), tensors(kept), std::move(eps), channels_last);
+        },
+        arg("call"), arg("out"), arg("inputs"), arg("kept"), arg("eps"), arg("channels_last"));
+}
+
+}  // namespace rkfast

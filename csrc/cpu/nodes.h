@@ -1,0 +1,13 @@
+// Nodes of autograd for calls of plain tensors: what torch.autograd.Function does for all others, without Python's part of it.
+#pragma once
+
+#include <torch/csrc/utils/pybind.h>
+
+#include "cpu/host.h"
+
+namespace rkfast {
+
+// Each makes a node of `out`, which lies behind `inputs` and keeps `kept` for its backward.
+void define_nodes(py::module_& m);
+
+}  // namespace rkfast
