@@ -49,8 +49,10 @@ class Node : public torch::autograd::Node {
   }
 
  protected:
-  // Of the inputs, from a dense gradient of theirs.
+  // Of the inputs, where nobody watches.
   virtual variable_list gradients(const Tensor& grad, const variable_list& kept, const Needed& needed) const = 0;
+  // Whether they are more than the incoming gradient itself.
+  virtual bool computes(const variable_list& kept, const Needed& needed) const { return true; }
 
  private:
   variable_list apply(variable_list&& grads) override {
@@ -64,7 +66,7 @@ class Node : public torch::autograd::Node {
     Needed needed(num_outputs());
     for (size_t i = 0; i < needed.size(); ++i) needed[i] = task_should_compute_output(i);
     const bool plain = !c10::GradMode::is_enabled() && (survey({grad}, {}, {}, 0, {}) & kPlain);
-    return plain && serves(grad) ? gradients(grad, kept, needed) : asked(grad, kept, needed);
+    return plain && (!computes(kept, needed) || serves(grad)) ? gradients(grad, kept, needed) : asked(grad, kept, needed);
   }
 
   bool serves(const Tensor& grad) const {
@@ -135,7 +137,14 @@ class RkSumNode : public Node {
   std::string name() const override { return "RkSumBackward"; }
 
  private:
-  // kept: mask, steps, and the terms of those that need a gradient.
+  // Kept: mask, steps, and the terms of those that need a gradient; nothing without a mask and steps.
+  bool computes(const variable_list& kept, const Needed& needed) const override {
+    const bool mask = !kept.empty() && kept[0].defined();
+    auto scaled = [&](size_t i) { return coeffs_[i] != 1 || std::find(step_at_.begin(), step_at_.end(), i) != step_at_.end(); };
+    for (size_t i = 0; i < needed.size(); ++i)
+      if (needed[i] && (mask || i >= coeffs_.size() || scaled(i))) return true;
+    return false;
+  }
   variable_list gradients(const Tensor& grad, const variable_list& kept, const Needed& needed) const override {
     const size_t n = coeffs_.size(), s = step_at_.size();
     const Optional mask = kept.empty() ? std::nullopt : optional(kept[0]);
@@ -185,6 +194,11 @@ class BnRkSumNode : public Node {
 
  private:
   // Inputs: x, weight, bias, step, terms. Kept: x, weight, bias, mean, var, step, mask.
+  bool computes(const variable_list& kept, const Needed& needed) const override {
+    for (size_t i = 0; i < needed.size(); ++i)
+      if (needed[i] && (i < 4 || kept[6].defined() || coeffs_[i - 4] != 1)) return true;
+    return false;
+  }
   variable_list gradients(const Tensor& grad, const variable_list& kept, const Needed& needed) const override {
     const Tensor &x = kept[0], &weight = kept[1], &bias = kept[2], &step = kept[5];
     const Optional mask = optional(kept[6]);
