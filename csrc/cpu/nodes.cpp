@@ -28,19 +28,30 @@ Tensor like(const Tensor& d, const Tensor& v) { return d.to(v.scalar_type()); }
   throw std::move(kept);
 }
 
+// A Python object that a thread without the interpreter may let go.
+class Held {
+ public:
+  explicit Held(py::object object) : object_(object.release().ptr()) {}
+  Held(const Held&) = delete;
+  ~Held() {
+    if (!Py_IsInitialized()) return;
+    py::gil_scoped_acquire gil;
+    Py_DECREF(object_);
+  }
+  py::object attr(const char* name) const { return py::handle(object_).attr(name); }
+
+ private:
+  PyObject* const object_;
+};
+
 // `call` is what Python knows of the call: call.serves(grad) says whether the C++ kernel may serve its backward, and counts it;
 // call.gradients(grad, kept, needed) are those that PyTorch or another backend computes.
 class Node : public torch::autograd::Node {
  public:
   Node(py::object call, const variable_list& inputs, const variable_list& kept)
-      : torch::autograd::Node(torch::autograd::collect_next_edges(inputs)), call_(call.release().ptr()) {
+      : torch::autograd::Node(torch::autograd::collect_next_edges(inputs)), call_(std::move(call)) {
     kept_.reserve(kept.size());
     for (const Tensor& t : kept) kept_.emplace_back(t, false);
-  }
-  ~Node() override {
-    if (!Py_IsInitialized()) return;
-    py::gil_scoped_acquire gil;
-    Py_DECREF(call_);
   }
 
   void release_variables() override {
@@ -62,6 +73,8 @@ class Node : public torch::autograd::Node {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       for (const SavedVariable& each : kept_) kept.push_back(each.unpack());
+      for (Tensor& t : kept)  // of a hook
+        if (t.defined()) t = resolved(t);
     }
     Needed needed(num_outputs());
     for (size_t i = 0; i < needed.size(); ++i) needed[i] = task_should_compute_output(i);
@@ -72,7 +85,7 @@ class Node : public torch::autograd::Node {
   bool serves(const Tensor& grad) const {
     py::gil_scoped_acquire gil;
     try {
-      return py::handle(call_).attr("serves")(grad).cast<bool>();
+      return call_.attr("serves")(grad).cast<bool>();
     } catch (py::error_already_set& error) {
       raise(error);
     }
@@ -83,7 +96,7 @@ class Node : public torch::autograd::Node {
       std::vector<Optional> given(kept.size());
       std::transform(kept.begin(), kept.end(), given.begin(), optional);
       variable_list result;
-      for (const Optional& d : py::handle(call_).attr("gradients")(grad, given, needed).cast<std::vector<Optional>>())
+      for (const Optional& d : call_.attr("gradients")(grad, given, needed).cast<std::vector<Optional>>())
         result.push_back(tensor(d));
       return result;
     } catch (py::error_already_set& error) {
@@ -91,7 +104,7 @@ class Node : public torch::autograd::Node {
     }
   }
 
-  PyObject* const call_;
+  const Held call_;  // before what may throw: a hook that packs a tensor
   std::vector<SavedVariable> kept_;
 };
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Real
 from typing import Any
@@ -60,8 +61,11 @@ def _asked(question: str, *args: object) -> int:
 
 def node(op: str) -> Any:
     """What makes the C++ node of autograd for a call of PLAIN arguments on a CPU (csrc/cpu/nodes.cpp); None where
-    another backend is asked for."""
-    return getattr(_extension(), f"{op}_node") if dispatch.forced() in (None, "cpu") else None
+    another backend is asked for, or compiled autograd is on, which takes Python's nodes and torch's own."""
+    config: Any = sys.modules.get("torch._dynamo.config")
+    if dispatch.forced() not in (None, "cpu") or (config is not None and config.compiled_autograd):
+        return None
+    return getattr(_extension(), f"{op}_node")
 
 
 def plain(grad: Tensor) -> bool:

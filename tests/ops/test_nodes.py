@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import rkfast
 from rkfast import dispatch, native
@@ -206,3 +210,54 @@ def test_blocks_train_alike_under_anomaly_detection() -> None:
         found = torch.autograd.grad(block(x).sum(), [x, *block.parameters()])
     assert all(map(torch.equal, found, expected))
     assert isinstance(block.bn1, nn.BatchNorm2d) and block.bn1.num_batches_tracked == 2
+
+
+def test_nothing_outlives_a_call_whose_tensors_could_not_be_kept(call: Call) -> None:
+    """Checkpointing stops what it computes again by an error in the last hook that keeps a tensor."""
+    op, run, inputs = call
+    kind = sys.modules[f"rkfast.ops.{op}"]._Call
+
+    def calls() -> int:
+        gc.collect()
+        return sum(type(o) is kind for o in gc.get_objects())
+
+    def refuse(_: Tensor) -> None:
+        raise KeyError("no room")
+
+    before = calls()
+    for _ in range(3):
+        torch.autograd.grad(checkpoint(run, use_reentrant=False).sum(), inputs)
+        with torch.autograd.graph.saved_tensors_hooks(refuse, refuse), pytest.raises(KeyError, match="no room"):
+            run()
+    assert calls() == before
+
+
+def test_a_running_statistic_does_not_keep_the_graph() -> None:
+    x, mean, var = _leaf(2, 16, 4, 4), torch.zeros(16), torch.ones(16)
+    out = bn_rk_sum(x, None, None, mean, var, terms=[x], coeffs=[1.0], training=True, momentum=0.1, eps=1e-5)
+    mean.out, gone = out, weakref.ref(mean)  # type: ignore[attr-defined]
+    out.sum().backward()
+    del out, mean
+    gc.collect()
+    assert gone() is None
+
+
+def test_lazily_negated_tensors_from_a_hook_are_read_as_they_are(call: Call) -> None:
+    _, run, inputs = call
+    expected = torch.autograd.grad(run().sum(), inputs)
+
+    def negated(t: Tensor) -> Tensor:
+        return torch._neg_view(-t) if t.is_floating_point() else t
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, negated):
+        out = run()
+    assert all(map(torch.equal, torch.autograd.grad(out.sum(), inputs), expected))
+
+
+def test_compiled_autograd_has_python_s_nodes(call: Call) -> None:
+    import torch._dynamo.config
+
+    _, run, _ = call
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        assert not _is_own(run())
+    assert _is_own(run())

@@ -105,12 +105,14 @@ class _Call(NamedTuple):
     batch_stats: bool
     eps: float
     moments: bool
-    moved: tuple[Any, ...] | None  # running statistics, by these
     group: str
     plain: bool
 
-    def run(self, inputs: Sequence[Any]) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
-        """out, the moments that were not given and those of out, and what ``gradients`` reads."""
+    def run(
+        self, moved: tuple[Any, ...] | None, inputs: Sequence[Any]
+    ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+        """out, the moments that were not given and those of out, and what ``gradients`` reads. moved: the running
+        statistics, which are not kept with the call."""
         mean, var, x, weight, bias, step, *terms = inputs
         # Without terms the sign of the output follows from x, so that nothing need be kept for it.
         mask = self.relu and len(terms) > 0
@@ -121,8 +123,8 @@ class _Call(NamedTuple):
         bits = found.pop(0) if mask else None
         if mean is None:
             mean, var = found[:2]
-        if self.moved is not None:
-            (update_running_stats_op if self.plain else update_running_stats)(mean, var, *self.moved)
+        if moved is not None:
+            (update_running_stats_op if self.plain else update_running_stats)(mean, var, *moved)
         return total, found, [x, weight, bias, mean, var, step, bits]
 
     def serves(self, grad: Tensor) -> bool:
@@ -144,8 +146,10 @@ class _BnRkSum(torch.autograd.Function):
     """inputs: mean, var, x, weight, bias, step, terms. found: what is returned besides goes there, if given."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, found: list[Tensor] | None, *inputs: Tensor | None) -> Any:
-        total, vectors, kept = call.run(inputs)
+    def forward(
+        ctx: Any, call: _Call, moved: tuple[Any, ...] | None, found: list[Tensor] | None, *inputs: Tensor | None
+    ) -> Any:
+        total, vectors, kept = call.run(moved, inputs)
         ctx.call = call
         ctx.save_for_backward(*kept)
         if found is not None:  # outputs that nobody differentiates cost apply as much as the others
@@ -157,10 +161,10 @@ class _BnRkSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
-        needed = ctx.needs_input_grad[4:]
+        needed = ctx.needs_input_grad[5:]
         if grad is None:
-            return (None,) * (4 + len(needed))
-        return (None, None, None, None, *ctx.call.gradients(grad, ctx.saved_tensors, needed))
+            return (None,) * (5 + len(needed))
+        return (None, None, None, None, None, *ctx.call.gradients(grad, ctx.saved_tensors, needed))
 
 
 _apply_plain = checks.plain_apply(_BnRkSum)
@@ -379,15 +383,15 @@ def bn_rk_sum(
         # Activation checkpointing stops what it computes again at the last tensor that is kept: as in a BatchNorm,
         # statistics move before. A compiler wants nothing changed within a Function.
         within = None if torch.compiler.is_compiling() else moved
-        call = _Call(coeffs, channels_last, relu, training, eps, return_moments, within, group, plain)
+        call = _Call(coeffs, channels_last, relu, training, eps, return_moments, group, plain)
         node = checks.node("bn_rk_sum") if plain and x.is_cpu else None
         if node is not None:
-            total, found, kept = call.run(inputs)
+            total, found, kept = call.run(within, inputs)
             node(call, total, inputs[2:], kept, coeffs, channels_last, relu, training, eps)
         elif plain:
-            total = _apply_plain(call, found, *inputs)
+            total = _apply_plain(call, within, found, *inputs)
         else:
-            total, *found = _BnRkSum.apply(call, None, *inputs)
+            total, *found = _BnRkSum.apply(call, within, None, *inputs)
         moved = moved if within is None else None
     else:
         run = _op if plain else _forward

@@ -126,7 +126,7 @@ class _Conv(torch.autograd.Function):
         need_x, need_weight = ctx.needs_input_grad[1:]
         if grad is None:
             return None, other, None
-        x, weight = ctx.saved_tensors
+        x, weight = map(checks.held, ctx.saved_tensors)
         if checks.differentiated(grad):
             dx, dweight = reference.gradients(grad, x, weight, need_x, need_weight)
             return None, dx if other is None or dx is None else dx + other, dweight

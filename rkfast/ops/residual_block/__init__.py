@@ -115,17 +115,24 @@ class _Call(NamedTuple):
     channels_last: bool
     own: bool  # the shortcut is x
     remake: bool  # what the last convolution makes, which is not kept
-    advance: Callable[[list[Tensor]], None] | None  # the running statistics, by moments
     plain: bool
 
-    def run(self, x: Tensor, shortcut: Tensor | None, step: Tensor | None, tensors: Sequence[Any]) -> Any:
-        """The result, moments that were not given, and what ``gradients`` reads."""
+    def run(
+        self,
+        advance: Callable[[list[Tensor]], None] | None,
+        x: Tensor,
+        shortcut: Tensor | None,
+        step: Tensor | None,
+        tensors: Sequence[Any],
+    ) -> Any:
+        """The result, moments that were not given, and what ``gradients`` reads. advance: the running statistics, by
+        moments; they are not kept with the call."""
         convs, norms = _sorted(tensors)
         run = _op if self.plain else _forward
         out, mask, *found = run(x, shortcut, convs, norms, step, self.eps, self.channels_last, True)
         outs, vectors = found[: len(convs)], found[len(convs) :]
-        if self.advance is not None:
-            self.advance(vectors)
+        if advance is not None:
+            advance(vectors)
         return out, vectors, [x, step, mask, *(outs[:-1] if self.remake else outs), *tensors, *vectors]
 
     def serves(self, grad: Tensor) -> bool:
@@ -133,7 +140,7 @@ class _Call(NamedTuple):
 
     def gradients(self, grad: Tensor, kept: Sequence[Any], needed: Sequence[bool]) -> list[Tensor | None]:
         """Of x, shortcut and step, and of each convolution, and weight and bias of its norm."""
-        x, step, mask, *rest = kept
+        x, step, mask, *rest = map(checks.held, kept)  # a hook may have given them back
         count = len(self.eps)
         outs, tensors = rest[: count - self.remake], rest[count - self.remake :]
         tensors, vectors = tensors[: 5 * count], tensors[5 * count :]
@@ -170,8 +177,16 @@ class _ResidualBlock(torch.autograd.Function):
     """tensors: of each convolution the weight, and weight, bias, mean and var of its norm."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, x: Tensor, shortcut: Tensor | None, step: Tensor | None, *tensors: Any) -> Any:
-        out, vectors, kept = call.run(x, shortcut, step, tensors)
+    def forward(
+        ctx: Any,
+        call: _Call,
+        advance: Callable[[list[Tensor]], None] | None,
+        x: Tensor,
+        shortcut: Tensor | None,
+        step: Tensor | None,
+        *tensors: Any,
+    ) -> Any:
+        out, vectors, kept = call.run(advance, x, shortcut, step, tensors)
         ctx.call = call
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*kept)
@@ -183,8 +198,8 @@ class _ResidualBlock(torch.autograd.Function):
         needed = ctx.needs_input_grad
         result: list[Tensor | None] = [None] * len(needed)
         if grad is not None:
-            # Not of the call, nor of mean and var.
-            wanted = [i for i in range(1, len(needed)) if i < 4 or (i - 4) % 5 < 3]
+            # Not of the first two, nor of mean and var.
+            wanted = [i for i in range(2, len(needed)) if i < 5 or (i - 5) % 5 < 3]
             found = ctx.call.gradients(grad, ctx.saved_tensors, [needed[i] for i in wanted])
             for i, d in zip(wanted, found, strict=True):
                 result[i] = d
@@ -280,16 +295,16 @@ def residual_block(
         # Activation checkpointing stops what it computes again at the last tensor that is kept: as in a BatchNorm,
         # statistics move before. A compiler wants nothing changed within a Function.
         within = None if torch.compiler.is_compiling() else advance
-        call = _Call(eps, channels_last, shortcut is None, memory == "min", within, plain)
+        call = _Call(eps, channels_last, shortcut is None, memory == "min", plain)
         usual = plain and memory == "speed" and x.is_cpu and x.dtype == torch.float32 and x.numel() > 0
         node = checks.node("residual_block") if usual else None
         if node is not None:
-            out, vectors, kept = call.run(x, shortcut, step, tensors)
+            out, vectors, kept = call.run(within, x, shortcut, step, tensors)
             inputs = (x, shortcut, step, *(t for i, t in enumerate(tensors) if i % 5 < 3))
             node(call, out, inputs, kept, eps, channels_last)
             return out
         apply = _apply_plain if plain else _ResidualBlock.apply
-        out, *vectors = apply(call, *checks.distinct(given))
+        out, *vectors = apply(call, within, *checks.distinct(given))
         if within is not None:
             return out
     else:
