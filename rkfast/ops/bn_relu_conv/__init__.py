@@ -128,7 +128,7 @@ class _BnReluConv(torch.autograd.Function):
         if grad is None:
             return (None,) * 7
         call: _Call = ctx.call
-        x, conv, weight, bias, mean, var = ctx.saved_tensors
+        x, conv, weight, bias, mean, var = map(checks.held, ctx.saved_tensors)
         if checks.differentiated(grad):
             if call.group:
                 raise RuntimeError(
