@@ -111,7 +111,8 @@ def summary(value: Any) -> str:
 
 def entries(name: str, value: Any) -> Iterator[str]:
     """A line for a name, and one for each method of a class."""
-    if not (inspect.isclass(value) or inspect.isroutine(value)):
+    # A class, to inspect of Python 3.10, is tuple[int] as well.
+    if isinstance(value, types.GenericAlias) or not (inspect.isclass(value) or inspect.isroutine(value)):
         yield f"- `{name}`: `{value}`."
         return
     shown = "" if inspect.isclass(value) and issubclass(value, list) else signature(value)

@@ -257,7 +257,8 @@ def test_surds() -> None:
 def test_surds_are_rounded_once() -> None:
     """Also where nearly everything cancels: p^2 - 2 q^2 = 1."""
     p, q = 1, 0
-    with decimal.localcontext(prec=200):
+    with decimal.localcontext() as context:
+        context.prec = 200
         for _ in range(60):
             p, q = 3 * p + 4 * q, 2 * p + 3 * q
             exact = Fraction(1 / (p + q * decimal.Decimal(2).sqrt()))
