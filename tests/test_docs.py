@@ -47,7 +47,7 @@ def test_code(file: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     (
-        ("```python\nx = 1\n```\n```python\nassert x == 2\n```", r"page.md:5: expected no error, got\n[^~]*line 5"),
+        ("```python\nx = 1\n```\n```python\nassert x == 2\n```", r"page.md:5: expected no error, got\n(?s:.*)line 5"),
         ("```python\nprint(1)\n```\n\n```text\n2\n```", "page.md:2: expected\n2\n\ngot\n1"),
         ("```python\n1 / 1\n```\n```text\nZeroDivisionError: division by zero\n```", "expected ZeroDivisionError"),
         ("```python\n1 / 0\n```\n```text\nZeroDivisionError: of another kind\n```", "got\nZeroDivisionError: div"),
