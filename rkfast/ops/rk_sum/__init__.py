@@ -93,6 +93,21 @@ class _Call(NamedTuple):
     moments: bool
     plain: bool
 
+    def run(
+        self, terms: list[Tensor], vectors: Sequence[Tensor], needed: Sequence[bool]
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """What the op returns, and what ``gradients`` reads. needed: which of the vectors need a gradient."""
+        shift = vectors[-1] if self.has_shift else None
+        result = (_op if self.plain else _forward)(
+            terms, self.coeffs, _placed(vectors, self.step_at, len(terms)), shift, self.channels_last, self.relu,
+            self.moments, self.relu,
+        )  # fmt: skip
+        if not self.relu and not self.step_at:
+            return result, []
+        mask = result[1] if self.relu else None
+        step_terms = [terms[i] if needed[k] else None for k, i in enumerate(self.step_at)]
+        return result, [mask, *vectors[: len(self.step_at)], *step_terms]
+
     def serves(self, grad: Tensor) -> bool:
         return _backward_op.serves_itself(grad)
 
@@ -118,9 +133,9 @@ class _RkSum(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, *tensors: Tensor) -> Any:
         n = len(call.coeffs)
         terms, vectors = list(tensors[:n]), tensors[n:]
-        result = _run(_op if call.plain else _forward, call, terms, vectors)
+        result, kept = call.run(terms, vectors, ctx.needs_input_grad[1 + n :])
         ctx.call = call
-        ctx.save_for_backward(*_kept(call, result, terms, vectors, ctx.needs_input_grad[1 + n :]))
+        ctx.save_for_backward(*kept)
         if not call.moments:
             return result[0]
         ctx.set_materialize_grads(False)
@@ -136,23 +151,6 @@ class _RkSum(torch.autograd.Function):
 
 
 _apply_plain = checks.plain_apply(_RkSum)
-
-
-def _run(run: Callable[..., list[Tensor]], call: _Call, terms: list[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
-    steps = _placed(vectors, call.step_at, len(terms))
-    shift = vectors[-1] if call.has_shift else None
-    return run(terms, call.coeffs, steps, shift, call.channels_last, call.relu, call.moments, call.relu)
-
-
-def _kept(
-    call: _Call, result: list[Tensor], terms: list[Tensor], vectors: Sequence[Tensor], needed: Sequence[bool]
-) -> list[Tensor | None]:
-    """What ``gradients`` reads."""
-    if not call.relu and not call.step_at:
-        return []
-    mask = result[1] if call.relu else None
-    step_terms = [terms[i] if needed[k] else None for k, i in enumerate(call.step_at)]
-    return [mask, *vectors[: len(call.step_at)], *step_terms]
 
 
 def _placed(tensors: Sequence[Tensor], at: tuple[int, ...], n: int) -> list[Tensor | None]:
@@ -302,8 +300,7 @@ def _sum(
             result = (_apply_plain if plain else _RkSum.apply)(call, *tensors)
         else:
             vectors = tensors[len(terms) :]
-            made = _run(_op, call, terms, vectors)
-            kept = _kept(call, made, terms, vectors, [v.requires_grad for v in vectors])
+            made, kept = call.run(terms, vectors, [v.requires_grad for v in vectors])
             node(call, made[0], terms, vectors[: len(step_at)], shift, kept, onto, step_at, channels_last)
             result = (made[0], *made[-2:]) if return_moments else made[0]
         if not return_moments:
