@@ -12,7 +12,21 @@ def survey(
     counter: Tensor | None,
 ) -> int: ...
 def survey_block(
-    x: Tensor, shortcut: Tensor | None, convs: Sequence[Tensor], norms: Sequence[Tensor | None], step: Tensor | None
+    x: Tensor,
+    shortcut: Tensor | None,
+    convs: Sequence[Tensor],
+    norms: Sequence[Tensor | None],
+    step: Tensor | None,
+    strides: Sequence[int],
+) -> int: ...
+def survey_growths(
+    x: Tensor,
+    conv1: Sequence[Tensor],
+    conv2: Sequence[Tensor],
+    widths: Sequence[int],
+    norms: Sequence[Tensor | None],
+    mean: Tensor | None,
+    var: Tensor | None,
 ) -> int: ...
 def rk_sum(
     terms: Sequence[Tensor],
@@ -165,6 +179,7 @@ def residual_block(
     convs: Sequence[Tensor],
     norms: Sequence[Tensor | None],
     step: Tensor | None,
+    strides: Sequence[int],
     eps: Sequence[float],
     channels_last: bool,
     keep: bool,
@@ -177,6 +192,7 @@ def residual_block_backward(
     convs: Sequence[Tensor],
     norms: Sequence[Tensor | None],
     step: Tensor | None,
+    strides: Sequence[int],
     eps: Sequence[float],
     batch: Sequence[bool],
     channels_last: bool,
@@ -213,6 +229,7 @@ def residual_block_node(
     out: Tensor,
     inputs: Sequence[Tensor | None],
     kept: Sequence[Tensor | None],
+    strides: Sequence[int],
     eps: Sequence[float],
     channels_last: bool,
 ) -> None: ...

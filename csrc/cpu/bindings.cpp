@@ -30,7 +30,7 @@ class Surveyor {
   explicit Surveyor(const Tensor& x) : x_(x) {}
 
   bool usable(const Tensor& t) {
-    if (t.unsafeGetTensorImpl()->has_symbolic_sizes_strides() || t.layout() != at::kStrided) return false;
+    if (t.unsafeGetTensorImpl()->has_symbolic_sizes_strides() || t.is_nested() || t.layout() != at::kStrided) return false;
     grad_ |= grad_mode_ && t.requires_grad();
     keys_ = keys_ | t.key_set();
     return t.device() == x_.device();
@@ -46,6 +46,13 @@ class Surveyor {
   bool writable(const Optional& v) const { return !v || !((grad_mode_ && v->requires_grad()) || (v->stride(0) == 0 && v->numel() > 1)); }
   bool counts(const Optional& counter) {
     return !counter || (usable(*counter) && at::isIntegralType(counter->scalar_type(), false) && counter->numel() == 1);
+  }
+
+  // Weight, bias, running mean and variance, and counter of a BatchNorm.
+  bool norm(const Optional* v, int64_t channels) {
+    for (int k = 0; k < 4; ++k)
+      if (!fits(v[k], channels) || (k > 1 && !writable(v[k]))) return false;
+    return v[2].has_value() == v[3].has_value() && counts(v[4]);
   }
 
   int64_t found() const {
@@ -69,7 +76,7 @@ int64_t survey(const std::vector<Optional>& tensors, const std::vector<Optional>
                const std::vector<Optional>& gates, int64_t running, const Optional& counter) {
   if (tensors.empty() || !tensors[0] || tensors.size() > kMaxTerms) return 0;
   const Tensor& x = *tensors[0];
-  if (x.dim() < 2 || x.dim() > 5 || !at::isFloatingType(x.scalar_type())) return 0;
+  if (x.is_nested() || x.dim() < 2 || x.dim() > 5 || !at::isFloatingType(x.scalar_type())) return 0;
   Surveyor s(x);
   for (const Optional& t : tensors)
     if (!t || !s.alike(*t, x.sizes())) return 0;
@@ -82,24 +89,51 @@ int64_t survey(const std::vector<Optional>& tensors, const std::vector<Optional>
 }
 
 int64_t survey_block(const Tensor& x, const Optional& shortcut, const std::vector<Tensor>& convs, const std::vector<Optional>& norms,
-                     const Optional& step) {
-  if (x.dim() != 4 || !at::isFloatingType(x.scalar_type())) return 0;
+                     const Optional& step, const std::vector<int64_t>& strides) {
+  if (x.is_nested() || x.dim() != 4 || !at::isFloatingType(x.scalar_type())) return 0;
   if (!(x.is_cpu() || x.is_cuda()) || at::autocast::is_autocast_enabled(x.device().type())) return 0;
-  if (convs.empty() || norms.size() != 5 * convs.size() || x.size(0) * x.size(2) * x.size(3) < 2) return 0;
+  const size_t count = strides.size();
+  if (count == 0 || norms.size() != 5 * convs.size() || convs.size() < count || convs.size() > count + 1) return 0;
+  const bool projects = convs.size() > count;
   Surveyor s(x);
   if (!s.usable(x)) return 0;
-  int64_t channels = x.size(1);
+  int64_t channels = x.size(1), height = x.size(2), width = x.size(3);
   for (size_t i = 0; i < convs.size(); ++i) {
     const Tensor& w = convs[i];
-    if (w.dim() != 4 || !s.alike(w, w.sizes()) || w.size(1) != channels || w.size(2) != w.size(3) || w.size(2) % 2 == 0) return 0;
-    channels = w.size(0);
-    const Optional* norm = &norms[5 * i];
-    for (int k = 0; k < 4; ++k)
-      if (!s.fits(norm[k], channels) || (k > 1 && !s.writable(norm[k]))) return 0;
-    if (norm[2].has_value() != norm[3].has_value() || !s.counts(norm[4])) return 0;
+    if (w.dim() != 4 || !s.alike(w, w.sizes()) || w.size(2) != w.size(3) || w.size(2) % 2 == 0) return 0;
+    if (i < count) {
+      if (w.size(1) != channels || strides[i] < 1) return 0;
+      channels = w.size(0);
+      height = reduced(height, strides[i]);
+      width = reduced(width, strides[i]);
+      if (x.size(0) * height * width < 2) return 0;
+    } else if (w.size(0) != channels || w.size(1) != x.size(1) || w.size(2) != 1) {
+      return 0;
+    }
+    if (!s.norm(&norms[5 * i], w.size(0))) return 0;
   }
-  if (shortcut ? !s.alike(*shortcut, {x.size(0), channels, x.size(2), x.size(3)}) : channels != x.size(1)) return 0;
+  if (shortcut && (projects || !s.alike(*shortcut, {x.size(0), channels, height, width}))) return 0;
+  if (!shortcut && !projects && x.sizes() != at::IntArrayRef({x.size(0), channels, height, width})) return 0;
   return s.fits(step, channels) ? s.found() : 0;
+}
+
+int64_t survey_growths(const Tensor& x, const std::vector<Tensor>& conv1, const std::vector<Tensor>& conv2,
+                       const std::vector<int64_t>& widths, const std::vector<Optional>& norms, const Optional& mean, const Optional& var) {
+  const size_t count = conv1.size(), each = conv2.empty() ? 5 : 10;
+  if (x.is_nested() || x.dim() != 4 || !at::isFloatingType(x.scalar_type()) || x.size(0) * x.size(2) * x.size(3) < 2) return 0;
+  if (!(x.is_cpu() || x.is_cuda()) || at::autocast::is_autocast_enabled(x.device().type())) return 0;
+  if (widths.size() != count || (!conv2.empty() && conv2.size() != count) || norms.size() != each * count) return 0;
+  Surveyor s(x);
+  if (!s.usable(x)) return 0;
+  for (size_t i = 0; i < count; ++i) {
+    const Tensor& w = conv1[i];
+    if (w.dim() != 4 || !s.alike(w, w.sizes()) || w.size(1) != widths[i] || !s.norm(&norms[each * i], widths[i])) return 0;
+    if (conv2.empty()) continue;
+    const Tensor& second = conv2[i];
+    if (w.size(2) != 1 || second.dim() != 4 || !s.alike(second, second.sizes()) || second.size(1) != w.size(0)) return 0;
+    if (!s.norm(&norms[each * i + 5], w.size(0))) return 0;
+  }
+  return s.fits(mean, x.size(1)) && s.fits(var, x.size(1)) ? s.found() : 0;
 }
 
 }  // namespace rkfast
@@ -110,7 +144,10 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ kernels for CPU tensors; rkfast/_C.pyi types them.";
   m.def("survey", &rkfast::survey, arg("tensors"), arg("vectors"), arg("gates"),
         arg("running"), arg("counter"));
-  m.def("survey_block", &rkfast::survey_block, arg("x"), arg("shortcut"), arg("convs"), arg("norms"), arg("step"));
+  m.def("survey_block", &rkfast::survey_block, arg("x"), arg("shortcut"), arg("convs"), arg("norms"), arg("step"),
+        arg("strides"));
+  m.def("survey_growths", &rkfast::survey_growths, arg("x"), arg("conv1"), arg("conv2"), arg("widths"), arg("norms"),
+        arg("mean"), arg("var"));
   m.def("rk_sum", &rkfast::rk_sum, release(), arg("terms"), arg("coeffs"), arg("steps"), arg("shift"),
         arg("channels_last"), arg("relu"), arg("moments"), arg("mask"), arg("out") = py::none());
   m.def("rk_sum_backward", &rkfast::rk_sum_backward, release(), arg("grad"), arg("mask"), arg("coeffs"), arg("steps"),
@@ -140,12 +177,15 @@ PYBIND11_MODULE(_C, m) {
         arg("need_x"), arg("need_conv"), arg("need_affine"));
   m.def("conv", &rkfast::conv, release(), arg("x"), arg("weight"), arg("bias"), arg("other"), arg("channels_last"),
         arg("relu"), arg("moments"));
-  m.def("conv_backward", &rkfast::conv_backward, release(), arg("grad"), arg("x"), arg("weight"), arg("other"),
+  m.def("conv_backward",
+        py::overload_cast<const at::Tensor&, const at::Tensor&, const at::Tensor&, const rkfast::Optional&, bool, bool, bool>(
+            &rkfast::conv_backward),
+        release(), arg("grad"), arg("x"), arg("weight"), arg("other"),
         arg("channels_last"), arg("need_x"), arg("need_weight"));
   m.def("residual_block", &rkfast::residual_block, release(), arg("x"), arg("shortcut"), arg("convs"), arg("norms"),
-        arg("step"), arg("eps"), arg("channels_last"), arg("keep"));
+        arg("step"), arg("strides"), arg("eps"), arg("channels_last"), arg("keep"));
   m.def("residual_block_backward", &rkfast::residual_block_backward, release(), arg("grad"), arg("x"), arg("outs"),
-        arg("mask"), arg("convs"), arg("norms"), arg("step"), arg("eps"), arg("batch"), arg("channels_last"), arg("own"),
-        arg("need_x"), arg("need_shortcut"), arg("need_convs"), arg("need_step"));
+        arg("mask"), arg("convs"), arg("norms"), arg("step"), arg("strides"), arg("eps"), arg("batch"), arg("channels_last"),
+        arg("own"), arg("need_x"), arg("need_shortcut"), arg("need_convs"), arg("need_step"));
   rkfast::define_nodes(m);
 }

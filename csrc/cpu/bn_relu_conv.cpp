@@ -35,6 +35,7 @@ class BnReluConv : OneConvolution {
       vectors = {own_mean, own_var};
     }
     const Read read = fold_with(mean ? *mean : vectors[0], mean ? *var : vectors[1], eps);
+    forward_alone();
     Pieces taken(*this, moments);
     const Tensor out = convolved(normalised(read), nullptr, [&](int64_t piece, Slot<float> rows, int64_t, int64_t n) {
       taken.take(piece, {rows.data, rows.pitch}, n);
@@ -50,16 +51,9 @@ class BnReluConv : OneConvolution {
     const Tensor dense = like_images("grad", gradient, outputs_);
     return backward(Gradient{dense.const_data_ptr<float>()}, mean, var, batch_stats, eps, need_x, need_conv, need_affine);
   }
-  // make(row, n, out) writes rows of the gradient.
   std::vector<Tensor> backward_of_rows(const RowsOfGradient& make, const Tensor& mean, const Tensor& var, bool batch_stats,
                                        double eps, bool need_conv) {
-    TORCH_CHECK_VALUE(makes_gradient(), "conv: the gradient goes by rows in 1x1 convolutions alone");
-    const Gradient rows{nullptr, [&](int64_t row, int64_t n) {
-      float* out = scratch(4, n * outputs_);
-      make(row, n, out);
-      return out;
-    }};
-    return backward(rows, mean, var, batch_stats, eps, true, need_conv, true);
+    return backward(made_by_rows(make), mean, var, batch_stats, eps, true, need_conv, true);
   }
 
  private:

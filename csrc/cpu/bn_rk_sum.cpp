@@ -2,11 +2,13 @@
 
 namespace rkfast {
 
-std::vector<Tensor> bn_rk_sum(const Tensor& x, const Optional& weight, const Optional& bias, const Optional& mean,
-                              const Optional& var, const std::vector<Tensor>& terms, const std::vector<double>& coeffs,
-                              const Optional& step, bool channels_last, bool relu, double eps, bool moments, bool mask,
-                              const Optional& out) {
-  WithinOp within;
+namespace {
+
+// normed: how terms[0] is, where it is.
+std::vector<Tensor> summed(const Tensor& x, const Optional& weight, const Optional& bias, const Optional& mean,
+                           const Optional& var, const std::vector<Tensor>& terms, const std::vector<double>& coeffs,
+                           const Optional& step, bool channels_last, bool relu, double eps, bool moments, bool mask,
+                           const Optional& out, const NormedTerm* normed) {
   TORCH_CHECK_VALUE(terms.size() < kMaxTerms && terms.size() == coeffs.size(),
                     "terms, coeffs: expected as many of each, at most 16");
   TORCH_CHECK_VALUE(mean.has_value() == var.has_value(), mean ? "var" : "mean", ": give mean and var, or neither");
@@ -40,6 +42,12 @@ std::vector<Tensor> bn_rk_sum(const Tensor& x, const Optional& weight, const Opt
   a.factors[a.n - 1] = folded.scale;
   a.shift = folded.shift;
   a.center = folded.center.vector;
+  if (normed) {
+    TORCH_CHECK_VALUE(!norm.by_sample(), "step: expected one value per channel, got ", step->sizes());
+    const ScaledNorm other(rows, normed->weight, normed->bias, normed->mean, normed->var, {}, normed->eps);
+    a.factors[0] = vectors.add(1, [&](int64_t, int64_t c) { return other.folded(c).scale; });
+    a.shift = vectors.add(1, [&](int64_t, int64_t c) { return norm.step(0, c) * norm.bias(c) + other.folded(c).shift; });
+  }
   if (mask) {
     result.push_back(empty_mask(x, rows));
     a.mask = result.back().mutable_data_ptr<uint8_t>();
@@ -55,6 +63,21 @@ std::vector<Tensor> bn_rk_sum(const Tensor& x, const Optional& weight, const Opt
     result.push_back(out_var);
   }
   return result;
+}
+
+}  // namespace
+
+std::vector<Tensor> bn_rk_sum(const Tensor& x, const Optional& weight, const Optional& bias, const Optional& mean,
+                              const Optional& var, const std::vector<Tensor>& terms, const std::vector<double>& coeffs,
+                              const Optional& step, bool channels_last, bool relu, double eps, bool moments, bool mask,
+                              const Optional& out) {
+  WithinOp within;
+  return summed(x, weight, bias, mean, var, terms, coeffs, step, channels_last, relu, eps, moments, mask, out, nullptr);
+}
+
+std::vector<Tensor> bn_rk_sum(const Tensor& x, const Optional& weight, const Optional& bias, const Tensor& mean, const Tensor& var,
+                              const NormedTerm& term, const Optional& step, bool channels_last, double eps, bool mask) {
+  return summed(x, weight, bias, mean, var, {term.x}, {1.0}, step, channels_last, true, eps, false, mask, {}, &term);
 }
 
 BnRkSumBackward::BnRkSumBackward(const Tensor& grad, const Tensor& x, const Optional& weight, const Optional& bias,

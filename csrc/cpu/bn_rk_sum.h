@@ -30,6 +30,12 @@ class ScaledNorm {
   double step(int64_t n, int64_t c) const { return step_.at(n, c); }
   double rstd(int64_t c) const { return inverse_std(var_.at(0, c), eps_); }
 
+  // Without the center: scale * x + shift.
+  Affine<double> folded(int64_t c) const {
+    const Affine<double> a = affine(0, c);
+    return {a.scale, a.shift - a.scale * mean_.at(0, c)};
+  }
+
   Folded fold(Vectors& vectors) const {
     Folded f;
     f.scale = vectors.add(samples_, [&](int64_t n, int64_t c) { return affine(n, c).scale; });
@@ -52,6 +58,18 @@ class ScaledNorm {
   int64_t samples_;
   double eps_;
 };
+
+// A term of the sum that is normalised, too.
+struct NormedTerm {
+  const Tensor& x;
+  const Optional &weight, &bias;
+  const Tensor &mean, &var;
+  double eps;
+};
+
+// relu(BN(term) + step * BN(x)) with the statistics given; [out] and, where asked for, the mask.
+std::vector<Tensor> bn_rk_sum(const Tensor& x, const Optional& weight, const Optional& bias, const Tensor& mean, const Tensor& var,
+                              const NormedTerm& term, const Optional& step, bool channels_last, double eps, bool mask);
 
 // With g' the gradient behind the ReLU: the sums over g' when it is made, gradients of x and of the terms after that.
 class BnRkSumBackward {

@@ -38,6 +38,7 @@ class Conv : OneConvolution {
       std::copy_n(data(given), outputs_, shift.data());
     }
     const Tensor added = other ? like_images("other", *other, outputs_) : Tensor();
+    if (!tiles_given_) forward_alone();
     Pieces taken(*this, moments);
     const Tensor out = convolved(plain(), tiles_given_ ? tiles_given_->const_data_ptr<float>() : nullptr, [&](int64_t piece, Slot<float> rows, int64_t pixel, int64_t n) {
       if (given || other || relu) {
@@ -54,19 +55,26 @@ class Conv : OneConvolution {
 
   std::vector<Tensor> backward(const Tensor& gradient, const Optional& other, bool need_x, bool need_weight) {
     const Tensor dense = like_images("grad", gradient, outputs_);
+    return backward(Gradient{dense.const_data_ptr<float>()}, other, need_x, need_weight);
+  }
+  std::vector<Tensor> backward_of_rows(const RowsOfGradient& make, bool need_x, bool need_weight) {
+    return backward(made_by_rows(make), {}, need_x, need_weight);
+  }
+
+ private:
+  std::vector<Tensor> backward(const Gradient& grad, const Optional& other, bool need_x, bool need_weight) {
     const Tensor added = other ? like_images("other", *other, channels_) : Tensor();
     auto add = [&](int64_t, Slot<float> d, int64_t pixel, int64_t n) {
       if (other)
         add_rows({{d.data, d.pitch}, Slot<const float>{added.const_data_ptr<float>(), channels_}.row(pixel), n, channels_, nullptr, false, d});
     };
-    const auto [dx, dweight] = convolved_backward({dense.const_data_ptr<float>()}, plain(), need_x, need_weight, add);
+    const auto [dx, dweight] = convolved_backward(grad, plain(), need_x, need_weight, add);
     std::vector<Tensor> result;
     if (need_x) result.push_back(laid(dx));
     if (need_weight) result.push_back(dweight);
     return result;
   }
 
- private:
   // A weight of the shape that these tiles are made of, never read.
   static Tensor shape_of_tiles(const Tensor& tiles) {
     TORCH_CHECK_VALUE(tiles.is_cpu() && tiles.scalar_type() == at::kFloat && tiles.size(0) == 16,
@@ -89,6 +97,10 @@ std::vector<Tensor> conv_backward(const Tensor& grad, const Tensor& x, const Ten
                                   bool channels_last, bool need_x, bool need_weight) {
   WithinOp within;
   return Conv(x, weight, channels_last).backward(grad, other, need_x, need_weight);
+}
+
+std::vector<Tensor> conv_backward(const RowsOfGradient& grad, const Tensor& x, const Tensor& weight, bool need_x, bool need_weight) {
+  return Conv(x, weight, true).backward_of_rows(grad, need_x, need_weight);
 }
 
 }  // namespace rkfast

@@ -178,7 +178,8 @@ class Convolutions {
 
   // Whether a convolution is done by winograd.h: enough tiles and channels to pay for the transforms.
   bool by_tiles(const Tensor& w) const {
-    return kFloat && w.size(2) == 3 && w.size(0) >= 16 && w.size(1) >= 16 && h_ >= 4 && w_ >= 4;
+    const int64_t outputs = w.size(0), channels = w.size(1), least = narrow(channels, outputs) ? 8 : 16;
+    return kFloat && w.size(2) == 3 && outputs >= least && channels >= least && h_ >= 4 && w_ >= 4;
   }
   // [columns][rows] of a matrix [rows][columns], in memory that stays until the next of its kind is made there.
   const float* transposed(Tensor& kept, const float* matrix, int64_t rows, int64_t columns) const {
@@ -202,39 +203,40 @@ class Convolutions {
           transposed(turned_, reinterpret_cast<const float*>(pairs.template const_data_ptr<T>()), outputs, even(channels) / 2));
     }
   }
-  // [9][channels][outputs] of w [outputs, channels, 3, 3] in tiles' form, or [9][outputs][channels] of the convolution that
-  // its gradient is.
-  const float* tile_weight(const Tensor& w, bool gradient) {
+  // w [outputs, channels, 3, 3] in tiles' form, or the weight of the convolution that its gradient is.
+  TileWeight tile_weight(const Tensor& w, bool gradient) {
     const int64_t outputs = w.size(0), channels = w.size(1), size = outputs * channels;
+    const int64_t read = gradient ? outputs : channels, written = gradient ? channels : outputs;
     const bool taps_first = w.is_contiguous(at::MemoryFormat::ChannelsLast);  // [outputs][9][channels]
-    float* tiles = room<float>(tiles_, 16 * size);
+    const bool rows = narrow(channels, outputs);
+    float* tiles = room<float>(tiles_, rows ? TransformWeightRows::size(read, written) : 16 * size);
+    // What is read from `first` on: n times `written` values, one behind the other, their nine taps a pitch apart.
+    auto put = [&](const float* from, int64_t pitch, int64_t first, int64_t n) {
+      if (!rows) return transform_weight({from, pitch, n * written, tiles + first * written, size, false});
+      for (int64_t i = 0; i < n; ++i)
+        transform_weight_rows({from + i * written, pitch, written, tiles + (first + i) * 4 * kLine, read});
+    };
     if (gradient && taps_first) {
       const float* last = w.const_data_ptr<float>() + 8 * channels;
       at::parallel_for(0, outputs, 8, [&](int64_t from, int64_t to) {
-        for (int64_t k = from; k < to; ++k)
-          transform_weight({last + 9 * k * channels, -channels, channels, tiles + k * channels, size, false});
+        for (int64_t k = from; k < to; ++k) put(last + 9 * k * channels, -channels, k, 1);
       });
     } else if (gradient) {
       const Tensor taps = w.flip({2, 3}).permute({2, 3, 0, 1}).contiguous();
-      transform_weight({taps.const_data_ptr<float>(), size, size, tiles, size, false});
+      put(taps.const_data_ptr<float>(), size, 0, outputs);
     } else if (outputs_last(w)) {
       at::parallel_for(0, channels, 16, [&](int64_t from, int64_t to) {
-        const int64_t first = from * outputs;
-        transform_weight({w.const_data_ptr<float>() + first, size, to * outputs - first, tiles + first, size, false});
+        put(w.const_data_ptr<float>() + from * outputs, size, from, to - from);
       });
     } else {
       const Tensor dense = taps_first ? w : w.contiguous();
       const float* taps = transposed(taps_, dense.const_data_ptr<float>(), outputs, 9 * channels);
       at::parallel_for(0, channels, 16, [&](int64_t from, int64_t to) {
-        if (taps_first) {
-          transform_weight({taps + from * outputs, size, (to - from) * outputs, tiles + from * outputs, size, false});
-        } else {
-          for (int64_t c = from; c < to; ++c)
-            transform_weight({taps + 9 * c * outputs, outputs, outputs, tiles + c * outputs, size, false});
-        }
+        if (taps_first) return put(taps + from * outputs, size, from, to - from);
+        for (int64_t c = from; c < to; ++c) put(taps + 9 * c * outputs, outputs, c, 1);
       });
     }
-    return tiles;
+    return {tiles, rows};
   }
   // load(row, n, out), which brings pixels, as load_band calls it.
   template <typename Load>
@@ -290,7 +292,9 @@ class Convolutions {
     const Tensor taps = taps_first ? at::empty_like(w) : at::empty({3, 3, outputs, channels}, w.options().memory_format(std::nullopt));
     const Taps out{taps.data_ptr<float>(), taps_first ? 9 * channels : channels, taps_first ? channels : outputs * channels};
     const Bands bands(n_, h_, w_, channels + outputs);  // which do not depend on the threads, as its parts must not
-    if (WeightGradient::fits(bands, channels, outputs)) {
+    if (narrow(channels, outputs)) {
+      WeightGradient(bands, channels, outputs).by_rows(by_rows(load, channels), {grad, outputs}, out);
+    } else if (WeightGradient::fits(bands, channels, outputs)) {
       const Bands spread(n_, h_, w_, channels + outputs, at::get_num_threads());
       WeightGradient(spread, channels, outputs).at_once(by_rows(load, channels), {grad, outputs}, out);
     } else {

@@ -4,7 +4,10 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
+#include <c10/core/MemoryFormat.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/util/strides.h>
 
 #include <algorithm>
 #include <functional>
@@ -253,6 +256,16 @@ inline Tensor empty_vector(const Tensor& x, at::IntArrayRef sizes) {
 // channel_moments of what is an operand already.
 std::pair<Tensor, Tensor> own_moments(const Tensor& x, Operand operand, const Rows& rows, bool dense);
 
+// Images in one layout or the other, with the strides that the fake kernels say.
+inline Tensor laid(const Tensor& t, bool channels_last) {
+  const std::vector<int64_t> strides =
+      channels_last ? c10::get_channels_last_strides_2d(t.sizes()) : at::IntArrayRef(c10::contiguous_strides(t.sizes())).vec();
+  return t.strides() == at::IntArrayRef(strides) ? t : at::empty_strided(t.sizes(), strides, t.options()).copy_(t);
+}
+
+// The height or width of what a convolution that pads by half its size makes.
+inline int64_t reduced(int64_t size, int64_t stride) { return size == 0 ? 0 : (size - 1) / stride + 1; }
+
 // What Python asks before it calls an op, answered in one go: bits of
 enum Survey : int64_t {
   kUniform = 1,       // tensors an op takes, of one shape, dtype and device, and vectors that fit them
@@ -267,7 +280,11 @@ int64_t survey(const std::vector<Optional>& tensors, const std::vector<Optional>
 // The same of a residual block, its statistics, where there are any, being written.
 int64_t survey_block(const Tensor& x, const Optional& shortcut, const std::vector<Tensor>& convs,
                      const std::vector<Optional>& norms,  // weight, bias, running mean and variance, and counter of each
-                     const Optional& step);
+                     const Optional& step, const std::vector<int64_t>& strides);
+// And of the growths of a dense block, that read so many channels; norms in the order of the growths; moments of x.
+int64_t survey_growths(const Tensor& x, const std::vector<Tensor>& conv1, const std::vector<Tensor>& conv2,
+                       const std::vector<int64_t>& widths, const std::vector<Optional>& norms, const Optional& mean,
+                       const Optional& var);
 
 // The functions that Python sees: what each returns stands in rkfast/ops/<op>/__init__.py.
 std::vector<Tensor> rk_sum(const std::vector<Tensor>& terms, const std::vector<double>& coeffs,
@@ -314,17 +331,19 @@ std::vector<Tensor> conv(const Tensor& x, const Tensor& weight, const Optional& 
 std::vector<Tensor> conv_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Optional& other,
                                   bool channels_last, bool need_x, bool need_weight);
 std::vector<Tensor> residual_block(const Tensor& x, const Optional& shortcut, const std::vector<Tensor>& convs,
-                                   const std::vector<Optional>& norms, const Optional& step, const std::vector<double>& eps,
-                                   bool channels_last, bool keep);
+                                   const std::vector<Optional>& norms, const Optional& step, const std::vector<int64_t>& strides,
+                                   const std::vector<double>& eps, bool channels_last, bool keep);
 std::vector<Tensor> residual_block_backward(const Tensor& grad, const Tensor& x, const std::vector<Tensor>& outs,
                                             const Tensor& mask, const std::vector<Tensor>& convs,
                                             const std::vector<Optional>& norms, const Optional& step,
-                                            const std::vector<double>& eps, const std::vector<bool>& batch,
+                                            const std::vector<int64_t>& strides, const std::vector<double>& eps,
+                                            const std::vector<bool>& batch,
                                             bool channels_last, bool own, bool need_x, bool need_shortcut, bool need_convs,
                                             bool need_step);
-// The backward of a 1x1 bn_relu_conv, channels_last, for all of its inputs, whose gradient is made as it is read, each row
-// once: grad(first, n, out) writes n of them.
+// The backward of a 1x1 convolution, channels_last, whose gradient is made as it is read, each row once: grad(first, n, out)
+// writes n of them. Of bn_relu_conv for all of its inputs.
 using RowsOfGradient = std::function<void(int64_t first, int64_t n, float* out)>;
+std::vector<Tensor> conv_backward(const RowsOfGradient& grad, const Tensor& x, const Tensor& weight, bool need_x, bool need_weight);
 std::vector<Tensor> bn_relu_conv_backward(const RowsOfGradient& grad, const Tensor& x, const Tensor& conv, const Optional& weight,
                                           const Optional& bias, const Tensor& mean, const Tensor& var, bool batch_stats,
                                           double eps, bool need_conv);

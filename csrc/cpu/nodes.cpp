@@ -245,9 +245,10 @@ class BnRkSumNode : public Node {
 
 class ResidualBlockNode : public Node {
  public:
-  ResidualBlockNode(py::object call, const variable_list& inputs, const variable_list& kept, std::vector<double> eps,
-                    bool channels_last)
-      : Node(std::move(call), inputs, kept), eps_(std::move(eps)), channels_last_(channels_last), own_(!inputs[1].defined()) {}
+  ResidualBlockNode(py::object call, const variable_list& inputs, const variable_list& kept, std::vector<int64_t> strides,
+                    std::vector<double> eps, bool channels_last)
+      : Node(std::move(call), inputs, kept), strides_(std::move(strides)), eps_(std::move(eps)), channels_last_(channels_last),
+        own_(!inputs[1].defined() && eps_.size() == strides_.size()) {}
   std::string name() const override { return "ResidualBlockBackward"; }
 
  private:
@@ -272,8 +273,8 @@ class ResidualBlockNode : public Node {
     }
     const bool need_x = needed[0], need_shortcut = needed[1], need_step = needed[2];
     const std::vector<Tensor> made =
-        residual_block_backward(grad, kept[0], outs, kept[2], convs, norms, optional(kept[1]), eps_, batch, channels_last_, own_,
-                                need_x, need_shortcut, need_convs, need_step);
+        residual_block_backward(grad, kept[0], outs, kept[2], convs, norms, optional(kept[1]), strides_, eps_, batch, channels_last_,
+                                own_, need_x, need_shortcut, need_convs, need_step);
     variable_list result(needed.size());
     auto found = made.begin();
     if (need_x) result[0] = *found++;
@@ -290,6 +291,7 @@ class ResidualBlockNode : public Node {
     return result;
   }
 
+  const std::vector<int64_t> strides_;
   const std::vector<double> eps_;
   const bool channels_last_, own_;
 };
@@ -323,10 +325,11 @@ void define_nodes(py::module_& m) {
         arg("eps"));
   m.def("residual_block_node",
         [](py::object call, const Tensor& out, const std::vector<Optional>& inputs, const std::vector<Optional>& kept,
-           std::vector<double> eps, bool channels_last) {
-          attach<ResidualBlockNode>(out, std::move(call), tensors(inputs), tensors(kept), std::move(eps), channels_last);
+           std::vector<int64_t> strides, std::vector<double> eps, bool channels_last) {
+          attach<ResidualBlockNode>(out, std::move(call), tensors(inputs), tensors(kept), std::move(strides), std::move(eps),
+                                    channels_last);
         },
-        arg("call"), arg("out"), arg("inputs"), arg("kept"), arg("eps"), arg("channels_last"));
+        arg("call"), arg("out"), arg("inputs"), arg("kept"), arg("strides"), arg("eps"), arg("channels_last"));
 }
 
 }  // namespace rkfast

@@ -1,9 +1,6 @@
 // A single convolution over channels_last images in float, forward and backward: what ops around one share. For host code.
 #pragma once
 
-#include <c10/core/MemoryFormat.h>
-#include <c10/util/strides.h>
-
 #include <functional>
 
 #include "cpu/convolution.h"
@@ -12,6 +9,7 @@ namespace rkfast {
 
 class OneConvolution : protected Convolutions<float> {
  protected:
+  static constexpr int64_t kForward = 4;  // pixels for each channel from which on tiles win forward; backward they always do
   static constexpr int64_t kBands = 32;  // at least, where an image has rows enough: no sum depends on the threads
 
   // `name` is that of the weight.
@@ -21,6 +19,7 @@ class OneConvolution : protected Convolutions<float> {
     TORCH_CHECK_VALUE(conv.is_cpu() && conv.scalar_type() == at::kFloat && conv.dim() == 4 && conv.size(1) == channels_ &&
                           conv.size(2) == conv.size(3) && conv.size(2) % 2 == 1,
                       name, ": expected a float32 CPU weight [K, ", channels_, ", n, n], n odd");
+    tiled_ = by_tiles(conv_);
     kept_ = as_rows(given_, x_);
   }
 
@@ -43,7 +42,11 @@ class OneConvolution : protected Convolutions<float> {
                       name, ": expected a float32 CPU tensor [", n_, ", ", channels, ", ", h_, ", ", w_, "], got ", t.sizes());
     return resolved(t).contiguous(at::MemoryFormat::ChannelsLast);
   }
-  bool tiled() const { return by_tiles(conv_); }
+  bool tiled() const { return tiled_; }
+  // Forward, few pixels do not pay for the transform of a weight, unless that is small.
+  void forward_alone() {
+    tiled_ = tiled_ && (narrow(channels_, outputs_) || rows_ >= kForward * std::max(channels_, outputs_));
+  }
 
   // Pieces of the rows, what follows on which is done while they are in cache.
   int64_t pieces() const { return tiled() ? bands_.count : parts_.count; }
@@ -72,8 +75,8 @@ class OneConvolution : protected Convolutions<float> {
     Aligned<double> mean_, m2_;
   };
 
-  // The convolution of what `load` brings; then(piece, out, pixel, n) follows on each piece. `tiles` is the weight as
-  // tile_weight makes it, or null.
+  // The convolution of what `load` brings; then(piece, out, pixel, n) follows on each piece. `tiles` is the weight
+  // as [16][channels][outputs], or null.
   template <typename Load, typename Then>
   Tensor convolved(const Load& load, const float* tiles, const Then& then) {
     if (!tiled() && conv_.size(2) != 1) {
@@ -85,7 +88,7 @@ class OneConvolution : protected Convolutions<float> {
     const Slot<float> rows = rows_of(out, outputs_);
     auto follow = [&](int64_t piece, int64_t pixel, int64_t n) { then(piece, rows.row(pixel), pixel, n); };
     if (tiled()) {
-      winograd(bands_, channels_, outputs_, by_rows(load, channels_), tiles ? tiles : tile_weight(conv_, false), rows, follow);
+      winograd(bands_, channels_, outputs_, by_rows(load, channels_), tiles ? TileWeight{tiles, false} : tile_weight(conv_, false), rows, follow);
     } else {
       product(load, rows, follow);
     }
@@ -98,8 +101,15 @@ class OneConvolution : protected Convolutions<float> {
 
     const float* rows(int64_t row, int64_t n, int64_t outputs) const { return data ? data + row * outputs : make(row, n); }
   };
-  // Whether `make` would be asked, once for each row.
-  bool makes_gradient() const { return conv_.size(2) == 1; }
+  // make(row, n, out) writes rows of it.
+  Gradient made_by_rows(const RowsOfGradient& make) const {
+    TORCH_CHECK_VALUE(conv_.size(2) == 1, "conv: the gradient goes by rows in 1x1 convolutions alone");
+    return {nullptr, [this, &make](int64_t row, int64_t n) {
+      float* out = scratch(4, n * outputs_);
+      make(row, n, out);
+      return out;
+    }};
+  }
 
   // The gradients of what `load` brings, where asked for, then(piece, dx, pixel, n) after each piece of it; and of the weight.
   template <typename Load, typename Then>
@@ -125,12 +135,7 @@ class OneConvolution : protected Convolutions<float> {
 
   static Slot<float> rows_of(const Tensor& t, int64_t channels) { return {t.data_ptr<float>(), channels}; }
 
-  // In the layout of the call, with the strides that the fake kernels say.
-  Tensor laid(const Tensor& t) const {
-    const std::vector<int64_t> strides =
-        channels_last_ ? c10::get_channels_last_strides_2d(t.sizes()) : at::IntArrayRef(c10::contiguous_strides(t.sizes())).vec();
-    return t.strides() == at::IntArrayRef(strides) ? t : at::empty_strided(t.sizes(), strides, t.options()).copy_(t);
-  }
+  Tensor laid(const Tensor& t) const { return rkfast::laid(t, channels_last_); }
 
  private:
   // The right side of a product with a 1x1 weight, [rows][columns]. A large one lies in panels of kPanel columns: rows that
@@ -269,6 +274,7 @@ class OneConvolution : protected Convolutions<float> {
   const Bands bands_;
   const bool channels_last_;
   const Tensor given_, conv_;
+  bool tiled_ = false;
   Tensor kept_;
   Slot<const float> x_;
 };

@@ -139,7 +139,68 @@ struct TransformWeight {
   bool backwards;
 };
 
+// Along rows, F(2, 3): tiles are 1x4 pixels that overlap by two. Channels and outputs lie in blocks of kLine.
+constexpr int64_t kLine = 16;
+inline int64_t lines(int64_t n) { return (n + kLine - 1) / kLine; }
+
+// out [blocks of channels][columns][4][kLine] = B^T d of a row of 2 * columns + 2 pixels.
+struct TransformRow {
+  const float* x;
+  int64_t columns, channels;
+  float* out;
+
+  static int64_t size(int64_t columns, int64_t channels) { return lines(channels) * columns * 4 * kLine; }
+};
+
+// w [9][outputs] of one channel to G w of each row: [blocks of outputs][3][channels][4][kLine], where `to` is its own.
+struct TransformWeightRows {
+  const float* from;
+  int64_t from_pitch, outputs;
+  float* to;
+  int64_t channels;
+
+  static int64_t size(int64_t channels, int64_t outputs) { return lines(outputs) * 12 * channels * kLine; }
+};
+
+// A row of results, of `width` pixels, from the three rows that it reads, whose sums stay in registers.
+struct ConvolveRow {
+  const float *rows[3], *weights;
+  int64_t columns, channels, outputs;
+  Slot<float> out;
+  int64_t width;
+};
+
+// out [blocks of outputs][columns][4][kLine] = A g of a row's gradient, `width` pixels, 0 outside of the image.
+struct TransformGradientRow {
+  Slot<const float> grad;
+  int64_t width, columns, outputs;
+  float* out;
+};
+
+// sums [blocks of outputs][blocks of channels][4][kLine][3][kLine], the latter channels, += g^T of each of the three rows.
+struct OuterRow {
+  const float *rows[3], *grad;
+  int64_t columns, channels, outputs;
+  float* sums;
+
+  static int64_t size(int64_t channels, int64_t outputs) { return lines(channels) * lines(outputs) * 12 * kLine * kLine; }
+};
+
+// Those sums to G^T d of each row: the gradient of a weight, rows of channels, one tap of the nine behind the other.
+struct FinishOuterRow {
+  const float* sums;
+  int64_t channels, outputs;
+  float* to;
+  int64_t output_pitch, tap_pitch;
+};
+
 inline Dispatch<TransformInput> transform_input;
+inline Dispatch<TransformGradientRow> transform_gradient_row;
+inline Dispatch<OuterRow> outer_row;
+inline Dispatch<FinishOuterRow> finish_outer_row;
+inline Dispatch<TransformRow> transform_row;
+inline Dispatch<ConvolveRow> convolve_row;
+inline Dispatch<TransformWeightRows> transform_weight_rows;
 inline Dispatch<TransformOutput> transform_output;
 inline Dispatch<TransformGradient> transform_gradient;
 inline Dispatch<OuterProducts> outer_products;

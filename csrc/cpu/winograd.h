@@ -1,6 +1,6 @@
 // 3x3 convolutions as products of transformed tiles, F(2x2, 3x3): 16 products where 36 would be (Lavin and Gray, "Fast
-// Algorithms for Convolutional Neural Networks"). Tiles are 4x4 pixels that overlap by two, results 2x2. For host code: what is
-// vectorised stands in winograd_kernel.cpp.
+// Algorithms for Convolutional Neural Networks"). Tiles are 4x4 pixels that overlap by two, results 2x2; of few channels 1x4 and
+// 1x2, F(2, 3). For host code: what is vectorised stands in winograd_kernel.cpp.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -77,11 +77,76 @@ void load_band(const Bands& s, int64_t b, bool continues, int64_t channels, cons
   transform_input({strip, wide, channels, rows, s.columns, channels, out, plane});
 }
 
-// out = the convolution of what `load` brings with weights transformed from [9][channels][outputs]. then(b, pixel, n) follows on
-// the n pixels that band b has written, while they are in cache.
+// A weight as `winograd` reads it: [16][channels][outputs], or that of ConvolveRow.
+struct TileWeight {
+  const float* data;
+  bool rows;
+};
+
+// Whether tiles are 1x4 pixels in place of 4x4: of few channels, to transform takes as long as to multiply.
+inline bool narrow(int64_t channels, int64_t outputs) {
+  constexpr int64_t kNarrow = 16;
+  return channels <= kNarrow && outputs <= kNarrow;
+}
+
+// Three rows of pixels at a time, transformed: a thread's own, in the first-level cache.
+class RowWindow {
+ public:
+  RowWindow(const Bands& bands, int64_t channels)
+      : s_(bands), channels_(channels), size_(TransformRow::size(bands.columns, channels)), pixels_(scratch(0, wide())), rows_(scratch(1, 3 * size_)) {
+    std::fill_n(pixels_, wide(), 0.f);  // the border, and behind an odd last pixel
+  }
+
+  // each(i, rows): row i of the pixels of band b, and what its results read. `continues`: the band before has just been done.
+  template <typename Load, typename Each>
+  void over(int64_t b, bool continues, const Load& load, const Each& each) {
+    const int64_t first = s_.first_pixel(b) / s_.width, last = first + s_.size(b) / s_.width;
+    const int64_t top = first / s_.height * s_.height, bottom = top + s_.height;
+    auto bring = [&](int64_t i) {
+      if (i < top || i >= bottom) {
+        std::fill_n(row(i), size_, 0.f);
+      } else {
+        load(i * s_.width, 1, pixels_ + channels_, wide());
+        transform_row({pixels_, s_.columns, channels_, row(i)});
+      }
+    };
+    for (int64_t i = continues && first > top ? first + 1 : first - 1; i <= first; ++i) bring(i);
+    for (int64_t i = first; i < last; ++i) {
+      bring(i + 1);
+      const float* const rows[3] = {row(i - 1), row(i), row(i + 1)};
+      each(i, rows);
+    }
+  }
+
+ private:
+  int64_t wide() const { return (2 * s_.columns + 2) * channels_; }
+  float* row(int64_t i) const { return rows_ + (i + 3) % 3 * size_; }
+
+  const Bands& s_;
+  const int64_t channels_, size_;
+  float *pixels_, *rows_;
+};
+
 template <typename Load, typename Then>
-void winograd(const Bands& s, int64_t channels, int64_t outputs, const Load& load, const float* weights, Slot<float> out,
+void winograd_rows(const Bands& s, int64_t channels, int64_t outputs, const Load& load, const float* weights, Slot<float> out,
+                   const Then& then) {
+  at::parallel_for(0, s.count, 1, [&](int64_t from, int64_t to) {
+    RowWindow window(s, channels);
+    for (int64_t b = from; b < to; ++b) {
+      window.over(b, b > from, load, [&](int64_t i, const float* const* rows) {
+        convolve_row({{rows[0], rows[1], rows[2]}, weights, s.columns, channels, outputs, out.row(i * s.width), s.width});
+      });
+      then(b, s.first_pixel(b), s.size(b));
+    }
+  });
+}
+
+// out = the convolution of what `load` brings. then(b, pixel, n) follows on the n pixels that band b has written, while they are
+// in cache.
+template <typename Load, typename Then>
+void winograd(const Bands& s, int64_t channels, int64_t outputs, const Load& load, TileWeight weights, Slot<float> out,
               const Then& then) {
+  if (weights.rows) return winograd_rows(s, channels, outputs, load, weights.data, out, then);
   const int64_t each = s.together(at::get_num_threads()), groups = (s.count + each - 1) / each;
   const int64_t read = s.plane(channels, each), written = s.plane(outputs, each);
   at::parallel_for(0, groups, 1, [&](int64_t from, int64_t to) {
@@ -95,7 +160,7 @@ void winograd(const Bands& s, int64_t channels, int64_t outputs, const Load& loa
       }
       for (int q = 0; q < 16; ++q)
         at::native::cpublas::brgemm(tiles, outputs, channels, channels, outputs, outputs, false, x + q * read,
-                                    weights + q * channels * outputs, m + q * written);
+                                    weights.data + q * channels * outputs, m + q * written);
       tiles = 0;
       for (int64_t b = begin; b < end; ++b) {
         const int64_t pixel = s.first_pixel(b), rows = s.tiles(b) / s.columns;
@@ -125,6 +190,37 @@ class WeightGradient {
   static bool fits(const Bands& bands, int64_t channels, int64_t outputs) {
     const int64_t size = outputs * channels;
     return bands.all_tiles() * (channels + outputs) <= parts(bands, size) * size;
+  }
+
+  // Where both are narrow.
+  template <typename Load>
+  void by_rows(const Load& load, Slot<const float> grad, Taps out) const {
+    constexpr int64_t kRows = 8;
+    const int64_t size = OuterRow::size(channels_, outputs_);
+    Aligned<float> sums(parts_ * size);
+    at::parallel_for(0, parts_, 1, [&](int64_t from, int64_t to) {
+      RowWindow window(s_, channels_);
+      float *turned = scratch(2, TransformRow::size(s_.columns, outputs_)), *sum = scratch(3, size);
+      for (int64_t part = from; part < to; ++part) {
+        const int64_t begin = part * s_.count / parts_, end = (part + 1) * s_.count / parts_;
+        auto add = [&] {  // rows by themselves: over all of them sums would lose another digit
+          for (int64_t i = 0; i < size; ++i) sums[part * size + i] += sum[i];
+          std::fill_n(sum, size, 0.f);
+        };
+        std::fill_n(sum, size, 0.f);
+        for (int64_t b = begin; b < end; ++b) {
+          window.over(b, b > begin, load, [&](int64_t i, const float* const* rows) {
+            transform_gradient_row({grad.row(i * s_.width), s_.width, s_.columns, outputs_, turned});
+            outer_row({{rows[0], rows[1], rows[2]}, turned, s_.columns, channels_, outputs_, sum});
+            if (i % kRows == kRows - 1) add();
+          });
+        }
+        add();
+      }
+    });
+    for (int64_t part = 1; part < parts_; ++part)
+      for (int64_t i = 0; i < size; ++i) sums[i] += sums[part * size + i];
+    finish_outer_row({sums.data(), channels_, outputs_, out.data, out.output, out.tap});
   }
 
   template <typename Load>

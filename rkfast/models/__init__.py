@@ -91,7 +91,8 @@ def create_model(name: str, *, fused: bool = True, memory: str = "speed", **opti
             revnet: ``reversible=True``, no activations kept for the backward, which makes them again (fused only);
             hyperbolic: ``step=1.0``, ``symmetric=False`` or True for Ruthotto and Haber's F, -K^T relu(norm(K y));
             resnet: where the shape changes ``shortcut="b"``, a 1x1 convolution, or "a", zeros;
-            resnet, wide_resnet, resnext, seresnet: ``stride_in_1x1=False`` or True (the first ResNet's);
+            resnet, wide_resnet, resnext, seresnet: ``stride_in_1x1=False`` or True (the first ResNet's, and so that of
+            tsc_resnet, tsc_resnext and tsc_seresnet unless False is asked for);
             tsc_...: ``controller="lstm"|"2fc"|"indp"|"fixed"``, ``reduction`` (the paper's), ``value=1.0`` (fixed), as
             in ``rkfast.tsc.attach``; tsc_cliquenet: ``growth_rate=36``;
             all others: ``drop_rate=0.0``, a dropout after each convolution of the blocks and transitions;

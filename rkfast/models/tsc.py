@@ -14,6 +14,7 @@ def tsc_resnet(
     depth: str | None,
     *,
     shortcut: str = "b",
+    stride_in_1x1: bool | None = None,
     controller: str = "lstm",
     reduction: int | None = None,
     value: float = 1.0,
@@ -25,7 +26,7 @@ def tsc_resnet(
         layers,
         depth,
         shortcut=shortcut,
-        stride_in_1x1=layers is not None and resnet.has_bottlenecks(layers),
+        stride_in_1x1=_papers_stride(layers) if stride_in_1x1 is None else stride_in_1x1,
         num_classes=num_classes,
         in_chans=in_chans,
         fused=fused,
@@ -39,6 +40,7 @@ def tsc_imagenet(
     groups: str = "1",
     width_per_group: str = "64",
     gate: int | None = None,
+    stride_in_1x1: bool | None = None,
     controller: str = "lstm",
     reduction: int | None = None,
     value: float = 1.0,
@@ -51,7 +53,7 @@ def tsc_imagenet(
         groups=groups,
         width_per_group=width_per_group,
         reduction=gate,
-        stride_in_1x1=resnet.has_bottlenecks(layers),
+        stride_in_1x1=_papers_stride(layers) if stride_in_1x1 is None else stride_in_1x1,
         num_classes=num_classes,
         in_chans=in_chans,
         fused=fused,
@@ -100,7 +102,7 @@ def tsc_cliquenet(
     fused: bool = True,
 ) -> ImageModel:
     base = cliquenet.build(
-        layers,
+        layers or "12",
         None,
         growth_rate=growth_rate,
         init_channels=init_channels,
@@ -110,6 +112,11 @@ def tsc_cliquenet(
         fused=fused,
     )
     return _attached(base, controller, reduction, value)
+
+
+def _papers_stride(layers: str | None) -> bool:
+    """Whether the base network of the paper has its stride in a 1x1 convolution, as the first ResNet."""
+    return layers is not None and resnet.has_bottlenecks(layers)
 
 
 def _attached(base: ImageModel, controller: str, reduction: int | None, value: float) -> ImageModel:

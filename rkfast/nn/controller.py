@@ -36,6 +36,10 @@ class Controller(nn.Module):
     def forward(self, weights: Sequence[Sequence[Tensor]]) -> Tensor:
         raise NotImplementedError
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without ``held``, which nobody would take back from a copy."""
+        return {name: value for name, value in self.__dict__.items() if name != "held"}
+
     def start_at(self) -> float:
         """Let all step sizes be equal at first, and return what they are."""
         raise NotImplementedError

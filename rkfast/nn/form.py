@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -50,7 +50,8 @@ def residual(form: Form, block: Any, x: Tensor, step: Tensor | None = None, memo
     shortcut = None if downsample is None else functools.partial(shortcut_of, downsample)
     behind, act = present(block, form.behind), getattr(block, form.activation)
     if not behind and len(inner) % 3 == 1:
-        whole = whole_residual(inner[::3], [*inner[1::3], norm], [*inner[2::3], act], x, shortcut, step, memory)
+        norms, relus = [*inner[1::3], norm], [*inner[2::3], act]
+        whole = whole_residual(inner[::3], norms, relus, x, shortcut, layers_of(downsample), step, memory)
         if whole is not None:
             return whole
 
@@ -58,8 +59,8 @@ def residual(form: Form, block: Any, x: Tensor, step: Tensor | None = None, memo
         z, found = chain_with_moments(inner[cut:], y, moments, return_moments=reads_moments(norm))
         return join(norm, behind, act, z, x if shortcut is None else shortcut(x), step, found)
 
-    norms = [i for i, layer in enumerate(inner) if isinstance(layer, nn.modules.batchnorm._BatchNorm) or frozen(layer)]
-    cut = max(norms, default=1)
+    places = [i for i, layer in enumerate(inner) if isinstance(layer, nn.modules.batchnorm._BatchNorm) or frozen(layer)]
+    cut = max(places, default=1)
     y, moments, x = shared_conv(inner[0], x, return_moments=reads(inner[1:]))
     y, moments = chain_with_moments(inner[1:cut], y, moments, return_moments=reads(inner[cut:]))
     if memory == "min" and not torch.compiler.is_compiling():
@@ -69,8 +70,15 @@ def residual(form: Form, block: Any, x: Tensor, step: Tensor | None = None, memo
 
 def shortcut_of(downsample: nn.Module, x: Tensor) -> Tensor:
     """``downsample(x)``, its BatchNorm as one op where it is an nn.Sequential without hooks."""
-    plain = type(downsample) is nn.Sequential and not hooked(downsample)
-    return chain(list(downsample.children()), x) if plain else downsample(x)
+    layers = layers_of(downsample)
+    return chain(layers, x) if layers else downsample(x)
+
+
+def layers_of(downsample: nn.Module | None) -> list[nn.Module]:
+    """Those of an nn.Sequential without hooks that do something, in turn; none of whatever else."""
+    if type(downsample) is not nn.Sequential or hooked(downsample):
+        return []
+    return working(downsample)
 
 
 def form_of(block: nn.Module) -> Form | None:
@@ -94,5 +102,9 @@ def children(block: nn.Module) -> frozenset[str]:
 
 
 def present(block: nn.Module, names: Sequence[str]) -> list[nn.Module]:
-    layers = [block._modules.get(name) for name in names]
-    return [layer for layer in layers if layer is not None and not (type(layer) is nn.Identity and not hooked(layer))]
+    return working(layer for name in names if (layer := block._modules.get(name)) is not None)
+
+
+def working(layers: Iterable[nn.Module]) -> list[nn.Module]:
+    """But those that do nothing."""
+    return [layer for layer in layers if type(layer) is not nn.Identity or hooked(layer)]

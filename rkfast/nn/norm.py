@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -97,13 +98,13 @@ def one_group(norms: Sequence[nn.Module]) -> bool:
     return len({(type(norm), getattr(norm, "process_group", None)) for norm in norms}) == 1
 
 
-def plain_conv(conv: nn.Module, *, bias: bool = False) -> bool:
-    """Whether conv is a convolution that keeps the resolution, without a bias unless that is allowed, and does nothing
-    besides."""
+def plain_conv(conv: nn.Module, *, bias: bool = False, strided: bool = False) -> bool:
+    """Whether conv is a convolution that keeps the resolution (or has a stride, if that is allowed), without a bias
+    unless that is, and does nothing besides."""
     return (
         type(conv) is nn.Conv2d
         and (bias or conv.bias is None)
-        and conv.stride == (1, 1)
+        and (conv.stride == (1, 1) or (strided and conv.stride[0] == conv.stride[1]))
         and conv.dilation == (1, 1)
         and conv.groups == 1
         and conv.padding_mode == "zeros"
@@ -234,29 +235,55 @@ def whole_residual(
     relus: Sequence[nn.Module],
     x: Tensor,
     downsample: Callable[[Tensor], Tensor] | None,
+    projection: Sequence[nn.Module],
     step: Tensor | None,
     memory: str,
 ) -> Tensor | None:
     """A residual block in one op, convolutions, norms and ReLUs in turn, the last ReLU behind the sum with
-    ``downsample(x)`` (None: x); None where one of them is not as that op has it, or more ops are the better choice:
-    with memory "min" the shortcut is made again, which that op does not."""
+    ``downsample(x)`` (None: x), of which ``projection`` are the layers where they are known; None where one of them is
+    not as that op has it, or more ops are the better choice: with memory "min" the shortcut is made again, which that
+    op does not."""
     if memory == "min" and downsample is not None:
         return None
     if x.dim() != 4 or (step is not None and step.dim() != 1):
         return None
     weights: list[Any] = []
-    given = []
+    given: list[Norm] = []
+    strides: list[Any] = []
     for conv, norm in zip(convs, norms, strict=True):
-        if not (plain_conv(conv) and serves(norm, x)):
+        if not plain_conv(conv, strided=True) or (found := _own_norm(norm, x)) is None:
             return None
         weights.append(conv.weight)
-        given.append(as_norm(norm))
-        if given[-1].group:
-            return None
-    if not all(map(takes_relu, relus)) or conv_reason(x, *(weight.shape for weight in weights)) is not None:
+        strides.append(conv.stride[0])  # type: ignore[index]  # plain_conv knows what it is
+        given.append(found)
+    if not all(map(takes_relu, relus)):
         return None
-    shortcut = None if downsample is None else downsample(x)
-    return residual_block(x, weights, given, shortcut=shortcut, step=step, memory=memory)
+    if conv_reason(x, *(weight.shape for weight in weights), strides=strides) is not None:
+        return None
+    projected = _projection(projection, math.prod(strides), x)
+    shortcut = None if downsample is None or projected is not None else downsample(x)
+    return residual_block(
+        x, weights, given, shortcut=shortcut, projection=projected, strides=strides, step=step, memory=memory
+    )
+
+
+def _own_norm(norm: nn.Module, x: Tensor) -> Norm | None:
+    """``as_norm`` where norm takes no statistics over other processes."""
+    if not serves(norm, x):
+        return None
+    found = as_norm(norm)
+    return None if found.group else found
+
+
+def _projection(layers: Sequence[nn.Module], stride: int, x: Tensor) -> tuple[Tensor, Norm] | None:
+    """``norm(conv(x))`` as a residual block of this stride takes it, where layers are a 1x1 convolution and a norm."""
+    if len(layers) != 2 or not plain_conv(layers[0], strided=True):
+        return None
+    conv, norm = layers
+    if conv.kernel_size != (1, 1) or conv.stride[0] != stride:  # type: ignore[index]  # plain_conv knows what it is
+        return None
+    found = _own_norm(norm, x)
+    return None if found is None else (conv.weight, found)  # type: ignore[return-value]
 
 
 def batch_norm_relu(norm: nn.Module, x: Tensor, moments: Moments | None = None, *, fused: bool = True) -> Tensor:

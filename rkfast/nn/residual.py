@@ -122,7 +122,9 @@ class _Residual(nn.Module):
         """The block in one op, where it can be."""
         if not self.fused or self.se is not None:
             return None
-        return whole_residual(convs, norms, [self.relu], x, self.downsample, step, self.memory)
+        down = self.downsample
+        projection = list(down) if type(down) is Projection and down.fused and not hooked(down) else ()
+        return whole_residual(convs, norms, [self.relu], x, down, projection, step, self.memory)
 
     def _behind(self, y: Tensor, x: Tensor, step: Tensor | None, moments: Moments | None = None) -> Tensor:
         if self.memory == "min" and self.fused and not torch.compiler.is_compiling():

@@ -44,10 +44,25 @@ def survey(
     return _asked("survey", tensors, vectors, gates, running, counter)
 
 
-def survey_block(x: object, shortcut: object, convs: object, norms: Sequence[object], step: object) -> int:
+def survey_block(
+    x: object, shortcut: object, convs: object, norms: Sequence[object], step: object, strides: Sequence[object]
+) -> int:
     """The same of a residual block that no autocast concerns. norms: weight, bias, running mean and variance, and
-    counter of each, all of which may be None."""
-    return _asked("survey_block", x, shortcut, convs, norms, step)
+    counter of each, all of which may be None. One more of convs and norms than strides is a projection."""
+    return _asked("survey_block", x, shortcut, convs, norms, step, strides)
+
+
+def survey_growths(
+    x: object,
+    conv1: object,
+    conv2: object,
+    widths: Sequence[int],
+    norms: Sequence[object],
+    mean: object,
+    var: object,
+) -> int:
+    """The same of growths that read so many channels of x, whose moments are mean and var or not known."""
+    return _asked("survey_growths", x, conv1, conv2, widths, norms, mean, var)
 
 
 def _asked(question: str, *args: object) -> int:
@@ -84,8 +99,9 @@ def activation(x: object, name: str) -> Tensor:
         raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}; convert it with .float()")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}; convert it with .to_dense()")
+    if x.layout != torch.strided or x.is_nested:
+        what = "a nested tensor" if x.is_nested else f"layout {x.layout}; convert it with .to_dense()"
+        raise TypeError(f"{name}: expected a dense tensor, got {what}")
     if not 2 <= x.dim() <= MAX_DIMS:
         raise ValueError(f"{name}: expected [N, C] to [N, C, D, H, W] (2 to {MAX_DIMS} dimensions), got {x.dim()}")
     return x
@@ -122,12 +138,14 @@ def vector(v: object, x: Tensor, name: str, per_sample: bool = False, channels: 
         raise TypeError(f"{name}: expected a floating-point tensor, got {v.dtype}")
     if v.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got layout {v.layout}; convert it with .to_dense()")
-    shape = tuple(v.shape)
     channels = x.shape[1] if channels is None else channels
-    samples = (x.shape[0], channels)
-    if shape != (channels,) and not (per_sample and shape == samples):
-        wanted = f"[{channels}]" + (f" or {list(samples)}" if per_sample else "")
-        raise ValueError(f"{name}: shape {list(shape)} does not fit; expected one value per channel, {wanted}")
+    # One by one: a tracer would compare a batch of any size with the channels.
+    fits = v.dim() == 1 and v.shape[0] == channels
+    if per_sample and v.dim() == 2:
+        fits = v.shape[0] == x.shape[0] and v.shape[1] == channels
+    if not fits:
+        wanted = f"[{channels}]" + (f" or {[x.shape[0], channels]}" if per_sample else "")
+        raise ValueError(f"{name}: shape {list(v.shape)} does not fit; expected one value per channel, {wanted}")
     if v.device != x.device:
         raise ValueError(f"{name}: device {v.device} differs from the input's {x.device}; move one of them")
 
@@ -149,7 +167,7 @@ def coefficients(coeffs: Sequence[float], terms: Sequence[object]) -> list[float
     """coeffs as floats, one per term."""
     try:
         values = [c if type(c) is float else _coefficient(c) for c in coeffs]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # a meta tensor has no number
         raise TypeError(f"coeffs: expected a sequence of floats, got {coeffs!r} ({error})") from None
     except OverflowError as error:
         raise ValueError(f"coeffs: a number is too large ({error})") from None
@@ -187,6 +205,14 @@ def memory(value: object) -> None:
 def real(value: object, name: str) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {value!r}")
+
+
+def norm_numbers(eps: Any, momentum: Any, training: bool, prefix: str = "") -> None:
+    real(eps, f"{prefix}eps")
+    if momentum is not None:
+        real(momentum, f"{prefix}momentum")
+    if not (eps > 0 if training else eps >= 0):
+        raise ValueError(f"{prefix}eps: expected a {'positive' if training else 'non-negative'} number, got {eps}")
 
 
 def triple(moments: object) -> None:
@@ -349,7 +375,8 @@ def slot(out: object, x: Tensor, inputs: Sequence[Tensor], vectors: Sequence[Ten
             "out: writing into a given tensor is not differentiable, and an argument requires grad; "
             "call it under torch.no_grad(), or without out"
         )
-    channels_last = layout.is_channels_last(out)
+    # With one channel either layout may be meant.
+    channels_last = layout.is_channels_last(out) or (out.shape[1] == 1 and not layout.is_rows(out, False))
     if not layout.is_rows(out, channels_last):
         raise ValueError(
             f"out: strides {out.stride()} are neither dense nor a channel slice of a dense tensor; "

@@ -32,10 +32,19 @@ class Norm(NamedTuple):
         return self.training or self.running_mean is None
 
 
-def check_norm(norm: object, name: str, channels: int, x: Tensor) -> None:
-    """norm is a Norm over so many channels that x can be normalised with."""
+def usual(norm: object) -> bool:
+    """Whether one of ``checks``' surveys of vectors says all that ``check_norm`` does."""
+    if type(norm) is not Norm or norm.group:
+        return False
+    return type(norm.momentum) is float and type(norm.eps) is float and norm.eps > 0
+
+
+def check_norm(norm: object, name: str, channels: int, x: Tensor, count: int | None = None) -> None:
+    """norm is a Norm over so many channels that what comes of x can be normalised with, of so many values per channel,
+    None for as many as x has."""
     if not isinstance(norm, Norm):
         raise TypeError(f"{name}: expected a Norm, got {type(norm).__name__}")
+    checks.norm_numbers(norm.eps, norm.momentum, norm.batch, f"{name}.")
     for field in ("weight", "bias", "running_mean", "running_var"):
         v = getattr(norm, field)
         if v is None:
@@ -51,5 +60,5 @@ def check_norm(norm: object, name: str, channels: int, x: Tensor) -> None:
             raise ValueError(f"{name}.momentum: None (a cumulative average) needs num_batches_tracked")
     if (norm.running_mean is None) != (norm.running_var is None):
         raise ValueError(f"{name}: running_mean and running_var come together, or not at all")
-    if norm.batch and layout.count(x) == 1 and not norm.group:
+    if norm.batch and (layout.count(x) if count is None else count) == 1 and not norm.group:
         raise ValueError(f"{name}: expected more than 1 value per channel when training, got x of {list(x.shape)}")

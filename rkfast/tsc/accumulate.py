@@ -34,6 +34,8 @@ def accumulate(model: nn.Module) -> Iterator[None]:
             ...  # all micro-batches but the last
         ...  # the last
 
+    An evaluation, ``with torch.no_grad(), rkfast.tsc.accumulate(model):``, runs them once for all its batches.
+
     Args:
         model: a network with controllers, or a wrapper or larger module that has it.
 

@@ -76,7 +76,8 @@ def attach(
             and 0.01).
         reduction: r of "lstm" and "2fc"; None for the paper's, 4 for blocks without bottleneck, 8 for those with one.
         preserve: start at the network's own output: step sizes are equal at first (1/2 with "lstm" and "2fc") and F is
-            divided by them, exactly, in the parameters into which ``fold`` multiplies. ``detach`` takes it back.
+            divided by them, exactly, in the parameters into which ``fold`` multiplies. ``detach`` takes it back. A
+            checkpoint does not say it: attach with the same before loading one.
         value: of "fixed".
 
     Returns:
@@ -159,7 +160,7 @@ def freeze(model: nn.Module) -> nn.Module:
     found = attached(model)
     fixed: dict[Controller, Controller] = {}
     for _, module, run in found:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             sizes = module.step_sizes(run).clone()
         new = FixedSteps(*sizes.shape).train(model.training)
         new.steps = sizes
@@ -232,8 +233,8 @@ def _options(controller: object, reduction: object, preserve: object, value: obj
         raise TypeError(f"preserve: expected a bool, got {preserve!r}")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"value: expected a number, got {value!r}")
-    if not abs(value) < float("inf"):
-        raise ValueError(f"value: expected a finite number, got {value}")
+    if not abs(value) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"value: expected a finite number that float32 holds, got {str(value)[:64]}")
     if controller != "fixed" and value != 1.0:
         raise ValueError(f"value: {controller} finds its step sizes itself; leave it out, or take controller='fixed'")
     if preserve and value == 0:

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import inspect
 import itertools
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -87,6 +87,12 @@ class Stepped(nn.Module):
 
 class SteppedSequential(Stepped, nn.Sequential):
     """Residual blocks one behind the other, which get a step size as their second argument."""
+
+    def __getitem__(self, index: Any) -> Any:
+        """Of a slice a plain nn.Sequential: the controller is one of all blocks."""
+        if not isinstance(index, slice):
+            return super().__getitem__(index)
+        return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
 
     def forward(self, x: Tensor) -> Tensor:
         starts = {run.stage.names[0]: run for run in self._tsc_runs}

@@ -87,6 +87,7 @@ def test_networks_that_are_not_residual() -> None:
     """Table 5."""
     assert parameters("tsc_densenet-40") == (1_021_099, 1_020_154)
     assert parameters("tsc_cliquenet-12") == (947_901, 935_994 + 3 * 4 * 36)
+    assert parameters("tsc_cliquenet") == parameters("tsc_cliquenet-12")  # the paper's T
 
 
 def test_stride_of_the_first_resnet() -> None:
@@ -138,7 +139,7 @@ def test_interface(name: str, options: dict[str, Any]) -> None:
         ("tsc_resnet50", {"controller": "gru"}, ValueError, "controller: 'gru'"),
         ("tsc_resnet50", {"reduction": 0}, ValueError, "reduction: expected at least 1, got 0"),
         ("tsc_seresnet50", {"gate": 4}, TypeError, "gate: not an option of tsc_seresnet"),
-        ("tsc_resnet50", {"stride_in_1x1": False}, TypeError, "stride_in_1x1: not an option of tsc_resnet"),
+        ("tsc_resnet18", {"stride_in_1x1": True}, ValueError, "stride_in_1x1: blocks of two 3x3 convolutions"),
     ),
 )
 def test_bad_arguments(name: str, options: dict[str, Any], error: type[Exception], message: str) -> None:

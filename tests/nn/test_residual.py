@@ -60,7 +60,23 @@ def whole_projected(fused: bool = True, **options: Any) -> Block:
     return Bottleneck(24, 16, 1, Projection(24, 64, fused=fused), fused=fused, **options)
 
 
-WHOLE = (whole_basic, whole_bottleneck, whole_projected)
+def whole_strided(fused: bool = True, **options: Any) -> Block:
+    return Bottleneck(24, 16, 2, Projection(24, 64, 2, fused=fused), fused=fused, **options)
+
+
+def whole_original(fused: bool = True, **options: Any) -> Block:
+    return whole_strided(fused, stride_in_1x1=True, **options)
+
+
+def whole_halved(fused: bool = True, **options: Any) -> Block:
+    return BasicBlock(16, 24, 2, Projection(16, 24, 2, fused=fused), fused=fused, **options)
+
+
+def whole_padded(fused: bool = True, **options: Any) -> Block:
+    return BasicBlock(16, 18, 2, PadShortcut(2, 2), fused=fused, **options)
+
+
+WHOLE = (whole_basic, whole_bottleneck, whole_projected, whole_strided, whole_original, whole_halved, whole_padded)
 BLOCKS = (basic, basic_projected, basic_padded, bottleneck, bottleneck_projected, original, grouped, *WHOLE)
 
 
@@ -227,27 +243,27 @@ def test_which_blocks_are_one_op(make: Any) -> None:
         return served["residual_block", "cpu"]
 
     block = make().to(memory_format=torch.channels_last)
-    x = torch.randn(3, block.conv1.in_channels, 6, 5).contiguous(memory_format=torch.channels_last)
-    channels = 16 if make is whole_basic else 64
+    x = torch.randn(3, block.conv1.in_channels, 9, 8).contiguous(memory_format=torch.channels_last)
+    channels = block.bn2.num_features if isinstance(block, BasicBlock) else block.bn3.num_features
     assert ops_of(block, x) == ops_of(block.eval(), x) == ops_of(block, x, torch.ones(channels)) == 1
     block.memory = "min"
     assert ops_of(block, x) == (block.downsample is None)  # a shortcut is made again, too
     block.memory = "speed"
     assert ops_of(block, x.contiguous()) == 0  # contiguous tensors would be copied
-    for change in ("hook", "gate", "stride", "relu"):
+    for change in ("hook", "gate", "relu", "group"):
         other = make(reduction=2 if change == "gate" else None).to(memory_format=torch.channels_last)
         if change == "hook":
             other.bn2.register_forward_hook(lambda *_: None)
-        elif change == "stride":
-            other.conv1.stride = (2, 2)
-            other.downsample = Projection(x.shape[1], channels, 2)
         elif change == "relu":
             other.relu = nn.SiLU()
-        assert ops_of(other, x) == 0, change
+        elif change == "group":
+            conv = other.conv2
+            other.conv2 = nn.Conv2d(conv.in_channels, conv.out_channels, 3, conv.stride, 1, groups=2, bias=False)
+        assert ops_of(other.to(memory_format=torch.channels_last), x) == 0, change
     before = dispatch.served()
     with torch.no_grad():
         block(x)
-    pixels_pay = make is whole_basic  # of two 3x3 convolutions: PyTorch's 1x1 are as fast without a gradient
+    pixels_pay = isinstance(block, BasicBlock)  # of two 3x3 convolutions: PyTorch's 1x1 are as fast without a gradient
     assert (dispatch.served() - before)["residual_block", "cpu"] == pixels_pay
 
 

@@ -4,12 +4,14 @@ import copy
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.autograd import forward_ad
 
 from rkfast import dispatch, native, ops
@@ -286,6 +288,46 @@ def test_opcheck(target: tuple[str, str]) -> None:
             torch.library.opcheck(
                 torch.ops.rkfast.update_running_stats.default, (v[0], v[1], 40, [v[2]], [v[3]], [counter], None)
             )
+
+
+class Moving(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = torch.nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return call(x, self.bn, step=x.mean((2, 3)), relu=True)
+
+
+def test_one_graph_for_any_batch() -> None:
+    """Also where its size is that of the channels, 6."""
+    counter = CompileCounter()
+    torch.compiler.reset()
+    compiled = torch.compile(Moving(), backend=counter, fullgraph=True, dynamic=True)
+    for count in (4, 5, 7, 9, 6):
+        compiled(torch.randn(count, 6, 4, 5))
+    assert counter.frame_count <= 2
+    sizes = ({0: torch.export.Dim("batch", min=2)},)
+    ours = Moving()
+    exported = torch.export.export(copy.deepcopy(ours), (torch.randn(4, 6, 4, 5),), dynamic_shapes=sizes).module()
+    x = torch.randn(7, 6, 4, 5)
+    torch.testing.assert_close(exported(x), ours(x))
+    for key, t in ours.state_dict().items():
+        torch.testing.assert_close(exported.state_dict()[key], t)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no process groups")
+def test_a_slot_that_does_not_fit_moves_no_statistics_of_a_group(tmp_path: Path) -> None:
+    dist = torch.distributed
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        bn, x = torch.nn.BatchNorm2d(6), torch.randn(2, 6, 4, 5)
+        before = copy.deepcopy(bn.state_dict())
+        with torch.no_grad(), pytest.raises(ValueError, match=r"^out: shape"):
+            call(x, bn, group=dist.group.WORLD.group_name, out=torch.empty(2, 5, 4, 5))
+        assert all(torch.equal(t, before[key]) for key, t in bn.state_dict().items())
+    finally:
+        dist.destroy_process_group()
 
 
 def test_statistics_move_once_under_compile_and_export() -> None:

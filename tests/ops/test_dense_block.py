@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,9 +27,11 @@ SHAPES = {
     "wide_neck": (2, 270, 20, 24, None),  # more channels than a tile of the backward takes at once, and odd ones
     "tiles": (2, 18, 17, None, None),  # channels enough for the convolution by tiles
     "odd_neck": (3, 5, 3, 7, None),
+    "rows": (2, 8, 8, None, None),  # channels so few that the convolution goes by rows, where they are enough at all
+    "rows_neck": (2, 4, 9, 12, None),
 }
 NORMS = ("batch", "frozen", "bare", "cumulative")
-MEMORY = {"plain": ("speed",), "sum": ("speed",), "tiles": ("speed",)}
+MEMORY = {"plain": ("speed",), "sum": ("speed",), "tiles": ("speed",), "rows": ("speed",)}
 # memory, size, whether weights have their outputs last
 EVALUATED = (("speed", (9, 7), False), ("min", (9, 7), False), ("speed", (5, 6), False), ("speed", (5, 6), True))
 
@@ -410,6 +413,21 @@ def test_nan_spreads_as_in_eager(target: Target) -> None:
     x[0, 1, 2, 3] = float("nan")
     with dispatch.use(backend):
         assert torch.equal(block.ours(x).isnan(), frozen.plain(x).isnan())
+
+
+@pytest.mark.skipif(native.cpu_reason() is not None, reason="one call of C++ checks usual arguments")
+@pytest.mark.parametrize("shape", ("plain", "neck_sum"))
+def test_usual_arguments_are_checked_in_one_call(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(sys.modules["rkfast.ops.dense_block"], "_fit", lambda *args: asked.append(args[1]))
+    block = Block(shape).to(torch.float32)
+    x = torch.randn(2, block.inputs, 6, 5)
+    for given in (block, block.evaluated()):
+        given.ours(x, moments=ops.channel_moments(x)).sum()
+        assert not asked
+    block.norm1[1] = block.norm1[1]._replace(momentum=None)
+    block.ours(x)
+    assert asked == list(range(len(block.conv1)))
 
 
 def test_why_not() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from tests.ops.tester import (
 
 SERVED = ("reference", "cpu", "triton")
 Target = tuple[str, str]  # backend, device
+NORM = Norm(None, None, None, None)
 SHAPES = ((2, 5, 4, 3), (3, 4, 2, 1), (2, 2, 5, 5), (2, 40, 1, 17), (3, 16, 7, 9), (2, 33, 4, 4))
 EMPTY = (0, 5, 4, 4)
 LARGE = (3, 40, 17, 31)  # more than one unit of work in every backend; few enough ReLUs for none to be near zero
@@ -34,14 +36,23 @@ LARGE = (3, 40, 17, 31)  # more than one unit of work in every backend; few enou
 def case(
     sizes: str = "3 3",
     shortcut: bool = False,
+    projection: bool = False,
     step: bool = True,
     training: str = "batch",
     affine: bool = True,
     memory: str = "speed",
 ) -> dict[str, Any]:
-    """sizes: of the convolutions; training: batch, frozen (running statistics), mixed, or bare (there are none)."""
-    found = dict(shortcut=shortcut, step=step, training=training, affine=affine, memory=memory)
-    return found | {"sizes": [int(n) for n in sizes.split()]}
+    """sizes: of the convolutions, "n/stride"; training: batch, frozen (running statistics), mixed, or bare (there are
+    none)."""
+    found = dict(shortcut=shortcut, projection=projection, step=step, training=training, affine=affine, memory=memory)
+    pairs = [(each + "/1").split("/")[:2] for each in sizes.split()]
+    return found | {"sizes": [int(n) for n, _ in pairs], "strides": [int(s) for _, s in pairs]}
+
+
+def strided(size: int, case: dict[str, Any]) -> int:
+    for stride in case["strides"]:
+        size = (size - 1) // stride + 1 if size else 0
+    return size
 
 
 def skip_unserved(target: Target, dtype: torch.dtype) -> None:
@@ -61,7 +72,14 @@ class TestResidualBlock(OpTester):
         "bare": case("3 1", training="bare", affine=False, step=False),
         "one": case("1", shortcut=True),
         "wide_kernel": case("5 3"),
+        "strided": case("3/2 3", projection=True),
+        "strided_bottleneck": case("1 3/2 1", projection=True, training="mixed"),
+        "strided_1x1": case("1/2 3 1", projection=True, step=False),
+        "strided_shortcut": case("3/2 3/3", shortcut=True, training="bare"),
+        "strided_frozen": case("3 1/2", projection=True, training="frozen"),
+        "projected": case("1 3 1", projection=True, affine=False),
         "minimal": case("1 3", training="mixed", memory="min"),
+        "minimal_strided": case("3/2 3", projection=True, memory="min"),
         "minimal_frozen": case("1 3 1", training="frozen", memory="min"),
         "minimal_one": case("1", shortcut=True, memory="min"),
     }
@@ -71,14 +89,15 @@ class TestResidualBlock(OpTester):
         random = lambda *s: torch.randn(*s, dtype=torch.float64)  # noqa: E731
         widths = [c, *(c + 1 for _ in case["sizes"][1:]), c]
         tracked = case["training"] != "bare"
+        convs = list(zip(widths, widths[1:], case["sizes"], strict=False))
+        if case["projection"]:
+            convs.append((c, c, 1))
+            widths.append(c)
         return Inputs(
             x=random(*shape) * 2 + 1,
-            shortcut=random(*shape) if case["shortcut"] else None,
+            shortcut=random(*shape[:2], *(strided(s, case) for s in shape[2:])) if case["shortcut"] else None,
             step=random(c).abs() if case["step"] else None,
-            convs=[
-                random(k, w, n, n) / (n * max(w, 1) ** 0.5)
-                for w, k, n in zip(widths, widths[1:], case["sizes"], strict=False)
-            ],
+            convs=[random(k, w, n, n) / (n * max(w, 1) ** 0.5) for w, k, n in convs],
             weight=[1 + 0.3 * random(w) for w in widths[1:]] if case["affine"] else [],
             bias=[0.3 * random(w) for w in widths[1:]] if case["affine"] else [],
             running_mean=[0.1 * random(w) for w in widths[1:]] if tracked else [],
@@ -97,16 +116,27 @@ class TestResidualBlock(OpTester):
 
     def ours(self, case: dict[str, Any], x: Inputs) -> Tensor:
         options = {"shortcut": x.shortcut, "step": x.step, "memory": case["memory"]}
-        return ops.residual_block(x.x, x.convs, self.norms(case, x), **options)
+        branch, norms = len(case["sizes"]), self.norms(case, x)
+        if case["projection"]:
+            options["projection"] = (x.convs[branch], norms[branch])
+        if any(stride > 1 for stride in case["strides"]):
+            options["strides"] = case["strides"]
+        return ops.residual_block(x.x, x.convs[:branch], norms[:branch], **options)
 
     def eager(self, case: dict[str, Any], x: Inputs) -> Tensor:
-        y = x.x
-        for i, (conv, norm) in enumerate(zip(x.convs, self.norms(case, x), strict=True)):
-            y = F.conv2d(torch.relu(y) if i else y, conv, padding=conv.shape[2] // 2)
+        def normed(y: Tensor, conv: Tensor, norm: Norm, stride: int) -> Tensor:
+            y = F.conv2d(y, conv, stride=stride, padding=conv.shape[2] // 2)
             running = (norm.running_mean, norm.running_var)
-            y = F.batch_norm(y, *running, norm.weight, norm.bias, norm.batch, 0.1, norm.eps)
+            return F.batch_norm(y, *running, norm.weight, norm.bias, norm.batch, 0.1, norm.eps)
+
+        y, norms = x.x, self.norms(case, x)
+        for i, stride in enumerate(case["strides"]):
+            y = normed(torch.relu(y) if i else y, x.convs[i], norms[i], stride)
         y = y if x.step is None else y * x.step.to(y.dtype)[:, None, None]
-        return torch.relu(y + (x.x if x.shortcut is None else x.shortcut))
+        shortcut = x.x if x.shortcut is None else x.shortcut
+        if case["projection"]:
+            shortcut = normed(x.x, x.convs[-1], norms[-1], math.prod(case["strides"]))
+        return torch.relu(y + shortcut)
 
     def check(
         self,
@@ -171,7 +201,7 @@ class TestResidualBlock(OpTester):
         super().test_gradcheck(case, target)
 
     def test_repeats_to_the_bit(self, case: dict[str, Any], target: Target) -> None:
-        if 5 in case["sizes"] and target[0] != "reference":
+        if {5, *case["strides"]} & {2, 3, 5} and target[0] != "reference":
             pytest.skip("PyTorch's convolution promises nothing across thread counts")
         super().test_repeats_to_the_bit(case, target)
 
@@ -378,7 +408,7 @@ def test_why_not() -> None:
     x = torch.randn(2, 16, 4, 4).to(memory_format=torch.channels_last)
     basic = [(16, 16, 3, 3)] * 2
     assert kernel_reason(x, *basic) is None
-    assert "gains nothing" in str(kernel_reason(x, *basic, (8, 16, 3, 3)))
+    assert "gains nothing" in str(kernel_reason(x, *basic, (7, 16, 3, 3)))
     assert "contiguous" in str(kernel_reason(x.contiguous(), *basic))
     with torch.no_grad():
         assert "no slower" in str(kernel_reason(x, (16, 16, 3, 3), (16, 16, 1, 1)))
@@ -390,6 +420,30 @@ def test_why_not() -> None:
         (dict(x=torch.randn(2, 4, 5)), ValueError, r"x: expected \[N, C, H, W\], got 3"),
         (dict(x=torch.ones(2, 4, 5, 5).int()), TypeError, "x: expected a floating-point tensor"),
         (dict(convs=[]), ValueError, "convs: expected at least one weight"),
+        (dict(strides=[2]), ValueError, "strides: expected one for each of 2 convolutions, got 1"),
+        (dict(strides=[1, 0]), ValueError, "strides: expected numbers from 1 to 4096, got 0"),
+        (dict(strides=[1, 2.0]), ValueError, "strides: expected numbers from 1 to 4096, got 2.0"),
+        (dict(strides=[1, True]), ValueError, "strides: expected numbers from 1 to 4096, got True"),
+        (dict(strides=[1, 1 << 62]), ValueError, "strides: expected numbers from 1 to 4096, got 4611"),
+        (
+            dict(norms=[NORM, NORM._replace(momentum="a")]),
+            TypeError,
+            r"norms\[1\]\.momentum: expected a number, got 'a'",
+        ),
+        (dict(norms=[NORM, NORM._replace(eps=None)]), TypeError, r"norms\[1\]\.eps: expected a number, got None"),
+        (dict(norms=[NORM, NORM._replace(eps=0.0)]), ValueError, r"norms\[1\]\.eps: expected a positive number"),
+        (dict(strides=2), TypeError, "strides: expected a list, got int"),
+        (dict(strides=[2, 1]), ValueError, r"the result \[2, 4, 3, 3\]; give what is added, or a projection"),
+        (dict(strides=[1, 2], shortcut=torch.ones(2, 4, 3, 3), memory="min"), ValueError, 'memory: "min" makes'),
+        (dict(projection=torch.ones(4, 4, 1, 1)), TypeError, "projection: expected a weight and a Norm, got Tensor"),
+        (dict(projection=7), TypeError, "projection: expected a weight and a Norm, got int"),
+        (dict(projection=(torch.ones(4, 4, 3, 3), NORM)), ValueError, r"projection\[0\]: expected \[4, 4, 1, 1\]"),
+        (dict(projection=(torch.ones(4, 4, 1, 1), None)), TypeError, r"projection\[1\]: expected a Norm, got NoneType"),
+        (
+            dict(projection=(torch.ones(4, 4, 1, 1), NORM), shortcut=torch.ones(2, 4, 5, 5)),
+            ValueError,
+            "projection: it takes the place of shortcut",
+        ),
         (dict(memory="most"), ValueError, "memory: expected one of speed, min, got 'most'"),
         (dict(convs=torch.ones(4, 4, 3, 3)), TypeError, "convs: expected a list, got Tensor"),
         (dict(convs=[None, torch.ones(4, 4, 1, 1)]), TypeError, r"convs\[0\]: expected a Tensor, got NoneType"),
@@ -442,21 +496,34 @@ def test_what_is_usual_is_checked_at_once() -> None:
     norm = Norm(torch.ones(4), torch.ones(4), torch.zeros(4), torch.ones(4), torch.tensor(0))
     vectors = [*norm[:5]]
     usual = checks.UNIFORM | checks.PLAIN
-    assert checks.survey_block(x, None, convs, vectors, None) == usual | checks.NEEDS_GRAD
+    assert checks.survey_block(x, None, convs, vectors, None, [1]) == usual | checks.NEEDS_GRAD
     laid = x.to(memory_format=torch.channels_last)
     with torch.no_grad():
-        assert checks.survey_block(laid, x, convs, vectors, torch.ones(4)) == usual | checks.CHANNELS_LAST
+        assert checks.survey_block(laid, x, convs, vectors, torch.ones(4), [1]) == usual | checks.CHANNELS_LAST
     with torch.autocast("cpu", torch.bfloat16):
-        assert checks.survey_block(x, None, convs, vectors, None) == 0
-    assert checks.survey_block(torch._neg_view(x), None, convs, vectors, None) == 0
-    assert checks.survey_block(x, None, [torch._neg_view(convs[0].detach())], vectors, None) == 0
-    assert checks.survey_block(x, None, convs, vectors[:4], None) == 0
+        assert checks.survey_block(x, None, convs, vectors, None, [1]) == 0
+    assert checks.survey_block(torch._neg_view(x), None, convs, vectors, None, [1]) == 0
+    assert checks.survey_block(x, None, [torch._neg_view(convs[0].detach())], vectors, None, [1]) == 0
+    assert checks.survey_block(x, None, convs, vectors[:4], None, [1]) == 0
     with profiler.profile():
-        assert checks.survey_block(x, None, convs, vectors, None) == checks.UNIFORM | checks.NEEDS_GRAD
+        assert checks.survey_block(x, None, convs, vectors, None, [1]) == checks.UNIFORM | checks.NEEDS_GRAD
+    half, projected = torch.randn(2, 4, 3, 3), [*convs, torch.randn(4, 4, 1, 1)]
+    assert checks.survey_block(x, half, convs, vectors, None, [2]) == usual | checks.NEEDS_GRAD
+    assert checks.survey_block(x, None, projected, vectors * 2, None, [2]) == usual | checks.NEEDS_GRAD
+    assert checks.survey_block(x, None, projected, vectors * 2, None, [1, 1]) == usual | checks.NEEDS_GRAD
+    assert checks.survey_block(x, half, projected, vectors * 2, None, [2]) == 0
+    assert checks.survey_block(x, None, convs, vectors, None, [2]) == 0
+    assert checks.survey_block(x, half, convs, vectors, None, [0]) == 0
+    assert checks.survey_block(x, half, convs, vectors, None, [1 << 62]) == 0
+    assert checks.survey_block(x, None, [*convs, torch.randn(4, 4, 3, 3)], vectors * 2, None, [2]) == 0
+    assert checks.survey_block(x, None, [*convs, torch.randn(5, 4, 1, 1)], vectors * 2, None, [2]) == 0
+    assert checks.survey_block(x[:1], None, projected, vectors * 2, None, [5]) == 0
 
 
 def test_projection_of_another_width_needs_a_shortcut() -> None:
-    with pytest.raises(ValueError, match="shortcut: x has 4 channels and the result 6; give what is added"):
+    with pytest.raises(
+        ValueError, match=r"shortcut: x is \[2, 4, 5, 5\] and the result \[2, 6, 5, 5\]; give what is added, or"
+    ):
         ops.residual_block(torch.randn(2, 4, 5, 5), [torch.randn(6, 4, 1, 1)], [Norm(None, None, None, None)])
 
 
@@ -466,16 +533,48 @@ def test_bad_arguments_of_the_kernel() -> None:
     conv, vectors = torch.randn(16, 16, 3, 3), [None] * 4
     forward = torch.ops.rkfast.residual_block
     with dispatch.use("cpu"):
-        with pytest.raises(ValueError, match="convs, norms, eps"):
-            forward(x, None, [conv], vectors[:3], None, [1e-5], True, True)
+        with pytest.raises(ValueError, match="convs, norms, strides, eps"):
+            forward(x, None, [conv], vectors[:3], None, [1], [1e-5], True, True)
         with pytest.raises(ValueError, match="weight: "):
-            forward(x, None, [conv[:, :8]], vectors, None, [1e-5], True, True)
+            forward(x, None, [conv[:, :8]], vectors, None, [1], [1e-5], True, True)
         with pytest.raises(ValueError, match="expected CPU tensors of one shape"):
-            forward(x, x[:, :8], [conv], vectors, None, [1e-5], True, True)
-        out, mask, *rest = forward(x, None, [conv], vectors, None, [1e-5], True, True)
+            forward(x, x[:, :8], [conv], vectors, None, [1], [1e-5], True, True)
+        lone = [None, None, torch.zeros(16), None]
+        with pytest.raises(ValueError, match="norms: give mean and var, or neither"):
+            forward(x, None, [conv], lone, None, [1], [1e-5], True, True)
+        both = [conv, torch.randn(16, 16, 1, 1)], vectors * 2, None, [1], [1e-5] * 2, True, True
+        with pytest.raises(ValueError, match="a projection takes its place"):
+            forward(x, x, *both)
+        with pytest.raises(ValueError, match="expected a projection of 1x1"):
+            forward(x, None, [conv, conv], *both[1:])
+        with pytest.raises(ValueError, match="expected one value per channel, got"):
+            forward(x, None, *both[:2], torch.ones(2, 16), *both[3:])
+        with pytest.raises(ValueError, match=r"x: expected \[N, C, H, W\], got 5"):
+            forward(x[None], None, [conv], vectors, None, [1], [1e-5], True, True)
+        out, mask, *rest = forward(x, None, [conv], vectors, None, [1], [1e-5], True, True)
         assert layout.is_channels_last(out) and len(rest) == 3
         with pytest.raises(ValueError, match="outs, batch"):
             torch.ops.rkfast.residual_block_backward(
-                out, x, [], mask, [conv], [None, None, *rest[1:]], None, [1e-5], [True], True, True, True, False, True,
-                False,
+                out, x, [], mask, [conv], [None, None, *rest[1:]], None, [1], [1e-5], [True], True, True, True, False,
+                True, False,
             )  # fmt: skip
+
+
+@pytest.mark.parametrize("fixed", ("projection", "branch"))
+def test_twice_differentiable_where_one_side_is_fixed(fixed: str, target: Target) -> None:
+    backend, device = target
+    torch.manual_seed(0)
+    dtype = torch.float32 if backend == "cpu" else torch.float64
+    x = torch.randn(2, 4, 6, 6, dtype=dtype, device=device)
+    conv, projection = (torch.randn(8, 4, n, n, dtype=dtype, device=device) for n in (3, 1))
+    leaf = (conv if fixed == "projection" else projection).requires_grad_()
+
+    def out() -> Tensor:
+        return ops.residual_block(x, [conv], [NORM], projection=(projection, NORM), strides=[2]).square().sum()
+
+    with dispatch.use(backend):
+        (once,) = torch.autograd.grad(out(), leaf)
+        (again,) = torch.autograd.grad(out(), leaf, create_graph=True)
+        (twice,) = torch.autograd.grad(again.square().sum(), leaf)
+    torch.testing.assert_close(once, again)
+    assert twice.isfinite().all() and twice.any()

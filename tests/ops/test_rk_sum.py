@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -349,6 +350,40 @@ def test_out_is_known_to_autograd_as_modified(target: tuple[str, str]) -> None:
             ops.rk_sum([a], [1.0], out=torch.empty_like(a))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.sum().backward()
+
+
+@pytest.mark.parametrize("how", ("contiguous", "channels_last"))
+def test_a_slot_of_one_channel(how: str, target: tuple[str, str]) -> None:
+    backend, device = target
+    x, buffer = (lay(torch.randn(2, 8, 4, 5), how, 0, device) for _ in range(2))
+    expected = buffer.clone()
+    expected[:, 3:4] = 2 * x[:, :1]
+    with dispatch.use(backend):
+        ops.rk_sum([x[:, :1]], [2.0], out=buffer[:, 3:4])
+    torch.testing.assert_close(buffer, expected)
+
+
+def test_a_slot_under_compile() -> None:
+    def write(x: Tensor, buffer: Tensor) -> Tensor:
+        ops.rk_sum([x], [2.0], out=buffer[:, 2:8])
+        return buffer + 1
+
+    x, buffer = torch.randn(2, 6, 4, 5), torch.zeros(2, 10, 4, 5)
+    found = torch.compile(write, fullgraph=True, backend="aot_eager")(x, buffer)
+    torch.testing.assert_close(buffer[:, 2:8], 2 * x)
+    torch.testing.assert_close(found, buffer + 1)
+
+
+def test_what_is_no_plain_list_of_tensors() -> None:
+    x = torch.randn(2, 3, 4, 5)
+    torch.testing.assert_close(ops.rk_sum((t for t in (x, x)), iter((1.0, 2.0))), 3 * x)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^coeffs: expected a sequence of floats"):
+        ops.rk_sum([x], [torch.ones((), device="meta")])  # type: ignore[list-item]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a prototype
+        nested = torch.nested.nested_tensor([x[0], x[1]])
+    with pytest.raises(TypeError, match=r"^terms\[0\]: .* got a nested tensor"):
+        ops.rk_sum([nested], [1.0])
 
 
 def test_slots_side_by_side_in_one_sample_and_across_samples() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +67,30 @@ def test_nothing_to_differentiate() -> None:
         model(x).sum().backward()
     model = attached("basic").double()
     expected = model.eval()(x)
+    calls = []
+    for controller in model.tsc:
+        controller.register_forward_hook(lambda module, *_: calls.append(module))
     with torch.no_grad(), tsc.accumulate(model):
-        assert torch.equal(model(x), expected)
+        for _ in range(3):
+            assert torch.equal(model(x), expected)
+    assert calls == list(model.tsc)
     with tsc.accumulate(model):
         pass
     assert not gradients(model)
+
+
+def test_copies_made_inside_are_free_of_it() -> None:
+    model = attached("basic").double().eval()
+    x = micro_batches()[0][0]
+    with tsc.accumulate(model):
+        twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    for twin in twins:
+        before = twin(x)
+        with torch.no_grad():
+            for parameter in twin.tsc.parameters():
+                parameter.add_(1)
+        assert not torch.equal(twin(x), before)
+        tsc.steps(twin)
 
 
 def test_errors() -> None:

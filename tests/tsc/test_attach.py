@@ -41,6 +41,16 @@ def trained(model: nn.Module, steps: int = 2) -> Any:
     return model.eval()
 
 
+def two_steps(model: nn.Module, x: Tensor, rate: float) -> Tensor:
+    """What model makes of two images afterwards."""
+    optimizer = torch.optim.SGD(model.train().parameters(), rate)
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), torch.tensor([0, 1])).backward()
+        optimizer.step()
+    return model.eval()(x)  # type: ignore[no-any-return]
+
+
 def relative(ours: Tensor, expected: Tensor) -> float:
     return ((ours - expected).abs().max() / expected.abs().max()).item()
 
@@ -313,7 +323,9 @@ def test_errors_change_nothing() -> None:
         (lambda: attach(model, preserve=1), TypeError, "preserve: expected a bool"),  # type: ignore[arg-type]
         (lambda: attach(model, value=0.1), ValueError, "value: lstm finds its step sizes itself"),
         (lambda: attach(model, "fixed", value="1"), TypeError, "value: expected a number"),  # type: ignore[arg-type]
-        (lambda: attach(model, "fixed", value=float("nan")), ValueError, "value: expected a finite number, got nan"),
+        (lambda: attach(model, "fixed", value=float("nan")), ValueError, "value: expected a finite number .* got nan"),
+        (lambda: attach(model, "fixed", value=1e39), ValueError, "value: expected a finite number .* got 1e[+]39"),
+        (lambda: attach(model, "fixed", value=10**400), ValueError, "value: expected a finite number .* got 1000"),
         (lambda: attach(model, "fixed", preserve=True, value=0), ValueError, "nothing can be preserved"),
         (lambda: attach(nn.Linear(2, 2)), ValueError, "model: Linear has no residual blocks; expected BasicBlock or"),
         (lambda: attach(ddp), ValueError, "model: attach to the module, then wrap it again; got Fake"),
@@ -391,16 +403,62 @@ def test_torchvision_and_timm(name: str, added: int) -> None:
     x = torch.randn(2, 3, 64, 64)
     assert sum(p.numel() for p in tsc.attach(model, preserve=True)) == added
     assert relative(model(x), stock(x)) < 1e-5
-    model.train()
-    optimizer = torch.optim.SGD(model.parameters(), 0.01)
-    for _ in range(2):
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), torch.tensor([0, 1])).backward()
-        optimizer.step()
-    out = model.eval()(x)
+    out = two_steps(model, x, 0.01)
     tsc.fold(tsc.freeze(model))
     stock.load_state_dict(model.state_dict())
     assert relative(stock(x), out) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "stock", "own"),
+    (
+        ("tsc_resnet18", "torchvision.resnet18", {}),
+        ("tsc_resnet34", "torchvision.resnet34", {}),
+        ("tsc_resnet50", "torchvision.resnet50", {}),
+        ("tsc_resnext50_32x4d", "torchvision.resnext50_32x4d", {}),
+        ("tsc_seresnet50", "timm.seresnet50", {}),
+        ("tsc_resnet-20", "", {}),
+        ("tsc_resnet-20", "", {"shortcut": "a"}),
+        ("tsc_densenet-40", "", {}),
+        ("tsc_cliquenet", "", {"growth_rate": 36}),
+    ),
+)
+def test_our_models_into_stock_ones(name: str, stock: str, own: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = rkfast.create_model(name, **own, **({"stride_in_1x1": False} if "50" in name else {}))
+    x = torch.randn(2, 3, 32, 32)
+    out = two_steps(model, x, 1e-3)  # with 0.01 a step size of the gated one is 0
+    tsc.fold(tsc.freeze(model))
+    bare = {"tsc_cliquenet": "cliquenet-12"}.get(name, name.removeprefix("tsc_"))
+    plain = network(stock) if stock else rkfast.create_model(bare, fused=False, **own)
+    plain.eval().load_state_dict(model.state_dict())
+    assert relative(plain(x), out) < 1e-5
+
+
+def test_strides_of_the_paper() -> None:
+    with torch.device("meta"):
+        for name in ("tsc_resnet50", "tsc_resnext50_32x4d", "tsc_seresnet50"):
+            for wanted, options in ((2, {}), (1, {"stride_in_1x1": False})):
+                block: Any = dict(rkfast.create_model(name, **options).named_modules())["layer2.0"]
+                assert (block.conv1.stride, block.conv2.stride) == ((wanted,) * 2, (3 - wanted,) * 2)
+
+
+def test_a_part_of_a_stage() -> None:
+    model = made("basic")
+    tsc.attach(model)
+    blocks = list(model.layer1.children())  # type: ignore[union-attr]
+    part = model.layer1[:1]  # type: ignore[index]
+    assert type(part) is nn.Sequential and list(part) == blocks[:1]
+    assert model.layer1[-1] is blocks[-1]  # type: ignore[index]
+
+
+def test_frozen_within_inference_mode() -> None:
+    model = made("basic")
+    tsc.attach(model)
+    with torch.inference_mode():
+        tsc.freeze(model)
+    model(torch.randn(2, 3, 16, 16)).sum().backward()
+    assert not any(t.is_inference() for t in model.buffers())
 
 
 def test_rounding_of_a_wide_gate_is_no_other_gate() -> None:

@@ -322,7 +322,7 @@ def bn_rk_sum(
     seen = checks.survey(tensors, vectors, (step,), 2, num_batches_tracked)
     x, terms, coeffs = _checked(x, vectors, terms, coeffs, step, seen)
     if type(eps) is not float or type(momentum) is not float or not eps > 0:
-        _check_numbers(eps, momentum, training)
+        checks.norm_numbers(eps, momentum, training)
     tracked = training and running_mean is not None
     if not seen:
         checks.running(running_mean, "running_mean", tracked)
@@ -355,6 +355,8 @@ def bn_rk_sum(
     if tracked:
         counters = [] if num_batches_tracked is None else [num_batches_tracked]
         moved = (count, [running_mean], [running_var], counters, momentum)
+    if out is not None:
+        channels_last = checks.slot(out, x, [x, *terms], (weight, bias, step, mean, var), needs_grad)
     if group:
         if checks.transformed((x, weight, bias, step, *terms)):
             raise RuntimeError("group: not supported by torch.func, forward-mode AD and torch.jit.trace")
@@ -366,7 +368,6 @@ def bn_rk_sum(
                 moved = None
     tail = (relu, eps, return_moments)
     if out is not None:
-        channels_last = checks.slot(out, x, [x, *terms], (weight, bias, step, mean, var), needs_grad)
         found = _forward_out(x, weight, bias, mean, var, terms, coeffs, step, channels_last, *tail, out)
         total = out
     elif not plain and checks.transformed((x, weight, bias, step, mean, var, *terms)):
@@ -436,14 +437,6 @@ def _checked(
         missing = names[-2] if vectors[-2] is None else names[-1]
         raise ValueError(f"{missing}: one of the running statistics is missing; give both or neither")
     return x, terms, coeffs
-
-
-def _check_numbers(eps: float, momentum: float | None, training: bool) -> None:
-    checks.real(eps, "eps")
-    if momentum is not None:
-        checks.real(momentum, "momentum")
-    if not (eps > 0 if training else eps >= 0):
-        raise ValueError(f"eps: expected a {'positive' if training else 'non-negative'} number, got {eps}")
 
 
 def _count(x: Tensor, moments: Moments | None, shared: bool) -> int:

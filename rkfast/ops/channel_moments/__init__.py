@@ -49,7 +49,7 @@ update_running_stats_op = dispatch.Op(
 # running_mean[i] and running_var[i] take their first channels' share of mean and var; count 0 counts and changes
 # nothing else.
 update_running_stats = dispatch.register(
-    "update_running_stats(Tensor mean, Tensor var, int count, Tensor(a!)[] running_mean, Tensor(b!)[] running_var, "
+    "update_running_stats(Tensor mean, Tensor var, SymInt count, Tensor(a!)[] running_mean, Tensor(b!)[] running_var, "
     "Tensor(c!)[] num_batches_tracked, float? momentum) -> ()",
     update_running_stats_op,
     lambda *_: None,

@@ -141,9 +141,11 @@ LEAST_FORWARD = 2.0  # forward alone
 LEAST_TRANSFORMED = 0.2  # the same of a weight that is transformed already
 
 
-def kernel_reason(x: Tensor, *weights: Shape) -> str | None:
+def kernel_reason(x: Tensor, *weights: Shape, strides: Sequence[int] = ()) -> str | None:
     """Why PyTorch's convolution with one of these weights, of those shapes, is the better choice; None where this op is
-    with all of them, or a backend that serves it is forced. On a GPU it is cuDNN's in either case."""
+    with all of them, or a backend that serves it is forced. On a GPU it is cuDNN's in either case.
+
+    strides: of convolutions in a row, of which those with a stride are PyTorch's anyway; none are 1 for all."""
     forced = dispatch.forced()
     if forced == "reference":
         return None
@@ -153,7 +155,7 @@ def kernel_reason(x: Tensor, *weights: Shape) -> str | None:
     reason = _refusal(x, forced)
     if reason is not None or forced:
         return reason
-    return _slow_reason(x, weights, LEAST_3X3 if trains else LEAST_FORWARD)
+    return _slow_reason(x, weights, LEAST_3X3 if trains else LEAST_FORWARD, strides)
 
 
 def transformed_reason(x: Tensor, weight: Shape) -> str | None:
@@ -173,26 +175,34 @@ def _refusal(x: Tensor, forced: str | None) -> str | None:
     return checks.missing(backend, x.device.type, forced is not None) or REASONS[backend](x, checks.dtype_of_call(x))
 
 
-def _slow_reason(x: Tensor, weights: Sequence[Shape], least: float) -> str | None:
+def _slow_reason(x: Tensor, weights: Sequence[Shape], least: float, strides: Sequence[int] = ()) -> str | None:
     """Where the C++ kernel gains nothing on PyTorch."""
     if not layout.is_channels_last(x):
         return "a contiguous tensor is copied: the C++ kernel works channels_last"
     images, _, height, width = x.shape
-    for weight in weights:
+    for weight, stride in zip(weights, strides or [1] * len(weights), strict=True):
         outputs, channels, size, _ = weight
-        if size == 1:
+        if stride > 1:
+            height, width = (height - 1) // stride + 1, (width - 1) // stride + 1
+        if size == 1 or stride > 1:
             continue
         # As csrc/cpu/convolution.h says.
-        if size != 3 or min(outputs, channels) < 16 or min(height, width) < 4:
+        if size != 3 or min(outputs, channels) < (8 if narrow(weight) else 16) or min(height, width) < 4:
             return "the convolution would be PyTorch's, which gains nothing"
         if images * height * width < least * max(outputs, channels):
             return "too few pixels pay for the transform of the weight"
     return None
 
 
+def narrow(weight: Shape) -> bool:
+    """Whether a weight of this shape goes by tiles of 1x4 pixels; so small a one is transformed at each call."""
+    return max(weight[:2]) <= 16
+
+
 def transformed(weight: Tensor) -> Tensor:
-    """A weight, Tensor [K, C, 3, 3], by tiles [16, C, K]: ``forward`` takes it where ``transformed_reason`` is None."""
-    return reference.tiled(weight.detach())
+    """A weight, Tensor [K, C, 3, 3], by tiles [16, C, K], or where ``narrow`` as it is: ``forward`` takes it where
+    ``transformed_reason`` is None."""
+    return weight.detach() if narrow(weight.shape) else reference.tiled(weight.detach())
 
 
 def conv(
@@ -214,8 +224,8 @@ def conv(
         out = torch.relu(out) if relu else out
 
     On a CPU 3x3 convolutions go by 4x4 tiles of 2x2 results (Lavin and Gray, "Fast Algorithms for Convolutional Neural
-    Networks"), and what follows is done while a band of the result is in cache. With gradients bias, other and relu are
-    operations of PyTorch behind the convolution.
+    Networks"), of up to 16 channels by 1x4 tiles, and what follows is done while a band of the result is in cache. With
+    gradients bias, other and relu are operations of PyTorch behind the convolution.
 
     Args:
         x: Tensor [N, C, H, W]; float32, float64, bfloat16 or float16. Under autocast x and weight are taken in

@@ -56,12 +56,12 @@ def backward(
 
 
 def gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool
+    grad: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, stride: int = 1
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Those of ``F.conv2d(x, weight, padding=n // 2)``."""
+    """Those of ``F.conv2d(x, weight, stride=stride, padding=n // 2)``."""
     pad = weight.shape[2] // 2
     dx, dweight, _ = torch.ops.aten.convolution_backward(
-        grad, x, weight, None, [1, 1], [pad, pad], [1, 1], False, [0, 0], 1, [need_x, need_weight, False]
+        grad, x, weight, None, [stride] * 2, [pad, pad], [1, 1], False, [0, 0], 1, [need_x, need_weight, False]
     )
     return dx, dweight
 

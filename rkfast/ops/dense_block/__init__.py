@@ -13,7 +13,7 @@ from torch import Tensor
 from rkfast import dispatch
 from rkfast.ops import autocast, checks, collective, layout
 from rkfast.ops.channel_moments import Moments, moments_dtype, update_running_stats
-from rkfast.ops.norm import Norm, check_norm
+from rkfast.ops.norm import Norm, check_norm, usual
 
 
 class Slots(NamedTuple):
@@ -171,11 +171,12 @@ _op = _made("dense_block", "forward", 0)
 _forward = dispatch.register(f"dense_block({_ARGS}) -> Tensor[]", _op, _fake, _count)
 # Returns the gradients of the input, and of each growth those of its first convolution, weight and bias, and of its
 # second ones. mids may be empty: they are made again.
+_backward_op = _made("dense_block_backward", "backward", 1)
 _backward = dispatch.register(
     "dense_block_backward(Tensor grad, Tensor buffer, Tensor mean, Tensor var, Tensor[] mid_moments, Tensor[] mids, "
     "Tensor[] conv1, Tensor[] conv2, Tensor?[] norms, Tensor?[] keeps, float keep_scale, int[] reads, int[] writes, "
     "float[] eps, int inputs, int[] summed, str group) -> Tensor[]",
-    _made("dense_block_backward", "backward", 1),
+    _backward_op,
     _fake_backward,
     _count_backward,
 )
@@ -190,6 +191,7 @@ class _Call(NamedTuple):
     remake: bool  # the bottlenecks are made again in the backward
     moments: bool  # of the sum
     group: str
+    plain: bool  # nobody watches the dispatcher
     advance: Callable[[list[Tensor]], None] | None  # the running statistics, by moments
 
 
@@ -202,7 +204,8 @@ class _DenseBlock(torch.autograd.Function):
         params, statistics, keeps, moments = _split(tensors, call.counts)
         conv1, conv2, norms = _sorted(call.neck, params, statistics)
         slots = call.slots
-        result = _forward(
+        run = _op if call.plain else _forward
+        result = run(
             x, conv1, conv2, norms, keeps, call.keep_scale, slots.reads, slots.writes, call.eps, slots.channels,
             slots.summed, *moments, True, call.moments, call.group,
         )  # fmt: skip
@@ -239,7 +242,8 @@ class _DenseBlock(torch.autograd.Function):
             whole[:, : slots.first] = 0
             whole[:, slots.first :] = grad
             grad = whole
-        found = _backward(
+        run = _backward_op if call.plain and checks.plain(grad) else _backward
+        found = run(
             grad, *kept[:3], kept[3:middle], kept[middle:], conv1, conv2, norms, keeps, call.keep_scale, slots.reads,
             slots.writes, call.eps, ctx.inputs, slots.summed, call.group,
         )  # fmt: skip
@@ -249,6 +253,9 @@ class _DenseBlock(torch.autograd.Function):
         ]
         others = [None] * (len(needed) - 1 - len(params))  # statistics, dropout masks, moments
         return (None, found[0] if needed[0] else None, *gradients, *others)
+
+
+_apply_plain = checks.plain_apply(_DenseBlock)
 
 
 def _sum_moments(result: list[Tensor], moments: bool) -> list[Tensor]:
@@ -419,9 +426,13 @@ def run(
     """Growths over any slots: the result and, if asked for, its moments. Nothing is modified where an argument does
     not fit."""
     neck = bool(conv2)
+    mean, var = (None, None) if moments is None else moments[:2]
     group = _group([*norm1, *norm2], moments is not None or return_moments)
-    for i in range(len(conv1)):
-        _fit(slots.width(i), i, conv1, norm1, conv2, norm2, x)
+    seen = _surveyed(x, slots, conv1, norm1, conv2, norm2, mean, var)
+    if not seen:
+        for i in range(len(conv1)):
+            _fit(slots.width(i), i, conv1, norm1, conv2, norm2, x)
+    plain = bool(seen & checks.PLAIN)
     stored = norm1
     if slots.turns:
         conv1 = [turned(w, turn, 1) for w, turn in zip(conv1, slots.turns, strict=True)]
@@ -430,7 +441,7 @@ def run(
     convs = [conv for pair in zip(conv1, conv2, strict=True) for conv in pair] if neck else conv1
     statistics = [t for norm in norms for t in ((None, None) if norm.batch else (norm.running_mean, norm.running_var))]
     params = [t for conv, norm in zip(convs, norms, strict=True) for t in (conv, norm.weight, norm.bias)]
-    if checks.transformed((x, *params)):
+    if not plain and checks.transformed((x, *params)):
         raise RuntimeError(
             "dense_block: torch.func, forward-mode AD and torch.jit.trace are not supported; take the plain block "
             "(fused=False) for them"
@@ -438,7 +449,6 @@ def run(
     keeps: list[Tensor | None] = []
     if drop_rate > 0:
         keeps = [_keep(x, weight.shape[0], drop_rate) for weight in convs]
-    mean, var = (None, None) if moments is None else moments[:2]
     count = layout.count(x)
     tracked = any(norm.training and norm.running_mean is not None for norm in norms)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *params))
@@ -455,13 +465,16 @@ def run(
         remake=memory == "min",
         moments=return_moments and bool(slots.summed),
         group=group,
+        plain=plain,
         advance=advance if within else None,
     )
     if needs_grad:
-        out, *found = _DenseBlock.apply(call, *checks.distinct((x, *params, *statistics, *keeps, mean, var)))
+        apply = _apply_plain if plain else _DenseBlock.apply
+        out, *found = apply(call, *checks.distinct((x, *params, *statistics, *keeps, mean, var)))
     else:
         # Moments of the bottlenecks come with the bottlenecks only.
-        result = _forward(
+        forward = _op if plain else _forward
+        result = forward(
             x, *_sorted(neck, params, statistics), keeps, call.keep_scale, slots.reads, slots.writes, call.eps,
             slots.channels, slots.summed, mean, var, tracked and neck, return_moments, call.group,
         )  # fmt: skip
@@ -474,6 +487,27 @@ def run(
         return out, None
     own = found[-2:] if slots.summed else [t[slots.first :] for t in found[:2]]
     return out, Moments(own[0], own[1], count)
+
+
+def _surveyed(
+    x: Tensor,
+    slots: Slots,
+    conv1: list[Tensor],
+    norm1: list[Norm],
+    conv2: list[Tensor],
+    norm2: list[Norm],
+    mean: Tensor | None,
+    var: Tensor | None,
+) -> int:
+    """What ``checks.survey_growths`` says, 0 where the norms are not usual ones."""
+    vectors: list[Any] = []
+    for i, first in enumerate(norm1):
+        for norm in (first, norm2[i]) if norm2 else (first,):
+            if not usual(norm):
+                return 0
+            vectors += norm[:5]
+    widths = [slots.width(i) for i in range(len(conv1))]
+    return checks.survey_growths(x, conv1, conv2, widths, vectors, mean, var)
 
 
 def _keep(x: Tensor, channels: int, drop_rate: float) -> Tensor:
@@ -528,7 +562,10 @@ def _advance_all(norms: list[Norm], mean: Tensor, var: Tensor, count: int) -> No
 
 
 def _turned(norm: Norm, turn: tuple[int, int]) -> Norm:
-    weight, bias, mean, var = (None if t is None else turned(t, turn) for t in norm[:4])
+    """As far as it is read: beside the batch's statistics its own are not."""
+    weight, bias, mean, var = (
+        t if t is None or (norm.batch and i > 1) else turned(t, turn) for i, t in enumerate(norm[:4])
+    )
     return norm._replace(weight=weight, bias=bias, running_mean=mean, running_var=var)
 
 

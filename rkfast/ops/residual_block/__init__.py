@@ -17,18 +17,29 @@ from rkfast.ops.channel_moments import reference as plain_moments
 from rkfast.ops.conv import convolution_op, products
 from rkfast.ops.conv import forward as conv_forward
 from rkfast.ops.conv.reference import laid
-from rkfast.ops.norm import Norm, check_norm
+from rkfast.ops.norm import Norm, check_norm, usual
 from rkfast.ops.residual_block import reference
 
 _ARGS = (
-    "Tensor x, Tensor? shortcut, Tensor[] convs, Tensor?[] norms, Tensor? step, float[] eps, bool channels_last, "
-    "bool keep"
+    "Tensor x, Tensor? shortcut, Tensor[] convs, Tensor?[] norms, Tensor? step, int[] strides, float[] eps, "
+    "bool channels_last, bool keep"
 )
+Shape = Sequence[int]
+MAX_STRIDE = 1 << 12
 
 
-def _rows(x: Tensor, channels: int, channels_last: bool) -> Tensor:
-    shape = (x.shape[0], channels, *x.shape[2:])
-    return x.new_empty_strided(shape, layout.strides(shape, channels_last))
+def _sizes(x: Shape, convs: Sequence[Shape], strides: Sequence[int]) -> list[tuple[int, ...]]:
+    """Of the result of each convolution."""
+    sizes: list[tuple[int, ...]] = []
+    spatial = tuple(x[2:])
+    for w, stride in zip(convs, strides, strict=False):
+        spatial = _strided(spatial, stride)
+        sizes.append((x[0], w[0], *spatial))
+    return sizes if len(convs) == len(sizes) else [*sizes, (x[0], convs[-1][0], *spatial)]
+
+
+def _strided(spatial: Shape, stride: int) -> tuple[int, ...]:
+    return tuple(spatial) if stride == 1 else tuple((size - 1) // stride + 1 for size in spatial)
 
 
 def _fake(
@@ -37,14 +48,17 @@ def _fake(
     convs: list[Tensor],
     norms: list[Tensor | None],
     step: Tensor | None,
+    strides: list[int],
     eps: list[float],
     channels_last: bool,
     keep: bool,
 ) -> list[Tensor]:
-    outs = [_rows(x, w.shape[0], channels_last) for w in convs]
-    result = [torch.empty_like(outs[-1])]
+    sizes = _sizes(x.shape, [w.shape for w in convs], strides)
+    outs = [x.new_empty_strided(shape, layout.strides(shape, channels_last)) for shape in sizes]
+    out = torch.empty_like(outs[len(strides) - 1])
+    result = [out]
     if keep:
-        result += [x.new_empty(layout.mask_shape(outs[-1], channels_last), dtype=torch.uint8), *outs]
+        result += [x.new_empty(layout.mask_shape(out, channels_last), dtype=torch.uint8), *outs]
     for i, w in enumerate(convs):
         if norms[4 * i + 2] is None:
             result += [x.new_empty(w.shape[0], dtype=moments_dtype(x.dtype)) for _ in range(2)]
@@ -59,6 +73,7 @@ def _fake_backward(
     convs: list[Tensor],
     norms: list[Tensor | None],
     step: Tensor | None,
+    strides: list[int],
     eps: list[float],
     batch: list[bool],
     channels_last: bool,
@@ -80,21 +95,27 @@ def _fake_backward(
     return result
 
 
-Shape = Sequence[int]
+def _count_each(x: Shape, convs: Sequence[Shape], strides: Sequence[int]) -> list[int]:
+    return [products(size, w) for size, w in zip(_sizes(x, convs, strides), convs, strict=True)]
 
 
-def _count(x: Shape, shortcut: Any, convs: Sequence[Shape], *_: Any, **__: Any) -> int:
-    return sum(products(x, w) for w in convs)
+def _count(
+    x: Shape, shortcut: Any, convs: Sequence[Shape], norms: Any, step: Any, strides: Any, *_: Any, **__: Any
+) -> int:
+    return sum(_count_each(x, convs, strides))
 
 
 def _count_backward(grad: Shape, x: Shape, outs: Any, mask: Any, convs: Sequence[Shape], *rest: Any, **__: Any) -> int:
+    strides = rest[2]
     need_x, _, need_convs, _ = rest[-4:]
-    each = [products(x, w) for w in convs]
-    return sum(each[1:]) + need_x * each[0] + need_convs * sum(each)
+    each = _count_each(x, convs, strides)
+    of_x = each[0] + sum(each[len(strides) :])
+    return sum(each) - of_x + need_x * of_x + need_convs * sum(each)
 
 
-# norms: of each weight, bias, mean and var, these two None for the batch's. Returns [out], with keep the mask of the
-# ReLU (layout.mask_shape) and the results of the convolutions, and then the mean and variance that were not given.
+# convs: those of the branch, each with its stride, and the projection behind them, if x has one. norms: of each weight,
+# bias, mean and var, these two None for the batch's. Returns [out], with keep the mask of the ReLU (layout.mask_shape)
+# and the results of the convolutions, and then the mean and variance that were not given.
 _op = convolution_op("residual_block", "forward")
 _forward = dispatch.register(f"residual_block({_ARGS}) -> Tensor[]", _op, _fake, _count)
 _backward_op = convolution_op("residual_block_backward", "backward", 1)
@@ -102,8 +123,8 @@ _backward_op = convolution_op("residual_block_backward", "backward", 1)
 # [dstep], each where needed, and of each convolution [dconv] where needed, and dweight and dbias of its norm.
 _backward = dispatch.register(
     "residual_block_backward(Tensor grad, Tensor x, Tensor[] outs, Tensor mask, Tensor[] convs, Tensor?[] norms, "
-    "Tensor? step, float[] eps, bool[] batch, bool channels_last, bool own, bool need_x, bool need_shortcut, "
-    "bool need_convs, bool need_step) -> Tensor[]",
+    "Tensor? step, int[] strides, float[] eps, bool[] batch, bool channels_last, bool own, bool need_x, "
+    "bool need_shortcut, bool need_convs, bool need_step) -> Tensor[]",
     _backward_op,
     _fake_backward,
     _count_backward,
@@ -111,6 +132,7 @@ _backward = dispatch.register(
 
 
 class _Call(NamedTuple):
+    strides: list[int]
     eps: list[float]
     channels_last: bool
     own: bool  # the shortcut is x
@@ -129,11 +151,13 @@ class _Call(NamedTuple):
         moments; they are not kept with the call."""
         convs, norms = _sorted(tensors)
         run = _op if self.plain else _forward
-        out, mask, *found = run(x, shortcut, convs, norms, step, self.eps, self.channels_last, True)
+        out, mask, *found = run(x, shortcut, convs, norms, step, self.strides, self.eps, self.channels_last, True)
         outs, vectors = found[: len(convs)], found[len(convs) :]
         if advance is not None:
             advance(vectors)
-        return out, vectors, [x, step, mask, *(outs[:-1] if self.remake else outs), *tensors, *vectors]
+        if self.remake:
+            del outs[len(self.strides) - 1]
+        return out, vectors, [x, step, mask, *outs, *tensors, *vectors]
 
     def serves(self, grad: Tensor) -> bool:
         return _backward_op.serves_itself(grad)
@@ -146,20 +170,22 @@ class _Call(NamedTuple):
         tensors, vectors = tensors[: 5 * count], tensors[5 * count :]
         convs, norms = _sorted(tensors)
         if checks.differentiated(grad):
-            found = reference.gradients(grad, x, mask, convs, norms, step, self.eps, self.channels_last, self.own)
+            found = reference.gradients(
+                grad, x, mask, convs, norms, step, self.strides, self.eps, self.channels_last, self.own
+            )
         else:
             batch = [norms[4 * i + 2] is None for i in range(count)]
             given = iter(vectors)
             norms = [next(given) if t is None and i % 4 > 1 else t for i, t in enumerate(norms)]
             if self.remake:
-                outs = [*outs, _last(x, outs, convs, norms, self)]
+                outs.insert(len(self.strides) - 1, _last(x, outs, convs, norms, self))
             need_x, need_shortcut, need_step, *rest = needed
             need_convs = any(rest[::3])
             run = _backward_op if self.plain and checks.plain(grad) else _backward
             made = iter(
                 run(
-                    grad, x, outs, mask, convs, norms, step, self.eps, batch, self.channels_last, self.own, need_x,
-                    need_shortcut, need_convs, need_step,
+                    grad, x, outs, mask, convs, norms, step, self.strides, self.eps, batch, self.channels_last,
+                    self.own, need_x, need_shortcut, need_convs, need_step,
                 )
             )  # fmt: skip
             found = [next(made) if need else None for need in needed[:3]]
@@ -210,10 +236,12 @@ _apply_plain = checks.plain_apply(_ResidualBlock)
 
 
 def _last(x: Tensor, outs: list[Tensor], convs: list[Tensor], norms: list[Tensor | None], call: _Call) -> Tensor:
-    """What the last convolution makes."""
-    if not outs:
-        return conv_forward(x, convs[-1], None, None, call.channels_last, False, False)[0]
-    return bn_relu_conv_forward(outs[-1], convs[-1], *norms[-8:-4], call.channels_last, call.eps[-2], False)[0]
+    """What the last convolution of the branch makes."""
+    last = len(call.strides) - 1
+    if last == 0:
+        return conv_forward(x, convs[0], None, None, call.channels_last, False, False)[0]
+    norm, eps = norms[4 * last - 4 : 4 * last], call.eps[last - 1]
+    return bn_relu_conv_forward(outs[last - 1], convs[last], *norm, call.channels_last, eps, False)[0]
 
 
 def _sorted(tensors: Sequence[Any]) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -228,6 +256,8 @@ def residual_block(
     norms: Sequence[Norm],
     *,
     shortcut: Tensor | None = None,
+    projection: tuple[Tensor, Norm] | None = None,
+    strides: Sequence[int] | None = None,
     step: Tensor | None = None,
     memory: str = "speed",
 ) -> Tensor:
@@ -236,28 +266,32 @@ def residual_block(
 
         y = convs[0](x)
         y = convs[i](relu(norms[i - 1](y)))               for each further convolution
-        out = relu(shortcut + step * norms[-1](y))
+        out = relu(shortcut + step * norms[-1](y))        shortcut: x, a tensor, or norm(conv(x)), its projection
 
-    One function of autograd: what lies between the convolutions is never stored, each BatchNorm's moments come from the
-    pass that wrote its input, and the backward of the sum is applied, on a CPU, where the last convolution reads its
-    gradient if that is one of 1x1.
+    One function of autograd: what lies between the convolutions is never stored, nor is a projection normalised, each
+    BatchNorm's moments come from the pass that wrote its input, and the backward of the sum is applied, on a CPU, where
+    the last convolution and the projection read their gradients if they are of 1x1.
 
     Args:
         x: Tensor [N, C, H, W]; float32, float64, bfloat16 or float16. Under autocast x, shortcut and the convolutions
             are taken in autocast's dtype.
-        convs: weights [K_i, K_{i-1}, n, n], n odd, of convolutions of stride 1 that keep the resolution; K_0 = C.
+        convs: weights [K_i, K_{i-1}, n, n], n odd, of convolutions with n // 2 pixels of padding; K_0 = C.
         norms: for each convolution the BatchNorm behind it, over K_i channels, in any of its modes but with a group.
-        shortcut: what is added, Tensor [N, K_last, H, W]; None is x.
+        shortcut: what is added, Tensor [N, K_last, H', W']; None is x, or its projection.
+        projection: weight [K_last, C, 1, 1] of a convolution of x with the stride of all convs together, and the
+            BatchNorm behind it; None is none.
+        strides: of each convolution, from 1 to 4096; None is 1 for all.
         step: None for 1, else a factor per channel, Tensor [K_last].
-        memory: "speed" keeps the results of all convolutions for the backward, "min" makes that of the last again.
+        memory: "speed" keeps the results of all convolutions for the backward, "min" makes that of the last again,
+            which has stride 1 then.
 
     Returns:
-        Tensor [N, K_last, H, W] in the memory format of x, channels_last being the fastest. Kept for the backward are
-        x, the results of the convolutions, a bit for each element of the result, and vectors.
+        Tensor [N, K_last, H', W'], H' = ceil(H / stride), in the memory format of x, channels_last being the fastest.
+        Kept for the backward are x, the results of the convolutions, a bit for each element of the result, and vectors.
 
     Differentiable any number of times in x, shortcut, step, convolutions, weights and biases. Running statistics and
-    counters advance once. Deterministic. On a CPU 3x3 convolutions go by 4x4 tiles, all of whose results a NaN or an
-    infinity in one pixel reaches.
+    counters advance once. Deterministic. On a CPU 3x3 convolutions of stride 1 go by 4x4 tiles, all of whose results a
+    NaN or an infinity in one pixel reaches.
 
     Raises:
         TypeError: an argument is no tensor or Norm, not floating, or the dtypes are mixed.
@@ -267,10 +301,17 @@ def residual_block(
     """
     convs, norms = checks.listed(convs, "convs"), checks.listed(norms, "norms")
     checks.memory(memory)
-    seen = _surveyed(x, shortcut, convs, norms, step)
+    stepping = [1] * len(convs) if strides is None else checks.listed(strides, "strides")
+    seen = _surveyed(x, shortcut, projection, convs, norms, stepping, step)
     if not seen:
-        x, shortcut, convs = _checked(x, shortcut, convs, norms, step)
+        x, shortcut, convs = _checked(x, shortcut, projection, convs, norms, stepping, step)
         step = checks.held(step)
+    elif projection is not None:
+        convs = [*convs, projection[0]]
+    if memory == "min" and stepping[-1] != 1:
+        raise ValueError(f'memory: "min" makes the last convolution again if its stride is 1, got {stepping[-1]}')
+    if projection is not None:
+        norms = [*norms, projection[1]]
     plain = bool(seen & checks.PLAIN)
     tensors = []
     for conv, norm in zip(convs, norms, strict=True):
@@ -283,25 +324,26 @@ def residual_block(
     else:
         needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
         channels_last = layout.is_channels_last(x)
-    count = layout.count(x)
+    counts = [n * h * w for n, _, h, w in _sizes(x.shape, [conv.shape for conv in convs], stepping)]
     if not plain and checks.transformed(given):
-        out, *vectors = reference.composite(x, shortcut, *_sorted(tensors), step, eps)
+        out, *vectors = reference.composite(x, shortcut, *_sorted(tensors), step, stepping, eps)
         out = laid(out, channels_last)
         with torch.no_grad():
-            _advance(plain_moments.update_running_stats, norms, count, vectors)
+            _advance(plain_moments.update_running_stats, norms, counts, vectors)
         return out
-    advance = functools.partial(_advance, update_running_stats_op if plain else update_running_stats, norms, count)
+    advance = functools.partial(_advance, update_running_stats_op if plain else update_running_stats, norms, counts)
     if needs_grad:
         # Activation checkpointing stops what it computes again at the last tensor that is kept: as in a BatchNorm,
         # statistics move before. A compiler wants nothing changed within a Function.
         within = None if torch.compiler.is_compiling() else advance
-        call = _Call(eps, channels_last, shortcut is None, memory == "min", plain)
+        own = shortcut is None and projection is None
+        call = _Call(stepping, eps, channels_last, own, memory == "min", plain)
         usual = plain and memory == "speed" and x.is_cpu and x.dtype == torch.float32 and x.numel() > 0
         node = checks.node("residual_block") if usual else None
         if node is not None:
             out, vectors, kept = call.run(within, x, shortcut, step, tensors)
             inputs = (x, shortcut, step, *(t for i, t in enumerate(tensors) if i % 5 < 3))
-            node(call, out, inputs, kept, eps, channels_last)
+            node(call, out, inputs, kept, stepping, eps, channels_last)
             return out
         apply = _apply_plain if plain else _ResidualBlock.apply
         out, *vectors = apply(call, within, *checks.distinct(given))
@@ -309,16 +351,18 @@ def residual_block(
             return out
     else:
         run = _op if plain else _forward
-        out, *vectors = run(x, shortcut, *_sorted(tensors), step, eps, channels_last, False)
+        out, *vectors = run(x, shortcut, *_sorted(tensors), step, stepping, eps, channels_last, False)
     with torch.no_grad():
         advance(vectors)
     return out
 
 
-def _advance(update: Callable[..., None], norms: Sequence[Norm], count: int, vectors: Sequence[Tensor]) -> None:
+def _advance(
+    update: Callable[..., None], norms: Sequence[Norm], counts: Sequence[int], vectors: Sequence[Tensor]
+) -> None:
     """The running statistics of norms by vectors, mean and variance of each that normalises by its batch."""
     at = 0
-    for norm in norms:
+    for norm, count in zip(norms, counts, strict=True):
         if norm.training and norm.running_mean is not None:
             counters = [] if norm.num_batches_tracked is None else [norm.num_batches_tracked]
             mean, var = vectors[at : at + 2]
@@ -326,20 +370,28 @@ def _advance(update: Callable[..., None], norms: Sequence[Norm], count: int, vec
         at += 2 * norm.batch
 
 
-def _surveyed(x: Any, shortcut: Any, convs: list[Any], norms: list[Any], step: Any) -> int:
+def _surveyed(
+    x: Any, shortcut: Any, projection: Any, convs: list[Any], norms: list[Any], strides: list[Any], step: Any
+) -> int:
     """What ``checks.survey_block`` says, 0 where the norms are not usual ones."""
+    if len(strides) != len(convs) or not all(type(stride) is int and stride <= MAX_STRIDE for stride in strides):
+        return 0
+    if projection is not None:
+        if type(projection) is not tuple or len(projection) != 2:
+            return 0
+        convs, norms = [*convs, projection[0]], [*norms, projection[1]]
     vectors: list[Any] = []
     for norm in norms:
-        if type(norm) is not Norm or norm.group or norm.momentum is None:
+        if not usual(norm):
             return 0
         vectors += norm[:5]
-    return checks.survey_block(x, shortcut, convs, vectors, step)
+    return checks.survey_block(x, shortcut, convs, vectors, step, strides)
 
 
 def _checked(
-    x: Tensor, shortcut: Any, convs: list[Any], norms: list[Any], step: Any
+    x: Tensor, shortcut: Any, projection: Any, convs: list[Any], norms: list[Any], strides: list[Any], step: Any
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """x, shortcut and convolutions in the dtype of the call."""
+    """x, shortcut, and the convolutions with that of the projection, in the dtype of the call."""
     checks.activation(x, "x")
     if x.dim() != 4:
         raise ValueError(f"x: expected [N, C, H, W], got {x.dim()} dimensions")
@@ -347,29 +399,55 @@ def _checked(
         raise ValueError("convs: expected at least one weight, got none")
     if len(norms) != len(convs):
         raise ValueError(f"norms: expected one for each of {len(convs)} convolutions, got {len(norms)}")
+    if len(strides) != len(convs):
+        raise ValueError(f"strides: expected one for each of {len(convs)} convolutions, got {len(strides)}")
+    for stride in strides:
+        if type(stride) is not int or not 1 <= stride <= MAX_STRIDE:
+            raise ValueError(f"strides: expected numbers from 1 to {MAX_STRIDE}, got {stride!r}")
+    branch = len(convs)
+    if projection is not None:
+        if not isinstance(projection, Sequence) or len(projection) != 2:
+            raise TypeError(f"projection: expected a weight and a Norm, got {type(projection).__name__}")
+        if shortcut is not None:
+            raise ValueError("projection: it takes the place of shortcut, and both are given")
+        convs, norms = [*convs, projection[0]], [*norms, projection[1]]
     if checks.autocasts(x) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
         shortcut = shortcut.to(dtype) if isinstance(shortcut, Tensor) else shortcut
         if all(isinstance(w, Tensor) for w in convs):  # else they are refused below
             convs = autocast.cast(convs, dtype)
-    channels = x.shape[1]
-    for i, (conv, norm) in enumerate(zip(convs, norms, strict=True)):
+    spatial, channels = tuple(x.shape[2:]), x.shape[1]
+    for i, (conv, norm) in enumerate(zip(convs[:branch], norms, strict=False)):
         checks.convolution(conv, f"convs[{i}]", x)
         if conv.shape[1] != channels:
             raise ValueError(
-                f"convs[{i}]: expected [K, {channels}, n, n], got {list(conv.shape)}; for groups, strides and other "
-                "paddings take F.conv2d and rkfast.ops.bn_rk_sum"
+                f"convs[{i}]: expected [K, {channels}, n, n], got {list(conv.shape)}; for groups and other paddings "
+                "take F.conv2d and rkfast.ops.bn_rk_sum"
             )
         channels = conv.shape[0]
-        check_norm(norm, f"norms[{i}]", channels, x)
-        if norm.batch and norm.group:
-            raise ValueError(
-                f"norms[{i}].group: expected statistics of this process; bn_relu_conv and bn_rk_sum take a group's"
-            )
-    if shortcut is None and channels != x.shape[1]:
-        raise ValueError(f"shortcut: x has {x.shape[1]} channels and the result {channels}; give what is added")
+        spatial = _strided(spatial, strides[i])
+        _check_norm(norm, f"norms[{i}]", channels, x, x.shape[0] * spatial[0] * spatial[1])
+    if projection is not None:
+        conv, norm = convs[branch], norms[branch]
+        checks.convolution(conv, "projection[0]", x)
+        if conv.shape != (channels, x.shape[1], 1, 1):
+            raise ValueError(f"projection[0]: expected [{channels}, {x.shape[1]}, 1, 1], got {list(conv.shape)}")
+        _check_norm(norm, "projection[1]", channels, x, x.shape[0] * spatial[0] * spatial[1])
+    elif shortcut is None and (channels, *spatial) != tuple(x.shape[1:]):
+        raise ValueError(
+            f"shortcut: x is {list(x.shape)} and the result {[x.shape[0], channels, *spatial]}; give what is added, or "
+            "a projection"
+        )
     if shortcut is not None:
-        checks.like(shortcut, x, "shortcut", "the result", (x.shape[0], channels, *x.shape[2:]))
+        checks.like(shortcut, x, "shortcut", "the result", (x.shape[0], channels, *spatial))
     checks.vector(step, x, "step", channels=channels)
     return checks.held(x), checks.held(shortcut), [checks.held(w) for w in convs]
+
+
+def _check_norm(norm: Any, name: str, channels: int, x: Tensor, count: int) -> None:
+    check_norm(norm, name, channels, x, count)
+    if norm.batch and norm.group:
+        raise ValueError(
+            f"{name}.group: expected statistics of this process; bn_relu_conv and bn_rk_sum take a group's"
+        )

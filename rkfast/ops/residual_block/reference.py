@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 
 import torch
@@ -17,31 +18,45 @@ from rkfast.ops.rk_sum.reference import masked
 Vectors = list[Tensor | None]  # of each norm weight, bias, mean and var
 
 
+def _stride(i: int, strides: list[int]) -> int:
+    """Of convs[i]; one behind those of the branch is the projection."""
+    return strides[i] if i < len(strides) else math.prod(strides)
+
+
+def _conv(x: Tensor, convs: list[Tensor], i: int, strides: list[int]) -> Tensor:
+    return F.conv2d(x, convs[i], stride=_stride(i, strides), padding=convs[i].shape[2] // 2)
+
+
 def composite(
     x: Tensor,
     shortcut: Tensor | None,
     convs: list[Tensor],
     norms: Vectors,
     step: Tensor | None,
+    strides: list[int],
     eps: list[float],
     joined: bool = True,
 ) -> list[Tensor]:
-    """[out], or what is added to the shortcut where not joined, then mean and variance of each norm that takes the
-    batch's; differentiable."""
+    """[out], or where not joined what is added to the shortcut and, if x is projected, the shortcut; then mean and
+    variance of each norm that takes the batch's; differentiable."""
     with torch.autocast(x.device.type, enabled=False):
-        act = x
-        vectors: list[Tensor] = []
-        for i, conv in enumerate(convs):
-            y = F.conv2d(act, conv, padding=conv.shape[2] // 2)
+        vectors: list[list[Tensor]] = [[] for _ in convs]
+
+        def normed(y: Tensor, i: int, terms: list[Tensor], step: Tensor | None, relu: bool) -> Tensor:
             weight, bias, mean, var = norms[4 * i : 4 * i + 4]
-            last = i == len(convs) - 1
-            terms = [x if shortcut is None else shortcut] if last and joined else []
-            relu = joined or not last
             act, *found = bn_rk_sum.composite(
-                y, weight, bias, mean, var, terms, [1.0] * len(terms), step if last else None, relu, eps[i], False
+                y, weight, bias, mean, var, terms, [1.0] * len(terms), step, relu, eps[i], False
             )
-            vectors.extend(v.detach() for v in found)
-        return [act, *vectors]
+            vectors[i] = [v.detach() for v in found]
+            return act
+
+        last, act = len(strides) - 1, x
+        for i in range(last):
+            act = normed(_conv(act, convs, i, strides), i, [], None, True)
+        projected = [normed(_conv(x, convs, i, strides), i, [], None, False) for i in range(last + 1, len(convs))]
+        terms = (projected or [x if shortcut is None else shortcut]) if joined else []
+        out = normed(_conv(act, convs, last, strides), last, terms, step, joined)
+        return [out, *([] if joined else projected), *(v for each in vectors for v in each)]
 
 
 def forward(
@@ -50,6 +65,7 @@ def forward(
     convs: list[Tensor],
     norms: Vectors,
     step: Tensor | None,
+    strides: list[int],
     eps: list[float],
     channels_last: bool,
     keep: bool,
@@ -57,18 +73,29 @@ def forward(
 ) -> list[Tensor]:
     """sums: a backend's bn_rk_sum."""
     with torch.autocast(x.device.type, enabled=False):
-        act, outs, vectors, mask = x, [], [], []
-        for i, conv in enumerate(convs):
-            outs.append(laid(F.conv2d(act, conv, padding=conv.shape[2] // 2), channels_last))
-            last = i == len(convs) - 1
-            terms = [x if shortcut is None else shortcut] if last else []
+        last = len(strides) - 1
+        outs: list[Tensor] = [x] * len(convs)
+        mask: list[Tensor] = []
+        vectors: list[list[Tensor]] = [[] for _ in convs]
+
+        def normed(read: Tensor, i: int, terms: list[Tensor], relu: bool) -> Tensor:
+            outs[i] = laid(_conv(read, convs, i, strides), channels_last)
+            masks = keep and i == last
             act, *found = sums.forward(
-                outs[-1], *norms[4 * i : 4 * i + 4], terms, [1.0] * len(terms), step if last else None, channels_last,
-                True, eps[i], False, keep and last,
+                outs[i], *norms[4 * i : 4 * i + 4], terms, [1.0] * len(terms), step if i == last else None,
+                channels_last, relu, eps[i], False, masks,
             )  # fmt: skip
-            mask = [found.pop(0)] if keep and last else []
-            vectors.extend(found)
-        return [act, *([*mask, *outs] if keep else []), *vectors]
+            if masks:
+                mask.append(found.pop(0))
+            vectors[i] = found
+            return act
+
+        projected = [normed(x, i, [], False) for i in range(last + 1, len(convs))]
+        act = x
+        for i in range(last):
+            act = normed(act, i, [], True)
+        out = normed(act, last, projected or [x if shortcut is None else shortcut], True)
+        return [out, *([*mask, *outs] if keep else []), *(v for each in vectors for v in each)]
 
 
 def backward(
@@ -79,6 +106,7 @@ def backward(
     convs: list[Tensor],
     norms: Vectors,
     step: Tensor | None,
+    strides: list[int],
     eps: list[float],
     batch: list[bool],
     channels_last: bool,
@@ -90,35 +118,46 @@ def backward(
     sums: ModuleType = bn_rk_sum,
 ) -> list[Tensor]:
     with torch.autocast(x.device.type, enabled=False):
-        shared = need_shortcut or (own and need_x)
-        parameters: list[Tensor] = []
+        last, projects = len(strides) - 1, len(convs) > len(strides)
+        shared = need_shortcut or (own and need_x) or projects
+        parameters: list[list[Tensor]] = [[] for _ in convs]
         dshortcut: list[Tensor] = []
         dstep: list[Tensor] = []
-        dx: list[Tensor] = []
-        for i in reversed(range(len(convs))):
+
+        def through(i: int, grad: Tensor, read: Tensor, need_read: bool) -> Tensor | None:
+            """The gradient of what convs[i] read."""
+            nonlocal dstep, dshortcut
             weight, bias, mean, var = norms[4 * i : 4 * i + 4]
             assert mean is not None and var is not None
-            last = i == len(convs) - 1
+            joins = i == last
             dy, dweight, dbias, *rest = sums.backward(
-                grad, outs[i], weight, bias, mean, var, step if last else None, mask if last else None,
-                [1.0] if last and shared else [], channels_last, True, batch[i], eps[i], True, True,
-                need_step and last,
+                grad, outs[i], weight, bias, mean, var, step if joins else None, mask if joins else None,
+                [1.0] if joins and shared else [], channels_last, i <= last, batch[i], eps[i], True, True,
+                need_step and joins,
             )  # fmt: skip
-            if last:
+            if joins:
                 dstep, dshortcut = (rest[:1], rest[1:]) if need_step else ([], rest)
+            wanted, dconv = (need_read, need_convs), None
+            dread = None
+            if any(wanted):
+                dread, dconv = conv_gradients(dy, read, convs[i], *wanted, _stride(i, strides))
+            parameters[i] = [*([] if dconv is None else [torch.empty_like(convs[i]).copy_(dconv)]), dweight, dbias]
+            return dread
+
+        for i in reversed(range(last + 1)):
             read = x
             if i > 0:
                 given = norms[4 * i - 4 : 4 * i]
                 read = sums.forward(outs[i - 1], *given, [], [], None, channels_last, True, eps[i - 1], False, False)[0]
-            wanted = i > 0 or need_x, need_convs
-            dread, dconv = conv_gradients(dy, read, convs[i], *wanted) if any(wanted) else (None, None)
-            found = [] if dconv is None else [torch.empty_like(convs[i]).copy_(dconv)]
-            parameters = [*found, dweight, dbias, *parameters]
-            if dread is not None:
-                grad = dread
+            found = through(i, grad, read, i > 0 or need_x)
+            grad = grad if found is None else found
+        dx = []
+        if projects:
+            found = through(last + 1, dshortcut.pop(), x, need_x)
+            grad = grad if found is None else grad + found
         if need_x:
             dx = [laid(grad + dshortcut.pop() if own else grad, channels_last)]
-        return [*dx, *dshortcut, *dstep, *parameters]
+        return [*dx, *dshortcut, *dstep, *(t for each in parameters for t in each)]
 
 
 def gradients(
@@ -128,6 +167,7 @@ def gradients(
     convs: list[Tensor],
     norms: Vectors,
     step: Tensor | None,
+    strides: list[int],
     eps: list[float],
     channels_last: bool,
     own: bool,
@@ -140,11 +180,12 @@ def gradients(
         g = masked(grad, mask, channels_last)
         x, step, *tensors = map(checks.apart, (x, step, *convs, *norms))
         convs, norms = tensors[: len(convs)], tensors[len(convs) :]
-        added = composite(x, None, convs, norms, step, eps, joined=False)[0]
+        added = composite(x, None, convs, norms, step, strides, eps, joined=False)[: 1 + len(convs) - len(strides)]
         inputs = [x, step]
         for i, conv in enumerate(convs):
             inputs += [conv, *norms[4 * i : 4 * i + 2]]
+        added = [t for t in added if t.requires_grad]
         wanted = [t for t in inputs if t is not None and t.requires_grad]
-        made = iter(torch.autograd.grad(added, wanted, g, create_graph=graph) if wanted else ())
+        made = iter(torch.autograd.grad(added, wanted, [g] * len(added), create_graph=graph) if wanted else ())
         dx, *rest = [next(made) if t is not None and t.requires_grad else None for t in inputs]
         return [dx if dx is None or not own else dx + g, g, *rest]

@@ -269,6 +269,8 @@ def _sum(
         checks.flags(relu=relu, return_moments=return_moments)
     if steps is not None and type(steps) is not list:
         steps = checks.listed(steps, "steps")
+    if type(terms) is not list and type(terms) is not tuple:
+        terms = checks.listed(terms, "terms")
     seen = checks.survey(terms, (shift,), steps or ())
     terms, coeffs, steps, step_at = _checked(terms, coeffs, steps, shift, seen)
     if not seen:
