@@ -36,6 +36,7 @@ class Contest:
     peers: tuple[str, ...]
     seconds: float
     threads: int
+    pause: Callable[[], None] = timing.go_on  # between rounds, where another process may measure meanwhile
 
 
 class Contender:
@@ -201,7 +202,8 @@ def _measure(
         entered.enter_context(forced(contenders[name].backend))
 
     def sampled(steps: dict[str, timing.Step], loops: int = 1) -> Iterator[tuple[str, list[timing.Sample]]]:
-        return iter(timing.interleave(steps, loops * contest.seconds, contest.device, entering, rounds).items())
+        seconds = loops * contest.seconds
+        return iter(timing.interleave(steps, seconds, contest.device, entering, rounds, contest.pause).items())
 
     with entered:
         if "forward" in case.modes:

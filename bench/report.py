@@ -227,9 +227,9 @@ def markdown(document: dict[str, Any]) -> str:
         "",
         "Medians (20th to 80th percentile) of interleaved rounds, inputs left where the caches keep them. `×` columns: "
         "a peer's median over ours (percentiles of the ratio round by round); on CPU each side at its better malloc "
-        "setting. `GB/s` counts the bytes that cannot be avoided; `copy`: the time of an `out.copy_(x)` that moves as "
-        "many over ours. `MB saved` is kept for backward, `MB peak` taken above the inputs; eager's in brackets. "
-        "`s to compile`: what peers took that compile or convert, their first step included."
+        "setting, which are measured by turns. `GB/s` counts the bytes that cannot be avoided; `copy`: the time of an "
+        "`out.copy_(x)` that moves as many over ours. `MB saved` is kept for backward, `MB peak` taken above the "
+        "inputs; eager's in brackets. `s to compile`: what peers took that compile or convert, with their first step."
         + (" `*`: measured in an earlier run on this machine." if _any_kept(found) else ""),
         "",
     ]

@@ -9,6 +9,7 @@ Exit status: 0; 1 where a result was wrong or a measurement broke down; 75 where
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from rkfast import dispatch
 from rkfast.commands import network
 from rkfast.extras import require
 
-from . import address, contest, machine, models, ops, page, report
+from . import address, contest, machine, models, ops, page, report, turns
 from .contest import Contest
 from .workload import AnyCase
 
@@ -112,10 +114,11 @@ def run(args: argparse.Namespace) -> int:
             finished = {(g["id"], g["threads"]) for g in document["gate"]}
             wanted = [c for c in wanted if (c.id, threads) not in finished]
             reports: dict[str, dict[str, Any]] = {c.id: {} for c in wanted}
-            for i, setting in enumerate(settings):
-                until = None if deadline is None else time.time() + (deadline - time.time()) / (len(settings) - i)
-                job = _job(args, [c.id for c in wanted], threads, setting, until, Path(folder) / f"{setting}-{threads}")
-                broken |= not _measured(job, setting, reports)
+            jobs = [
+                _job(args, [c.id for c in wanted], threads, s, deadline, Path(folder) / f"{s}-{threads}")
+                for s in settings
+            ]
+            broken |= not _measured(jobs, reports)
             for case in wanted:
                 if len(reports[case.id]) < len(settings):
                     unfinished = True
@@ -241,40 +244,52 @@ def _job(
         },
         "setting": setting,
         "until": until,
+        "turns": None,
         "baselines": None if args.baselines is None else str(args.baselines),
         "out": str(out),
     }
 
 
-def _measured(job: dict[str, Any], setting: str, reports: dict[str, dict[str, Any]]) -> bool:
-    """Do a job, in this process or in one with the malloc setting it asks for, and collect its reports."""
-    if not job["ids"]:
-        return True
+def _measured(jobs: list[dict[str, Any]], reports: dict[str, dict[str, Any]]) -> bool:
+    """Do jobs, in this process or by turns in processes with the malloc settings they ask for; collect the reports."""
+    jobs = [job for job in jobs if job["ids"]]
+    apart = [job for job in jobs if job["setting"] != "current"]
+    for job in jobs:
+        if job not in apart:
+            _work(job)
+    statuses = turns.run([functools.partial(_start, job) for job in apart])
+    for job, status in zip(apart, statuses, strict=True):
+        if status:
+            what = f"the process that measured at malloc setting {job['setting']!r}"
+            print(f"rkfast bench: {what} exited {status}", file=sys.stderr)
+    for job in jobs:
+        out = Path(job["out"])
+        for line in out.read_text().splitlines() if out.exists() else ():
+            found = json.loads(line)
+            reports[found["id"]][job["setting"]] = found
+    return not any(statuses)
+
+
+def _start(job: dict[str, Any], ends: tuple[int, int]) -> subprocess.Popen[bytes]:
     out = Path(job["out"])
-    status = 0
-    if setting == "current":
-        _work(job)
-    else:
-        file = out.with_suffix(".job")
-        file.write_text(json.dumps(job))
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
-        environment = {**kept, **MALLOC[setting], "OMP_NUM_THREADS": str(job["contest"]["threads"])}
-        # Fresh, so that what compiling takes is seen; the next malloc setting finds it done.
-        environment["TORCHINDUCTOR_CACHE_DIR"] = str(out.parent / "compiled")
-        command = [sys.executable, str(Path(__file__).resolve()), job["asked"]["suite"], "--job", str(file)]
-        status = subprocess.run(command, env=environment).returncode
-    if status:
-        print(f"rkfast bench: the process that measured at malloc setting {setting!r} exited {status}", file=sys.stderr)
-    for line in out.read_text().splitlines() if out.exists() else ():
-        found = json.loads(line)
-        reports[found["id"]][setting] = found
-    return status == 0
+    file = out.with_suffix(".job")
+    file.write_text(json.dumps({**job, "turns": ends}))
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    environment = {**kept, **MALLOC[job["setting"]], "OMP_NUM_THREADS": str(job["contest"]["threads"])}
+    # Fresh, so that what compiling takes is seen; the next malloc setting finds it done.
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(out.parent / "compiled")
+    command = [sys.executable, str(Path(__file__).resolve()), job["asked"]["suite"], "--job", str(file)]
+    return subprocess.Popen(command, env=environment, pass_fds=ends)
 
 
 def _work(job: dict[str, Any]) -> None:
     """Measure the cases of a job, each result written as soon as it is there."""
     asked = job["contest"]
     settings = Contest(**{**asked, "backends": tuple(asked["backends"]), "peers": tuple(asked["peers"])})
+    if job["turns"] is not None:
+        own = turns.Turns(*job["turns"])
+        own.wait()
+        settings = replace(settings, pause=own.pause)
     torch.set_num_threads(settings.threads)
     suite = suite_of(argparse.Namespace(**job["asked"]))
     baselines = Baselines(job["baselines"], settings.device)
@@ -317,7 +332,7 @@ class Baselines:
             return contest.run(suite, case, settings)
         kept = self.known.get(f"{case.id}, {settings.threads} threads", {})
         peers = tuple(peer for peer in settings.peers if peer not in kept)
-        found = contest.run(suite, case, Contest(**{**settings.__dict__, "peers": peers}))
+        found = contest.run(suite, case, replace(settings, peers=peers))
         if not found["contenders"]:
             return found
         if kept and _drifted(kept["copy"], found["contenders"]["copy"]):

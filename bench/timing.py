@@ -120,12 +120,17 @@ def _cuda_sample(step: Step, repeats: int) -> Sample:
     )
 
 
+def go_on() -> None:
+    """What a measurement that shares its machine with no other does between rounds."""
+
+
 def interleave(
     steps: dict[str, Step],
     seconds: float,
     device: str,
     entering: Callable[[str], object] = lambda name: None,
     rounds: tuple[int, int] = ROUNDS,
+    pause: Callable[[], None] = go_on,
 ) -> dict[str, list[Sample]]:
     """Sample every step round-robin, in an order that rotates, until ``seconds`` are spent.
 
@@ -134,6 +139,7 @@ def interleave(
         seconds: time to spend, as far as ``rounds`` (least, most) allows.
         device: "cpu" or "cuda".
         entering: called, untimed, before each sample with the contender's name.
+        pause: called between rounds; what it takes is none of ``seconds``.
     """
     take = _cuda_sample if device == "cuda" else _cpu_sample
     repeats = {}
@@ -150,6 +156,9 @@ def interleave(
     for i in range(most):
         if i >= least and time.perf_counter() > deadline:
             break
+        paused = time.perf_counter()
+        pause()
+        deadline += time.perf_counter() - paused
         for name in names[i % len(names) :] + names[: i % len(names)]:
             entering(name)
             samples[name].append(take(steps[name], repeats[name]))

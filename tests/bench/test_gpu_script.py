@@ -34,6 +34,7 @@ def script(*args: str, status: int = 0) -> str:
     return done.stdout
 
 
+@pytest.mark.minutes
 def test_dry_run_takes_the_whole_road_and_then_has_nothing_left(tmp_path: Path) -> None:
     said = script("--dry-run", "--out", str(tmp_path))
     assert said.rstrip().endswith("nothing is left")

@@ -208,8 +208,7 @@ def test_malloc_settings_decide_whether_pages_are_taken_anew(tmp_path: Path) -> 
     run.add_arguments(parser)
     args = parser.parse_args(["ops", "bn_rk_sum", "--device", "cpu", "--peers", "", "--seconds", "0"])
     reports: dict[str, dict[str, Any]] = {case: {}}
-    for setting in run.MALLOC:
-        assert run._measured(run._job(args, [case], 1, setting, None, tmp_path / setting), setting, reports)
+    assert run._measured([run._job(args, [case], 1, s, None, tmp_path / s) for s in run.MALLOC], reports)
     pages = 16 * 256 * 56 * 56 * 4 / 4096
     contenders = {setting: found["contenders"] for setting, found in reports[case].items()}
     ours = {s: next(c for c in each.values() if c["ours"])["faults"]["forward"] for s, each in contenders.items()}
