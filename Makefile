@@ -24,7 +24,7 @@ demo: $(VENV)/.demo
 
 # A test on each core, and no threads within: those of one would wait for those of the other.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(TESTS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

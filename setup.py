@@ -1,7 +1,7 @@
 """Builds rkfast: Python always, rkfast._C where a C++ compiler works, rkfast._cuda where a toolkit fits torch's CUDA.
 
 What was left out, and why, is kept in rkfast/_build.json. RKFAST_CPU and RKFAST_CUDA are auto (the default), 0 (leave
-it out) or 1 (fail rather than leave it out).
+it out) or 1 (fail rather than leave it out). CXXFLAGS come behind the flags of C++ that stand here.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,7 @@ if platform.machine() in ("x86_64", "AMD64") and sys.maxsize > 2**32 and not WIN
 CXX_FLAGS = ["/O2"] if WINDOWS else ["-O3", "-fvisibility=hidden", "-g0"]
 if sys.platform == "linux":
     CXX_FLAGS.append("-fopenmp")  # at::parallel_for is serial without it
+CXX_FLAGS += shlex.split(os.environ.get("CXXFLAGS", ""))
 CUDA_ARCHS = ("8.0", "9.0", "10.0")
 
 record: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Runs a file of tests in a process of its own: Triton decides at its import whether it interprets."""
+"""Runs a file of tests in processes of their own: Triton decides at its import whether it interprets."""
 
 from __future__ import annotations
 
@@ -11,10 +11,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+PART = "RKFAST_TEST_PART"
 
 
-def run(cases: str, folder: Path, *options: str, **environment: str) -> None:
-    """Fails with the output of the process unless every test in tests/triton/<cases>/cases.py passes there."""
+def in_parts(count: int) -> pytest.MarkDecorator:
+    """Tests take parts "i/count", each for a process of its own."""
+    return pytest.mark.parametrize("part", [f"{i}/{count}" for i in range(count)])
+
+
+def run(cases: str, part: str, folder: Path, *options: str, **environment: str) -> None:
+    """Fails with the output of the process unless the tests in tests/triton/<cases>/cases.py, every count-th from the
+    i-th on for a part "i/count", pass there."""
     pytest.importorskip("triton", reason="Triton is not installed")
     report = folder / "report.xml"
     command = [sys.executable, "-m", "pytest", f"tests/triton/{cases}/cases.py", "-o", "python_files=cases.py",
@@ -22,7 +29,7 @@ def run(cases: str, folder: Path, *options: str, **environment: str) -> None:
     kept = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "RKFAST_BACKEND")}
     kept["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), kept.get("PYTHONPATH"))))
     process = subprocess.run(
-        command, cwd=ROOT, env={**kept, "TRITON_CACHE_DIR": str(folder / "cache"), **environment},
+        command, cwd=ROOT, env={**kept, "TRITON_CACHE_DIR": str(folder / "cache"), PART: part, **environment},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     if process.returncode != 0:

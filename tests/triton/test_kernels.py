@@ -11,6 +11,7 @@ import pytest
 from tests.triton.apart import ROOT
 
 
+@pytest.mark.minutes
 def test_committed_page_is_what_is_launched_and_compiled(tmp_path: Path) -> None:
     triton = pytest.importorskip("triton", reason="Triton is not installed")
     committed = (ROOT / "KERNELS.md").read_text()

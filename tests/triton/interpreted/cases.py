@@ -5,7 +5,7 @@ Run by tests/triton/test_interpreter.py, in a process of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,18 @@ from tests.ops import test_bn_relu_conv, test_clique_block, test_dense_block, te
 from tests.ops.tester import DTYPES, assert_as_good_as, lay
 
 LAYOUTS = ("contiguous", "channels_last", "slice", "channels_last_slice")
+
+
+def pairs(names: Iterable[str]) -> list[tuple[str, torch.dtype, str]]:
+    """Each name with each dtype and each layout, and each of these with each other, if not all three."""
+    return [(n, d, LAYOUTS[(i + k) % 4]) for i, n in enumerate(names) for k, d in enumerate(DTYPES)]
+
+
+def in_turn(names: Iterable[str]) -> list[tuple[str, torch.dtype, str]]:
+    """Each name once, by kernels that other tests ask in every dtype and layout."""
+    return [(n, DTYPES[i % 4], LAYOUTS[1 + 2 * (i // 4 % 2)]) for i, n in enumerate(names)]
+
+
 SHAPES = (
     (2, 5, 3, 7),
     (3, 20, 4, 4),  # whole samples are rows, and their masks whole bytes
@@ -169,9 +181,7 @@ def rk_sum(name: str, dtype: torch.dtype, shape: tuple[int, ...], how: str) -> N
             assert_sum(ours[i], true[i], magnitudes[i])
 
 
-@pytest.mark.parametrize("how", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", RK_SUMS)
+@pytest.mark.parametrize(("name", "dtype", "how"), pairs(RK_SUMS), ids=str)
 def test_rk_sum(name: str, dtype: torch.dtype, how: str) -> None:
     rk_sum(name, dtype, (3, 20, 5, 7), how)
 
@@ -257,9 +267,7 @@ def bn_rk_sum(name: str, dtype: torch.dtype, shape: tuple[int, ...], how: str) -
                 assert_sum(ours[i], true[i], magnitudes[i])
 
 
-@pytest.mark.parametrize("how", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", BN_RK_SUMS)
+@pytest.mark.parametrize(("name", "dtype", "how"), pairs(BN_RK_SUMS), ids=str)
 def test_bn_rk_sum(name: str, dtype: torch.dtype, how: str) -> None:
     bn_rk_sum(name, dtype, (3, 20, 5, 7), how)
 
@@ -429,7 +437,7 @@ def test_running_statistics(momentum: float | None, count: int) -> None:
         assert_as_good_as(a, b, c, f"{a.dtype}")
 
 
-@pytest.fixture(params=("few programs", "small blocks"))
+@pytest.fixture
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products of several tiles: all rows in one program's loop, or each tile in a program of its own."""
     small = launches.Cut(16, 16, 16, 4, 2)
@@ -441,9 +449,7 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 TRITON = ("triton", "cpu")
 
 
-@pytest.mark.parametrize("how", ("contiguous", "channels_last_slice"))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", test_bn_relu_conv.TestBnReluConv.CASES)
+@pytest.mark.parametrize(("name", "dtype", "how"), in_turn(test_bn_relu_conv.TestBnReluConv.CASES), ids=str)
 def test_bn_relu_convs(name: str, dtype: torch.dtype, how: str) -> None:
     tester = test_bn_relu_conv.TestBnReluConv()
     tester.check(tester.CASES[name], (3, 20, 5, 7), dtype, how, TRITON)
@@ -458,9 +464,7 @@ def test_bn_relu_conv_keeps_x_alone() -> None:
     test_bn_relu_conv.test_what_is_kept(TRITON)
 
 
-@pytest.mark.parametrize("how", ("contiguous", "channels_last_slice"))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", test_residual_block.TestResidualBlock.CASES)
+@pytest.mark.parametrize(("name", "dtype", "how"), in_turn(test_residual_block.TestResidualBlock.CASES), ids=str)
 def test_residual_blocks(name: str, dtype: torch.dtype, how: str) -> None:
     tester = test_residual_block.TestResidualBlock()
     tester.check(tester.CASES[name], (3, 20, 5, 7), dtype, how, TRITON)
@@ -470,17 +474,25 @@ def test_residual_block_with_statistics() -> None:
     test_residual_block.test_running_statistics_and_counters(TRITON)
 
 
-DENSE = [(s, n) for s in test_dense_block.SHAPES for n in test_dense_block.NORMS if s != "wide_neck" or n == "batch"]
+DENSE = [
+    *(("small blocks", s, n) for s in test_dense_block.SHAPES for n in test_dense_block.NORMS if s != "wide_neck"),
+    ("small blocks", "wide_neck", "batch"),
+    *(("few programs", s, "batch") for s in test_dense_block.SHAPES if s != "wide_neck"),
+]
+CLIQUES = [
+    *(("small blocks", name) for name in test_clique_block.CASES),
+    *(("few programs", name) for name in list(test_clique_block.CASES)[::3]),
+]
 
 
+@pytest.mark.parametrize(("products", "shape", "norms"), DENSE, indirect=["products"])
 @pytest.mark.usefixtures("products")
-@pytest.mark.parametrize(("shape", "norms"), DENSE)
 def test_dense_blocks(shape: str, norms: str) -> None:
     test_dense_block.test_against_float64(shape, norms, TRITON)
 
 
+@pytest.mark.parametrize(("products", "name"), CLIQUES, indirect=["products"])
 @pytest.mark.usefixtures("products")
-@pytest.mark.parametrize("name", test_clique_block.CASES)
 def test_clique_blocks(name: str) -> None:
     test_clique_block.test_against_float64(name, TRITON)
 
