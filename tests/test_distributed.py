@@ -46,25 +46,25 @@ def trained(model: nn.Module, rank: int, steps: int = 2) -> list[Tensor]:
     return [p.grad for p in model.parameters() if p.grad is not None]
 
 
-def worker(rank: int, folder: str, name: str) -> None:
+def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
-        model = nn.parallel.DistributedDataParallel(made(name))
-        torch.save(trained(model, rank), Path(folder) / f"{rank}.pt")
+        found = {name: trained(nn.parallel.DistributedDataParallel(made(name)), rank) for name in MODELS}
+        torch.save(found, Path(folder) / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_gradients_are_averaged(name: str, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(worker, (str(tmp_path), name), nprocs=2)
+def test_gradients_are_averaged(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
-    alone = [trained(made(name), rank) for rank in range(2)]
-    expected = [(a + b) / 2 for a, b in zip(*alone, strict=True)]
-    assert len(first) == len(expected)
-    torch.testing.assert_close(first, expected, rtol=1e-3, atol=1e-4)
+    for name in MODELS:
+        alone = [trained(made(name), rank) for rank in range(2)]
+        expected = [(a + b) / 2 for a, b in zip(*alone, strict=True)]
+        assert len(first[name]) == len(expected), name
+        torch.testing.assert_close(first[name], expected, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
 SYNCED = {
@@ -100,38 +100,41 @@ def stepped(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tenso
     return found
 
 
-def synced_worker(rank: int, folder: str, name: str) -> None:
+def synced_worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
-        torch.manual_seed(0)
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(rkfast.create_model(name, **SYNCED[name]).double())
         part = slice(0, SIZES[0]) if rank == 0 else slice(SIZES[0], None)
         images, labels = synced_batch()
-        before = dispatch.served()
-        found = stepped(model, images[part], labels[part])
-        found["served"] = torch.tensor((dispatch.served() - before)["dense_block", "reference"])
-        # Gradients of parameters are those of this process, which DistributedDataParallel would add up.
-        for key in [key for key in found if key.startswith("gradient")]:
-            dist.all_reduce(found[key])
-        torch.save(found, Path(folder) / f"{rank}.pt")
+        every = {}
+        for name, options in SYNCED.items():
+            torch.manual_seed(0)
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(rkfast.create_model(name, **options).double())
+            before = dispatch.served()
+            every[name] = found = stepped(model, images[part], labels[part])
+            found["served"] = torch.tensor((dispatch.served() - before)["dense_block", "reference"])
+            # Gradients of parameters are those of this process, which DistributedDataParallel would add up.
+            for key in [key for key in found if key.startswith("gradient")]:
+                dist.all_reduce(found[key])
+        torch.save(every, Path(folder) / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", SYNCED)
-def test_synchronised_statistics_are_those_of_the_whole_batch(name: str, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(synced_worker, (str(tmp_path), name), nprocs=2)
-    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    torch.manual_seed(0)
-    expected = stepped(rkfast.create_model(name, fused=False, **SYNCED[name]).double(), *synced_batch())
-    for key in ("trained", "evaluated"):
-        together = torch.cat([part.pop(key) for part in parts])
-        torch.testing.assert_close(together, expected.pop(key), rtol=1e-9, atol=1e-9)
-    blocks = [int(part.pop("served")) for part in parts]
-    assert blocks[0] == blocks[1] and (blocks[0] > 0) == ("net-10" not in name)
-    for part in parts:
-        torch.testing.assert_close(part, expected, rtol=1e-9, atol=1e-9)
+def test_synchronised_statistics_are_those_of_the_whole_batch(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(synced_worker, (str(tmp_path),), nprocs=2)
+    every = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for name, options in SYNCED.items():
+        parts = [each[name] for each in every]
+        torch.manual_seed(0)
+        expected = stepped(rkfast.create_model(name, fused=False, **options).double(), *synced_batch())
+        for key in ("trained", "evaluated"):
+            together = torch.cat([part.pop(key) for part in parts])
+            torch.testing.assert_close(together, expected.pop(key), rtol=1e-9, atol=1e-9)
+        blocks = [int(part.pop("served")) for part in parts]
+        assert blocks[0] == blocks[1] and (blocks[0] > 0) == ("net-10" not in name)
+        for part in parts:
+            torch.testing.assert_close(part, expected, rtol=1e-9, atol=1e-9)
 
 
 def block_worker(rank: int, folder: str, backend: str, dtype: torch.dtype) -> None:

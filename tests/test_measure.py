@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -40,8 +41,11 @@ def test_peak_bytes_on_cpu() -> None:
             x + 1
 
     needs_two()
-    peaks = [measure.peak_bytes(f, "cpu") for f in (needs_two, needs_one_at_a_time, needs_two)]
-    assert [p / (64 * MB) for p in peaks if p is not None] == pytest.approx([2, 1, 2], abs=0.1)
+
+    def least(f: Callable[[], None]) -> float:  # whatever else the process does at the same time adds to it
+        return min(peak / (64 * MB) for _ in range(4) if (peak := measure.peak_bytes(f, "cpu")) is not None)
+
+    assert [least(f) for f in (needs_two, needs_one_at_a_time, needs_two)] == pytest.approx([2, 1, 2], abs=0.1)
 
 
 def test_peak_bytes_elsewhere() -> None:

@@ -19,7 +19,7 @@ libraries.prepare()  # torchmetrics imports torchvision
 for package in ("safetensors", "torchmetrics", "sklearn"):
     pytest.importorskip(package)
 
-KILLS = 5
+KILLS = 3
 TRAIN = (
     *("-m", "tests.command", "train", "--model", "erknet-2x1_1x1-b"),
     *("--options", '{"growth_rate": 4, "drop_rate": 0.2}', "--epochs", "4", "--ema", "0.9", "--every", "2"),

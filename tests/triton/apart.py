@@ -29,7 +29,7 @@ def run(cases: str, part: str, folder: Path, *options: str, **environment: str) 
     kept = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "RKFAST_BACKEND")}
     kept["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), kept.get("PYTHONPATH"))))
     process = subprocess.run(
-        command, cwd=ROOT, env={**kept, "TRITON_CACHE_DIR": str(folder / "cache"), PART: part, **environment},
+        command, cwd=ROOT, env={**kept, PART: part, **environment},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     if process.returncode != 0:
