@@ -8,7 +8,6 @@
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/from_blob.h>
 
 #include <algorithm>
@@ -274,10 +273,17 @@ class Convolutions {
         return {dact, weight_gradient_by_tiles(grad, load, w)};
       }
     }
+    return convolve_backward(grad, growth, load, channels, w);
+  }
+  // The same by ATen.
+  template <typename Load>
+  std::pair<Tensor, Tensor> convolve_backward(const T* grad, int64_t growth, const Load& load, int64_t channels, const Tensor& w,
+                                              bool need_data = true, bool need_weight = true) {
     const int64_t pad = w.size(2) / 2;
     auto [dact, dw, dbias] = at::convolution_backward(nhwc(const_cast<T*>(grad), growth), nhwc(materialise(channels, load), channels), w,
-                                                      std::nullopt, {1, 1}, {pad, pad}, {1, 1}, false, {0, 0}, 1, {true, true, false});
-    return {dact.contiguous(at::MemoryFormat::ChannelsLast), like(dw, w)};
+                                                      std::nullopt, {1, 1}, {pad, pad}, {1, 1}, false, {0, 0}, 1,
+                                                      {need_data, need_weight, false});
+    return {need_data ? dact.contiguous(at::MemoryFormat::ChannelsLast) : Tensor(), need_weight ? lying_like(dw, w) : Tensor()};
   }
   template <typename Then>
   void data_gradient_by_tiles(const Bands& bands, const float* grad, const Tensor& w, Slot<float> out, const Then& then) {
@@ -300,7 +306,7 @@ class Convolutions {
     } else {
       WeightGradient(bands, channels, outputs).by_parts(by_rows(load, channels), {grad, outputs}, out);
     }
-    return taps_first ? taps : like(taps.permute({2, 3, 0, 1}), w);
+    return taps_first ? taps : lying_like(taps.permute({2, 3, 0, 1}), w);
   }
   Tensor reused(Tensor& kept, int64_t channels) const {
     materialised(kept, channels);
@@ -334,7 +340,6 @@ class Convolutions {
     return s;
   }
   // The gradient of a weight, laid out as the weight is.
-  static Tensor like(const Tensor& gradient, const Tensor& w) { return at::empty_like(w).copy_(gradient); }
   static Tensor as_tensor(const std::vector<double>& v, const Tensor& like) {
     Tensor t = at::empty({static_cast<int64_t>(v.size())}, like.options().dtype(at::kFloat).memory_format(std::nullopt));
     std::copy(v.begin(), v.end(), t.data_ptr<float>());

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
 #include <c10/core/MemoryFormat.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -261,6 +262,13 @@ inline Tensor laid(const Tensor& t, bool channels_last) {
   const std::vector<int64_t> strides =
       channels_last ? c10::get_channels_last_strides_2d(t.sizes()) : at::IntArrayRef(c10::contiguous_strides(t.sizes())).vec();
   return t.strides() == at::IntArrayRef(strides) ? t : at::empty_strided(t.sizes(), strides, t.options()).copy_(t);
+}
+
+// A gradient that nobody else holds, laid out as what it is of: a copy where it is not yet.
+inline Tensor lying_like(const Tensor& gradient, const Tensor& w) {
+  bool same = w.is_non_overlapping_and_dense();
+  for (int64_t i = 0; i < w.dim(); ++i) same = same && (w.size(i) == 1 || gradient.stride(i) == w.stride(i));
+  return same ? gradient.as_strided(w.sizes(), w.strides()) : at::empty_like(w).copy_(gradient);
 }
 
 // The height or width of what a convolution that pads by half its size makes.

@@ -9,7 +9,8 @@ namespace rkfast {
 
 class OneConvolution : protected Convolutions<float> {
  protected:
-  static constexpr int64_t kForward = 4;  // pixels for each channel from which on tiles win forward; backward they always do
+  // Pixels for each channel from which on tiles win, forward alone, and with the backward.
+  static constexpr double kForward = 4, kBoth = 0.15;
   static constexpr int64_t kBands = 32;  // at least, where an image has rows enough: no sum depends on the threads
 
   // `name` is that of the weight.
@@ -19,7 +20,7 @@ class OneConvolution : protected Convolutions<float> {
     TORCH_CHECK_VALUE(conv.is_cpu() && conv.scalar_type() == at::kFloat && conv.dim() == 4 && conv.size(1) == channels_ &&
                           conv.size(2) == conv.size(3) && conv.size(2) % 2 == 1,
                       name, ": expected a float32 CPU weight [K, ", channels_, ", n, n], n odd");
-    tiled_ = by_tiles(conv_);
+    tiled_ = by_tiles(conv_) && pays(kBoth);
     kept_ = as_rows(given_, x_);
   }
 
@@ -43,10 +44,7 @@ class OneConvolution : protected Convolutions<float> {
     return resolved(t).contiguous(at::MemoryFormat::ChannelsLast);
   }
   bool tiled() const { return tiled_; }
-  // Forward, few pixels do not pay for the transform of a weight, unless that is small.
-  void forward_alone() {
-    tiled_ = tiled_ && (narrow(channels_, outputs_) || rows_ >= kForward * std::max(channels_, outputs_));
-  }
+  void forward_alone() { tiled_ = tiled_ && pays(kForward); }
 
   // Pieces of the rows, what follows on which is done while they are in cache.
   int64_t pieces() const { return tiled() ? bands_.count : parts_.count; }
@@ -116,7 +114,7 @@ class OneConvolution : protected Convolutions<float> {
   std::pair<Tensor, Tensor> convolved_backward(const Gradient& grad, const Load& load, bool need_data, bool need_conv, const Then& then) {
     Tensor dx, dconv;
     if (!tiled() && conv_.size(2) != 1) {
-      std::tie(dx, dconv) = conv_backward(grad.data, outputs_, load, channels_, conv_);
+      std::tie(dx, dconv) = convolve_backward(grad.data, outputs_, load, channels_, conv_, need_data, need_conv);
       if (need_data)
         parts_.run([&](int64_t part, int64_t from, int64_t to) { then(part, rows_of(dx, channels_).row(from), from, to - from); });
       return {dx, dconv};
@@ -138,6 +136,9 @@ class OneConvolution : protected Convolutions<float> {
   Tensor laid(const Tensor& t) const { return rkfast::laid(t, channels_last_); }
 
  private:
+  // Few pixels do not pay for the transform of a weight, unless that is small.
+  bool pays(double least) const { return narrow(channels_, outputs_) || rows_ >= least * std::max(channels_, outputs_); }
+
   // The right side of a product with a 1x1 weight, [rows][columns]. A large one lies in panels of kPanel columns: rows that
   // are a multiple of a page apart would fall on the same cache lines.
   struct Right {
@@ -155,7 +156,11 @@ class OneConvolution : protected Convolutions<float> {
   };
   static constexpr int64_t kPanel = 64;
 
+  static constexpr int64_t kFew = 128;  // rows, up to which a wide weight takes longer to move than to multiply
+
   bool wide() const { return channels_ * outputs_ >= int64_t(1) << 16; }
+  // There are more parts of the weight than of the rows then, and it is read once, as it lies.
+  bool few() const { return wide() && rows_ <= kFew; }
 
   // The weight, or where `gradient` that of the convolution that its data gradient is.
   Right right(bool gradient) {
@@ -181,6 +186,7 @@ class OneConvolution : protected Convolutions<float> {
   template <typename Load, typename Then>
   void product(const Load& load, Slot<float> out, const Then& then) {
     if (wide()) matrix_ = as_matrix();
+    if (few()) return product_of_few(load, out, then);
     const Right weight = right(false);
     parts_.run([&](int64_t part, int64_t from, int64_t to) {
       parts_.tiles(from, to, [&](int64_t i, int64_t n) { weight.multiply(n, load.here(i, n, 0), out.row(i)); });
@@ -189,10 +195,53 @@ class OneConvolution : protected Convolutions<float> {
   }
   Tensor as_matrix() const { return conv_.reshape({outputs_, channels_}).contiguous(); }
 
+  // Transposed, weight times rows.
+  template <typename Load, typename Then>
+  void product_of_few(const Load& load, Slot<float> out, const Then& then) {
+    constexpr int64_t kOutputs = 32, kChannels = 256;
+    const int64_t pitch = rows_ + kRegister - rows_ % kRegister;
+    float* acts = room<float>(turned_, channels_ * pitch);
+    parts_.run([&](int64_t, int64_t from, int64_t to) {
+      parts_.tiles(from, to, [&](int64_t i, int64_t n) { transpose_rows({load.here(i, n, 0), n, channels_, {acts + i, pitch}}); });
+    });
+    const float* w = matrix_.const_data_ptr<float>();
+    at::parallel_for(0, (outputs_ + kOutputs - 1) / kOutputs, 1, [&](int64_t from, int64_t to) {
+      float* some = scratch(1, kOutputs * pitch);
+      for (int64_t k = from * kOutputs; k < std::min(outputs_, to * kOutputs); k += kOutputs) {
+        const int64_t n = std::min(kOutputs, outputs_ - k);
+        for (int64_t c = 0; c < channels_; c += kChannels)
+          at::native::cpublas::brgemm(n, rows_, std::min(kChannels, channels_ - c), channels_, pitch, pitch, c > 0,
+                                      w + k * channels_ + c, acts + c * pitch, some);
+        transpose_rows({{some, pitch}, n, rows_, {out.data + k, out.pitch}});
+      }
+      at::native::cpublas::brgemm_release();
+    });
+    parts_.run([&](int64_t part, int64_t from, int64_t to) { then(part, from, to - from); });
+  }
+  void data_gradient_of_few(const float* grad, float* dx) const {
+    constexpr int64_t kOutputs = 128, kChannels = 128;
+    const float* w = matrix_.const_data_ptr<float>();
+    at::parallel_for(0, (channels_ + kChannels - 1) / kChannels, 1, [&](int64_t from, int64_t to) {
+      for (int64_t c = from * kChannels; c < std::min(channels_, to * kChannels); c += kChannels)
+        for (int64_t k = 0; k < outputs_; k += kOutputs)
+          at::native::cpublas::brgemm(rows_, std::min(kChannels, channels_ - c), std::min(kOutputs, outputs_ - k), outputs_,
+                                      channels_, channels_, k > 0, grad + k, w + k * channels_ + c, dx + c);
+      at::native::cpublas::brgemm_release();
+    });
+  }
+
   // The gradient of what was multiplied into dx, unless that is null, and that of the weight.
   template <typename Load, typename Then>
   Tensor product_backward(const Gradient& grad, const Load& load, float* dx, bool need_conv, const Then& then) {
     matrix_ = as_matrix();
+    if (few()) {
+      const Gradient all{grad.rows(0, rows_, outputs_)};
+      if (dx) {
+        data_gradient_of_few(all.data, dx);
+        parts_.run([&](int64_t part, int64_t from, int64_t to) { then(part, from, to - from); });
+      }
+      return need_conv ? by_outputs(all, load, [](int64_t, int64_t, int64_t, const float*) {}) : Tensor();
+    }
     const Right weight = dx ? right(true) : Right{};
     auto data_gradient = [&](int64_t part, int64_t i, int64_t n, const float* g) {
       if (!dx) return;
@@ -217,7 +266,7 @@ class OneConvolution : protected Convolutions<float> {
         data_gradient(part, i, n, g);
       });
     });
-    return need_conv ? like(partial.sum(0).reshape(conv_.sizes()), conv_) : Tensor();
+    return need_conv ? lying_like(partial.sum(0).reshape(conv_.sizes()), conv_) : Tensor();
   }
   // The gradient of a wide weight: no partial sums, but a product for each block of it, over as many rows as a buffer takes.
   // data_gradient(part, pixel, n, gradient) does the other on the way.
@@ -264,7 +313,7 @@ class OneConvolution : protected Convolutions<float> {
         at::native::cpublas::brgemm_release();
       });
     }
-    return like(out.view(conv_.sizes()), conv_);
+    return lying_like(out.view(conv_.sizes()), conv_);
   }
 
   Tensor matrix_;

@@ -1,6 +1,5 @@
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/convolution_backward.h>
-#include <ATen/ops/empty_like.h>
 
 #include <numeric>
 
@@ -59,7 +58,7 @@ std::pair<Tensor, Tensor> strided_backward(const Tensor& grad, const Tensor& act
   auto [dact, dweight, dbias] =
       at::convolution_backward(grad, laid(act, channels_last), weight, std::nullopt, {stride, stride}, {pad, pad}, {1, 1}, false,
                                {0, 0}, 1, {need_act, need_weight, false});
-  return {need_act ? laid(dact, channels_last) : Tensor(), need_weight ? at::empty_like(weight).copy_(dweight) : Tensor()};
+  return {need_act ? laid(dact, channels_last) : Tensor(), need_weight ? lying_like(dweight, weight) : Tensor()};
 }
 
 }  // namespace

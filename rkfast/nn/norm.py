@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from rkfast.ops import Moments, Norm, bn_relu_conv, bn_rk_sum, checks, residual_block
 from rkfast.ops import conv as conv_op
 from rkfast.ops.bn_relu_conv import kernel_reason
+from rkfast.ops.conv import block_reason
 from rkfast.ops.conv import kernel_reason as conv_reason
 
 
@@ -258,7 +259,7 @@ def whole_residual(
         given.append(found)
     if not all(map(takes_relu, relus)):
         return None
-    if conv_reason(x, *(weight.shape for weight in weights), strides=strides) is not None:
+    if block_reason(x) is not None:
         return None
     projected = _projection(projection, math.prod(strides), x)
     shortcut = None if downsample is None or projected is not None else downsample(x)

@@ -263,8 +263,7 @@ def test_which_blocks_are_one_op(make: Any) -> None:
     before = dispatch.served()
     with torch.no_grad():
         block(x)
-    pixels_pay = isinstance(block, BasicBlock)  # of two 3x3 convolutions: PyTorch's 1x1 are as fast without a gradient
-    assert (dispatch.served() - before)["residual_block", "cpu"] == pixels_pay
+    assert (dispatch.served() - before)["residual_block", "cpu"] == 1
 
 
 @pytest.mark.parametrize("training", (True, False))

@@ -101,9 +101,11 @@ class TestBnReluConv(OpTester):
         for n, h, w in ((3, 5, 6), (9, 6, 7)):
             self.check(case, (n, 80, h, w), torch.float32, "channels_last", target)
 
-    @pytest.mark.parametrize("shape", ((2, 300, 5, 7), (5, 257, 29, 31)))
+    @pytest.mark.parametrize(
+        "shape", ((1, 290, 3, 3), (2, 300, 5, 7), (2, 257, 8, 8), (3, 260, 8, 8), (5, 257, 29, 31))
+    )
     def test_wide(self, case: dict[str, Any], shape: tuple[int, ...], target: Target) -> None:
-        """Weights in panels, whose gradients are taken block by block, of many rows in several goes."""
+        """Weights as they lie for few rows, else in panels; gradients block by block, of many rows in several goes."""
         if target[0] != "cpu" or case["n"] != 1:
             pytest.skip("only the C++ kernels of 1x1 convolutions have panels")
         self.check(case, shape, torch.float32, "channels_last", target)

@@ -356,27 +356,35 @@ def test_statistics_move_once_under_compile_and_export() -> None:
     torch.testing.assert_close(exported.module()(x, t), torch.relu(stock.eval()(x.sin()) + t).cos())
 
 
-def test_kept_bytes_by_hooks_and_by_resident_memory_agree() -> None:
-    """A chain of joins keeps each input once and a bit per element; both ways of counting say so."""
-    script = """
+@pytest.mark.parametrize(
+    "call",
+    (
+        "ops.bn_rk_sum(y, bn.weight, bn.bias, bn.running_mean, bn.running_var, terms=[t], coeffs=[1.0], relu=True, "
+        "training=True, momentum=0.1, eps=1e-5)",
+        "ops.rk_sum([y, t], [1.0, 0.5], steps=[bn.weight, None], relu=True)",
+    ),
+    ids=("bn_rk_sum", "rk_sum"),
+)
+def test_kept_bytes_by_hooks_and_by_resident_memory_agree(call: str) -> None:
+    """A chain of sums keeps each input once and a bit per element; both ways of counting say so."""
+    script = f"""
 import os, torch
 from rkfast import ops
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-shape, joins = (8, 64, 128, 128), 6
+shape = (8, 64, 128, 128)
 bn = torch.nn.BatchNorm2d(64)
 y = torch.randn(shape, requires_grad=True)
 t = torch.randn(shape)
 
 def run(y):
-    for _ in range(joins):
-        y = ops.bn_rk_sum(y, bn.weight, bn.bias, bn.running_mean, bn.running_var, terms=[t], coeffs=[1.0], relu=True,
-                          training=True, momentum=0.1, eps=1e-5)
+    for _ in range(6):
+        y = {call}
     return y
 
-kept = {}
+kept = {{}}
 def pack(s):
     kept[s.untyped_storage().data_ptr()] = s.untyped_storage().nbytes()
     return s

@@ -66,7 +66,7 @@ class TestConv(OpTester):
             pytest.skip("an empty tensor has no rows")
         self.check(case, shape, torch.float32, how, target, seeds=32 if shape[1] == 1 else 4)
 
-    @pytest.mark.parametrize("shape", ((9, 16, 8, 7), (9, 80, 6, 7), (3, 80, 5, 6)))
+    @pytest.mark.parametrize("shape", ((9, 16, 8, 7), (9, 80, 6, 7), (3, 80, 5, 6), (1, 130, 4, 4)))
     def test_bands_and_tiles_of_several_images(
         self, case: dict[str, Any], shape: tuple[int, ...], target: Target
     ) -> None:
@@ -81,9 +81,11 @@ class TestConv(OpTester):
             pytest.skip("only the C++ kernels have tiles of rows")
         self.check(case, shape, torch.float32, "channels_last", target)
 
-    @pytest.mark.parametrize("shape", ((2, 300, 5, 7), (5, 257, 29, 31)))
+    @pytest.mark.parametrize(
+        "shape", ((1, 290, 3, 3), (2, 300, 5, 7), (2, 257, 8, 8), (3, 260, 8, 8), (5, 257, 29, 31))
+    )
     def test_wide(self, case: dict[str, Any], shape: tuple[int, ...], target: Target) -> None:
-        """Weights in panels, whose gradients are taken block by block, of many rows in several goes."""
+        """Weights as they lie for few rows, else in panels; gradients block by block, of many rows in several goes."""
         if target[0] != "cpu" or case["n"] != 1:
             pytest.skip("only the C++ kernels of 1x1 convolutions have panels")
         self.check(case, shape, torch.float32, "channels_last", target)

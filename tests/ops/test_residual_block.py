@@ -14,7 +14,7 @@ from torch import Tensor, nn, profiler
 from rkfast import dispatch, native, ops
 from rkfast.nn.norm import as_norm
 from rkfast.ops import Norm, checks, layout
-from rkfast.ops.conv import kernel_reason
+from rkfast.ops.conv import block_reason
 from tests.ops.tester import (
     DTYPES,
     LAYOUTS,
@@ -170,11 +170,12 @@ class TestResidualBlock(OpTester):
             pytest.skip("an empty tensor has no rows")
         self.check(case, shape, torch.float32, how, target, seeds=4 if target != ("triton", "cpu") else 2)
 
-    def test_wide(self, case: dict[str, Any], target: Target) -> None:
-        """1x1 weights in panels, whose gradients are taken block by block, of several goes."""
+    @pytest.mark.parametrize("shape", ((5, 257, 13, 11), (2, 290, 3, 3), (2, 290, 4, 4)))
+    def test_wide(self, case: dict[str, Any], shape: tuple[int, ...], target: Target) -> None:
+        """1x1 weights in panels, whose gradients are taken block by block, of several goes; and few pixels."""
         if target[0] != "cpu":
             pytest.skip("only the C++ kernels have panels")
-        self.check(case, (5, 257, 13, 11), torch.float32, "channels_last", target)
+        self.check(case, shape, torch.float32, "channels_last", target)
 
     @pytest.mark.parametrize("how", ("contiguous", "channels_last", "channels_last_slice"))
     def test_large(self, case: dict[str, Any], how: str, target: Target) -> None:
@@ -406,12 +407,15 @@ def test_transforms_take_plain_pytorch() -> None:
 @pytest.mark.skipif(native.cpu_reason() is not None, reason="there are no C++ kernels")
 def test_why_not() -> None:
     x = torch.randn(2, 16, 4, 4).to(memory_format=torch.channels_last)
-    basic = [(16, 16, 3, 3)] * 2
-    assert kernel_reason(x, *basic) is None
-    assert "gains nothing" in str(kernel_reason(x, *basic, (7, 16, 3, 3)))
-    assert "contiguous" in str(kernel_reason(x.contiguous(), *basic))
-    with torch.no_grad():
-        assert "no slower" in str(kernel_reason(x, (16, 16, 3, 3), (16, 16, 1, 1)))
+    assert block_reason(x) is None
+    assert "contiguous" in str(block_reason(x.contiguous()))
+    assert "float32" in str(block_reason(x.double()))
+    with dispatch.use("cpu"):
+        assert block_reason(x.contiguous()) is None
+    with dispatch.use("reference"):
+        assert block_reason(x.double()) is None
+    with dispatch.use("cuda"):
+        assert block_reason(x) == "there is no kernel of cuda"
 
 
 @pytest.mark.parametrize(

@@ -135,34 +135,41 @@ class _Conv(torch.autograd.Function):
 
 
 # Where the C++ kernels beat oneDNN's convolution, on two cores with AVX512: pixels, at least, for each channel of the
-# wider side of a 3x3 convolution.
+# wider side of a 3x3 convolution, as csrc/cpu/one_convolution.h has them.
 LEAST_3X3 = 0.15  # forward and backward
-LEAST_FORWARD = 2.0  # forward alone
+LEAST_FORWARD = 4.0  # forward alone
 LEAST_TRANSFORMED = 0.2  # the same of a weight that is transformed already
 
 
-def kernel_reason(x: Tensor, *weights: Shape, strides: Sequence[int] = ()) -> str | None:
-    """Why PyTorch's convolution with one of these weights, of those shapes, is the better choice; None where this op is
-    with all of them, or a backend that serves it is forced. On a GPU it is cuDNN's in either case.
-
-    strides: of convolutions in a row, of which those with a stride are PyTorch's anyway; none are 1 for all."""
+def kernel_reason(x: Tensor, weight: Shape) -> str | None:
+    """Why PyTorch's convolution with a weight of this shape is the better choice; None where this op is, or a backend
+    that serves it is forced. On a GPU it is cuDNN's in either case."""
     forced = dispatch.forced()
     if forced == "reference":
         return None
     trains = torch.is_grad_enabled()
-    if not trains and forced is None and any(weight[2] == 1 for weight in weights):
+    if not trains and forced is None and weight[2] == 1:
         return "forward alone, oneDNN's 1x1 convolution is no slower"
     reason = _refusal(x, forced)
     if reason is not None or forced:
         return reason
-    return _slow_reason(x, weights, LEAST_3X3 if trains else LEAST_FORWARD, strides)
+    return _layout_reason(x) or _slow_reason(x, weight, LEAST_3X3 if trains else LEAST_FORWARD)
+
+
+def block_reason(x: Tensor) -> str | None:
+    """The same of several convolutions and what stands around them in one op, within which each takes the better."""
+    forced = dispatch.forced()
+    if forced == "reference":
+        return None
+    reason = _refusal(x, forced)
+    return reason if reason is not None or forced else _layout_reason(x)
 
 
 def transformed_reason(x: Tensor, weight: Shape) -> str | None:
     """``kernel_reason`` of an inference whose weight of this shape is by tiles already."""
     if weight[2] == 1:
         return "there are no tiles of 1x1 convolutions"
-    return _refusal(x, dispatch.forced()) or _slow_reason(x, (weight,), LEAST_TRANSFORMED)
+    return _refusal(x, dispatch.forced()) or _layout_reason(x) or _slow_reason(x, weight, LEAST_TRANSFORMED)
 
 
 def _refusal(x: Tensor, forced: str | None) -> str | None:
@@ -175,22 +182,21 @@ def _refusal(x: Tensor, forced: str | None) -> str | None:
     return checks.missing(backend, x.device.type, forced is not None) or REASONS[backend](x, checks.dtype_of_call(x))
 
 
-def _slow_reason(x: Tensor, weights: Sequence[Shape], least: float, strides: Sequence[int] = ()) -> str | None:
+def _layout_reason(x: Tensor) -> str | None:
+    return None if layout.is_channels_last(x) else "a contiguous tensor is copied: the C++ kernel works channels_last"
+
+
+def _slow_reason(x: Tensor, weight: Shape, least: float) -> str | None:
     """Where the C++ kernel gains nothing on PyTorch."""
-    if not layout.is_channels_last(x):
-        return "a contiguous tensor is copied: the C++ kernel works channels_last"
     images, _, height, width = x.shape
-    for weight, stride in zip(weights, strides or [1] * len(weights), strict=True):
-        outputs, channels, size, _ = weight
-        if stride > 1:
-            height, width = (height - 1) // stride + 1, (width - 1) // stride + 1
-        if size == 1 or stride > 1:
-            continue
-        # As csrc/cpu/convolution.h says.
-        if size != 3 or min(outputs, channels) < (8 if narrow(weight) else 16) or min(height, width) < 4:
-            return "the convolution would be PyTorch's, which gains nothing"
-        if images * height * width < least * max(outputs, channels):
-            return "too few pixels pay for the transform of the weight"
+    outputs, channels, size, _ = weight
+    if size == 1:
+        return None
+    # As csrc/cpu/convolution.h says.
+    if size != 3 or min(outputs, channels) < (8 if narrow(weight) else 16) or min(height, width) < 4:
+        return "the convolution would be PyTorch's, which gains nothing"
+    if not narrow(weight) and images * height * width < least * max(outputs, channels):
+        return "too few pixels pay for the transform of the weight"
     return None
 
 
