@@ -63,7 +63,7 @@ def conform(x: Tensor, channels_last: bool) -> Tensor:
 
 def empty(x: Tensor, channels_last: bool, dtype: torch.dtype | None = None) -> Tensor:
     """A dense tensor of x's shape in the layout asked for."""
-    return torch.empty_strided(x.shape, strides(x.shape, channels_last), dtype=dtype or x.dtype, device=x.device)
+    return x.new_empty_strided(x.shape, strides(x.shape, channels_last), dtype=dtype or x.dtype)  # batched where x is
 
 
 def strides(shape: Sequence[int], channels_last: bool) -> tuple[int, ...]:

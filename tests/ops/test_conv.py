@@ -308,8 +308,10 @@ def test_on_meta() -> None:
     assert forward(x, tiles, None, None, True, False, False)[0].shape == out.shape
 
 
-def test_transforms_take_plain_pytorch() -> None:
-    x, weight = torch.randn(3, 2, 4, 5, 5), torch.randn(6, 4, 3, 3)
+@pytest.mark.parametrize("format", (torch.contiguous_format, torch.channels_last))
+def test_transforms_take_plain_pytorch(format: torch.memory_format) -> None:
+    x = torch.randn(3, 4, 5, 5).contiguous(memory_format=format)[:, None]
+    weight = torch.randn(6, 4, 3, 3)
     found = torch.func.vmap(lambda t: ops.conv(t, weight, relu=True))(x)
     torch.testing.assert_close(found, torch.stack([ops.conv(t, weight, relu=True) for t in x]), rtol=1e-5, atol=1e-5)
     grad = torch.func.grad(lambda t: ops.conv(t, weight).square().sum())(x[0])

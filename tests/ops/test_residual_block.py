@@ -392,10 +392,11 @@ def test_on_meta() -> None:
     assert [g.shape for g in found] == [t.shape for t in (x, *block.parameters())]
 
 
-def test_transforms_take_plain_pytorch() -> None:
+@pytest.mark.parametrize("format", (torch.contiguous_format, torch.channels_last))
+def test_transforms_take_plain_pytorch(format: torch.memory_format) -> None:
     torch.manual_seed(0)
-    x, conv = torch.randn(3, 2, 4, 5, 5), torch.randn(4, 4, 3, 3)
-    norm = Norm(torch.rand(4), None, torch.zeros(4), torch.ones(4), None, False)
+    x = torch.randn(3, 4, 5, 5).contiguous(memory_format=format)[:, None]
+    conv, norm = torch.randn(4, 4, 3, 3), Norm(torch.rand(4), None, torch.zeros(4), torch.ones(4), None, False)
     found = torch.func.vmap(lambda t: ops.residual_block(t, [conv], [norm]))(x)
     torch.testing.assert_close(found, torch.stack([ops.residual_block(t, [conv], [norm]) for t in x]))
     grad = torch.func.grad(lambda t: ops.residual_block(t, [conv], [norm]).square().sum())(x[0])
