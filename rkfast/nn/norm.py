@@ -246,7 +246,7 @@ def whole_residual(
     op does not."""
     if memory == "min" and downsample is not None:
         return None
-    if x.dim() != 4 or (step is not None and step.dim() != 1):
+    if x.dim() != 4 or (step is not None and step.dim() != 1) or block_reason(x) is not None:
         return None
     weights: list[Any] = []
     given: list[Norm] = []
@@ -258,8 +258,6 @@ def whole_residual(
         strides.append(conv.stride[0])  # type: ignore[index]  # plain_conv knows what it is
         given.append(found)
     if not all(map(takes_relu, relus)):
-        return None
-    if block_reason(x) is not None:
         return None
     projected = _projection(projection, math.prod(strides), x)
     shortcut = None if downsample is None or projected is not None else downsample(x)
