@@ -246,7 +246,9 @@ def whole_residual(
     op does not."""
     if memory == "min" and downsample is not None:
         return None
-    if x.dim() != 4 or (step is not None and step.dim() != 1) or block_reason(x) is not None:
+    if x.dim() != 4 or (step is not None and step.dim() != 1):
+        return None
+    if block_reason(x, any(getattr(conv, "kernel_size", None) == (1, 1) for conv in convs)) is not None:
         return None
     weights: list[Any] = []
     given: list[Norm] = []

@@ -9,7 +9,7 @@ class Cut(NamedTuple):
     """Sides of the tiles of a product, and how many warps and loads in flight work on one."""
 
     rows: int
-    width: int  # channels of the bottleneck
+    width: int  # channels that are made
     read: int  # channels that are read
     warps: int
     stages: int
@@ -18,12 +18,12 @@ class Cut(NamedTuple):
 SMALLEST = 16  # side that the tensor cores take
 NARROW = 8  # bytes; what loads fewer at once keeps an address for each
 UNTUNED = {
-    ("bottleneck", 2): Cut(128, 128, 64, 8, 2),
-    ("bottleneck", 4): Cut(64, 128, 32, 8, 2),
+    ("product", 2): Cut(128, 128, 64, 8, 2),
+    ("product", 4): Cut(64, 128, 32, 8, 2),
     # Its loop over the width reads a few vectors besides; to have them and the next tiles in flight takes too many
     # registers.
-    ("read_backward", 2): Cut(128, 64, 64, 8, 1),
-    ("read_backward", 4): Cut(128, 64, 32, 8, 1),
+    ("data_gradient", 2): Cut(128, 64, 64, 8, 1),
+    ("data_gradient", 4): Cut(128, 64, 32, 8, 1),
     ("weight_gradient", 2): Cut(64, 128, 64, 8, 2),
     ("weight_gradient", 4): Cut(32, 128, 64, 8, 2),
 }

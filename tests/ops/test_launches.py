@@ -21,7 +21,7 @@ from rkfast.ops.launches import Cut
 def test_no_side_is_longer_than_its_size(
     itemsize: int, sizes: tuple[int, int, int], sides: tuple[int, int, int], warps: int
 ) -> None:
-    found = launches.cut("bottleneck", "", itemsize, 8, *sizes)
+    found = launches.cut("product", "", itemsize, 8, *sizes)
     assert found == Cut(*sides, warps, 2)
 
 
@@ -41,19 +41,19 @@ def test_devices(name: str, gpu: str) -> None:
 
 def test_what_was_tuned_is_taken_on_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
     tuned = Cut(256, 64, 32, 4, 3)
-    monkeypatch.setitem(launches.TUNED, ("H200", "bottleneck", 2), tuned)
+    monkeypatch.setitem(launches.TUNED, ("H200", "product", 2), tuned)
     sizes = (802816, 128, 992)
-    assert launches.cut("bottleneck", "NVIDIA H200", 2, 8, *sizes) == tuned
+    assert launches.cut("product", "NVIDIA H200", 2, 8, *sizes) == tuned
     for kernel, device, itemsize in (
-        ("read_backward", "NVIDIA H200", 2),
-        ("bottleneck", "NVIDIA H100", 2),
-        ("bottleneck", "NVIDIA H200", 4),
+        ("data_gradient", "NVIDIA H200", 2),
+        ("product", "NVIDIA H100", 2),
+        ("product", "NVIDIA H200", 4),
     ):
         assert launches.cut(kernel, device, itemsize, 8, *sizes) == launches.UNTUNED[kernel, itemsize]
 
 
 def test_names_are_those_of_kernels() -> None:
-    kernels = {"bottleneck", "read_backward", "weight_gradient"}
+    kernels = {"product", "data_gradient", "weight_gradient"}
     assert all(gpu in launches.GPUS and kernel in kernels for gpu, kernel, _ in launches.TUNED)
 
 
@@ -62,5 +62,5 @@ def test_names_are_those_of_kernels() -> None:
     ((2, 8, 128, 64), (2, 4, 128, 64), (2, 2, 64, 32), (2, 1, 32, 16), (4, 2, 64, 32), (4, 1, 32, 16)),
 )
 def test_narrow_loads_take_smaller_tiles(itemsize: int, unit: int, rows: int, read: int) -> None:
-    found = launches.cut("bottleneck", "", itemsize, unit, 65536, 150, 600)
+    found = launches.cut("product", "", itemsize, unit, 65536, 150, 600)
     assert (found.rows, found.read) == (rows, read)

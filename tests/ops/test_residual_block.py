@@ -71,6 +71,8 @@ class TestResidualBlock(OpTester):
         "frozen": case("1 3 1", training="frozen"),
         "bare": case("3 1", training="bare", affine=False, step=False),
         "one": case("1", shortcut=True),
+        "alone": case("1"),
+        "pointwise": case("1 1", training="mixed"),
         "wide_kernel": case("5 3"),
         "strided": case("3/2 3", projection=True),
         "strided_bottleneck": case("1 3/2 1", projection=True, training="mixed"),
@@ -408,15 +410,15 @@ def test_transforms_take_plain_pytorch(format: torch.memory_format) -> None:
 @pytest.mark.skipif(native.cpu_reason() is not None, reason="there are no C++ kernels")
 def test_why_not() -> None:
     x = torch.randn(2, 16, 4, 4).to(memory_format=torch.channels_last)
-    assert block_reason(x) is None
-    assert "contiguous" in str(block_reason(x.contiguous()))
-    assert "float32" in str(block_reason(x.double()))
+    assert block_reason(x, True) is None
+    assert "contiguous" in str(block_reason(x.contiguous(), True))
+    assert "float32" in str(block_reason(x.double(), True))
     with dispatch.use("cpu"):
-        assert block_reason(x.contiguous()) is None
+        assert block_reason(x.contiguous(), True) is None
     with dispatch.use("reference"):
-        assert block_reason(x.double()) is None
+        assert block_reason(x.double(), True) is None
     with dispatch.use("cuda"):
-        assert block_reason(x) == "there is no kernel of cuda"
+        assert block_reason(x, True) == "there is no kernel of cuda"
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ where the channels of all slots divide into them: at 36 channels it is 8, and at
 """
 TARGETS = (80, 90, 100)
 STREAMS = {"forward", "backward", "moments"}  # they read whole tensors
-PRODUCTS = {"bottleneck", "read_backward", "weight_gradient"}
+PRODUCTS = {"product", "data_gradient", "weight_gradient"}
 QUICK = ("irknet-5x1_5x1_5x1-ab, growth_rate 150",)
 
 
@@ -66,7 +66,7 @@ def specialisation(compiled: Any, cc: int) -> Specialisation:
     kernel = compiler.inspect(compiled, cc)
     name = kernel.name.strip("_").removesuffix("_kernel")
     op = compiled.src.fn.fn.__module__.split(".")[2]
-    # Without a bottleneck, read_backward is given what it would multiply.
+    # Without a bottleneck, data_gradient is given what it would multiply.
     return Specialisation(op, name, constants.get("UNIT", 1), name in PRODUCTS and "conv" not in constants, kernel)
 
 

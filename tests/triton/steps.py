@@ -111,11 +111,12 @@ class Counted(TorchDispatchMode):
         """In place of JITFunction.run."""
         named = dict(zip(kernel.arg_names, args, strict=False)) | constants
         # Of all slots a growth reads some channels; to what has been added up for those it adds.
-        slots = {name: named.get(name) for name in ("x", "total") if "size0" in named and named.get(name) is not None}
+        names = ("x", "total", "other") if "size0" in named else ()
+        slots = {name: named[name] for name in names if named.get(name) is not None}
         moved = _once(_tensors([value for name, value in named.items() if name not in slots]))
-        for name, slot in slots.items():
+        for slot in slots.values():
             read = (named["size0"] + named["size1"]) * named["UNIT"]
-            moved += _once([slot]) * read // slot.shape[1] * (2 if name == "total" else 1)
+            moved += _once([slot]) * read // slot.shape[1]
         op, stem = kernel.fn.__module__.split(".")[2], kernel.fn.__name__.strip("_").removesuffix("_kernel")
         self.add(f"{op}: {stem}", _tensors(list(named.values())), moved)
 

@@ -156,13 +156,19 @@ def kernel_reason(x: Tensor, weight: Shape) -> str | None:
     return _layout_reason(x) or _slow_reason(x, weight, LEAST_3X3 if trains else LEAST_FORWARD)
 
 
-def block_reason(x: Tensor) -> str | None:
-    """The same of several convolutions and what stands around them in one op, within which each takes the better."""
+def block_reason(x: Tensor, pointwise: bool) -> str | None:
+    """The same of several convolutions and what stands around them in one op, within which each takes the better.
+    pointwise: one of them is of 1x1, which on a GPU are products of ours, of two bytes an element."""
     forced = dispatch.forced()
     if forced == "reference":
         return None
-    reason = _refusal(x, forced)
-    return reason if reason is not None or forced else _layout_reason(x)
+    backend = "cpu" if x.is_cpu else "triton"
+    reason = _refusal(x, forced, backend)
+    if reason is None and forced is None:
+        reason = _layout_reason(x)
+        if reason is None and backend == "triton" and not (pointwise and checks.dtype_of_call(x).itemsize == 2):
+            reason = "every convolution would be PyTorch's, and in one op gain nothing"
+    return reason
 
 
 def transformed_reason(x: Tensor, weight: Shape) -> str | None:
@@ -172,9 +178,9 @@ def transformed_reason(x: Tensor, weight: Shape) -> str | None:
     return _refusal(x, dispatch.forced()) or _layout_reason(x) or _slow_reason(x, weight, LEAST_TRANSFORMED)
 
 
-def _refusal(x: Tensor, forced: str | None) -> str | None:
+def _refusal(x: Tensor, forced: str | None, default: str = "cpu") -> str | None:
     """Why no kernel can serve x."""
-    backend = forced or "cpu"
+    backend = forced or default
     if backend not in REASONS:
         return f"there is no kernel of {backend}"
     if checks.tracing():
@@ -183,7 +189,7 @@ def _refusal(x: Tensor, forced: str | None) -> str | None:
 
 
 def _layout_reason(x: Tensor) -> str | None:
-    return None if layout.is_channels_last(x) else "a contiguous tensor is copied: the C++ kernel works channels_last"
+    return None if layout.is_channels_last(x) else "a contiguous tensor is copied: kernels work channels_last here"
 
 
 def _slow_reason(x: Tensor, weight: Shape, least: float) -> str | None:

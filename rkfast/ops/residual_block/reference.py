@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -18,13 +17,13 @@ from rkfast.ops.rk_sum.reference import masked
 Vectors = list[Tensor | None]  # of each norm weight, bias, mean and var
 
 
-def _stride(i: int, strides: list[int]) -> int:
+def stride_of(i: int, strides: list[int]) -> int:
     """Of convs[i]; one behind those of the branch is the projection."""
     return strides[i] if i < len(strides) else math.prod(strides)
 
 
 def _conv(x: Tensor, convs: list[Tensor], i: int, strides: list[int]) -> Tensor:
-    return F.conv2d(x, convs[i], stride=_stride(i, strides), padding=convs[i].shape[2] // 2)
+    return F.conv2d(x, convs[i], stride=stride_of(i, strides), padding=convs[i].shape[2] // 2)
 
 
 def composite(
@@ -69,9 +68,7 @@ def forward(
     eps: list[float],
     channels_last: bool,
     keep: bool,
-    sums: ModuleType = bn_rk_sum,
 ) -> list[Tensor]:
-    """sums: a backend's bn_rk_sum."""
     with torch.autocast(x.device.type, enabled=False):
         last = len(strides) - 1
         outs: list[Tensor] = [x] * len(convs)
@@ -81,8 +78,9 @@ def forward(
         def normed(read: Tensor, i: int, terms: list[Tensor], relu: bool) -> Tensor:
             outs[i] = laid(_conv(read, convs, i, strides), channels_last)
             masks = keep and i == last
-            act, *found = sums.forward(
-                outs[i], *norms[4 * i : 4 * i + 4], terms, [1.0] * len(terms), step if i == last else None,
+            weight, bias, mean, var = norms[4 * i : 4 * i + 4]
+            act, *found = bn_rk_sum.forward(
+                outs[i], weight, bias, mean, var, terms, [1.0] * len(terms), step if i == last else None,
                 channels_last, relu, eps[i], False, masks,
             )  # fmt: skip
             if masks:
@@ -115,7 +113,6 @@ def backward(
     need_shortcut: bool,
     need_convs: bool,
     need_step: bool,
-    sums: ModuleType = bn_rk_sum,
 ) -> list[Tensor]:
     with torch.autocast(x.device.type, enabled=False):
         last, projects = len(strides) - 1, len(convs) > len(strides)
@@ -130,7 +127,7 @@ def backward(
             weight, bias, mean, var = norms[4 * i : 4 * i + 4]
             assert mean is not None and var is not None
             joins = i == last
-            dy, dweight, dbias, *rest = sums.backward(
+            dy, dweight, dbias, *rest = bn_rk_sum.backward(
                 grad, outs[i], weight, bias, mean, var, step if joins else None, mask if joins else None,
                 [1.0] if joins and shared else [], channels_last, i <= last, batch[i], eps[i], True, True,
                 need_step and joins,
@@ -140,15 +137,17 @@ def backward(
             wanted, dconv = (need_read, need_convs), None
             dread = None
             if any(wanted):
-                dread, dconv = conv_gradients(dy, read, convs[i], *wanted, _stride(i, strides))
+                dread, dconv = conv_gradients(dy, read, convs[i], *wanted, stride_of(i, strides))
             parameters[i] = [*([] if dconv is None else [torch.empty_like(convs[i]).copy_(dconv)]), dweight, dbias]
             return dread
 
         for i in reversed(range(last + 1)):
             read = x
             if i > 0:
-                given = norms[4 * i - 4 : 4 * i]
-                read = sums.forward(outs[i - 1], *given, [], [], None, channels_last, True, eps[i - 1], False, False)[0]
+                weight, bias, mean, var = norms[4 * i - 4 : 4 * i]
+                read = bn_rk_sum.forward(
+                    outs[i - 1], weight, bias, mean, var, [], [], None, channels_last, True, eps[i - 1], False, False
+                )[0]
             found = through(i, grad, read, i > 0 or need_x)
             grad = grad if found is None else found
         dx = []

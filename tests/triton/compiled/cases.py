@@ -14,7 +14,7 @@ from tests.triton import compiler, steps
 
 TARGETS = (80, 90, 100)
 STREAMS = ("_forward_kernel", "_backward_kernel", "_moments_kernel")  # they read and write whole tensors
-PRODUCTS = ("_bottleneck_kernel", "_read_backward_kernel", "_weight_gradient_kernel")
+PRODUCTS = ("_product_kernel", "_data_gradient_kernel", "_weight_gradient_kernel")
 # Dtypes, layouts, sizes and slots go round the targets; sm_90 gets every kernel of each.
 WORK = [
     (90, torch.float32, (256, 64, 112, 112), False, 1),

@@ -16,6 +16,7 @@ from torch import Tensor
 import rkfast
 from rkfast import dispatch, ops
 from rkfast.ops import kernels, launches, layout
+from rkfast.ops import products as fused_products
 from rkfast.ops.bn_rk_sum import reference as bn_reference
 from rkfast.ops.bn_rk_sum import triton as bn_triton
 from rkfast.ops.channel_moments import reference as moments_reference
@@ -442,7 +443,7 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """Products of several tiles: all rows in one program's loop, or each tile in a program of its own."""
     small = launches.Cut(16, 16, 16, 4, 2)
     monkeypatch.setattr(launches, "UNTUNED", dict.fromkeys(launches.UNTUNED, small))
-    monkeypatch.setattr(dense_block, "_PROGRAMS", 1 if request.param == "few programs" else 1 << 20)
+    monkeypatch.setattr(fused_products, "_PROGRAMS", 1 if request.param == "few programs" else 1 << 20)
     monkeypatch.setattr(kernels, "PARTIAL_ROWS", (2,))
 
 
@@ -466,6 +467,33 @@ def test_bn_relu_conv_keeps_x_alone() -> None:
 
 @pytest.mark.parametrize(("name", "dtype", "how"), in_turn(test_residual_block.TestResidualBlock.CASES), ids=str)
 def test_residual_blocks(name: str, dtype: torch.dtype, how: str) -> None:
+    tester = test_residual_block.TestResidualBlock()
+    tester.check(tester.CASES[name], (3, 20, 5, 7), dtype, how, TRITON)
+
+
+POINTWISE = [
+    name
+    for name, case in test_residual_block.TestResidualBlock.CASES.items()
+    if 1 in case["sizes"] or case["projection"]
+]
+
+
+@pytest.mark.parametrize(
+    ("products", "name", "dtype", "how"),
+    [
+        (
+            ("small blocks", "few programs")[i % 2],
+            name,
+            (torch.bfloat16, torch.float16)[i // 2 % 2],
+            ("channels_last", "channels_last_slice")[i // 4 % 2],
+        )
+        for i, name in enumerate(POINTWISE)
+    ],
+    indirect=["products"],
+    ids=str,
+)
+@pytest.mark.usefixtures("products")
+def test_products_of_residual_blocks(name: str, dtype: torch.dtype, how: str) -> None:
     tester = test_residual_block.TestResidualBlock()
     tester.check(tester.CASES[name], (3, 20, 5, 7), dtype, how, TRITON)
 
