@@ -14,7 +14,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +46,46 @@ jit = functools.partial(
 )
 
 
+_ahead: ContextVar[torch.device | None] = ContextVar("ahead", default=None)  # what is compiled for
+_compiled: set[Any] = set()
+
+
+def launch(kernel: Any, lead: Tensor, programs: int, *args: Any, **constants: Any) -> None:
+    """Launch on the device of ``lead``; within ``compile_ahead`` have the kernel compiled."""
+    with torch.cuda.device_of(lead):
+        if _ahead.get():
+            kernel.warmup(*args, grid=(programs,), **constants)
+        else:
+            kernel[(programs,)](*args, **constants)
+
+
+def compile_ahead(key: Any, call: Callable[..., Any], *args: Any) -> None:
+    """Before a first step: all cores compile what ``call`` launches, which is given meta tensors that lie as args do.
+    Once for each key, device and dtype of the first of them."""
+    lead = args[0]
+    key = (key, lead.device, lead.dtype)
+    if lead.is_cpu or key in _compiled or _ahead.get():
+        return
+    _compiled.add(key)
+
+    def meta(t: Any) -> Any:
+        if isinstance(t, list):
+            return [meta(each) for each in t]
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") if isinstance(t, Tensor) else t
+
+    token = _ahead.set(lead.device)
+    try:
+        with torch.cuda.device_of(lead), ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
+            call(*map(meta, args))
+    finally:
+        _ahead.reset(token)
+
+
+def device_of(x: Tensor) -> torch.device:
+    """Where x is, or within ``compile_ahead`` what it stands for."""
+    return _ahead.get() or x.device
+
+
 class Tiling(NamedTuple):
     """How a kernel's work is cut; the first nine fields are the kernels' trailing arguments of these names."""
 
@@ -66,10 +108,8 @@ class Tiling(NamedTuple):
         return self.groups * self.splits
 
     def launch(self, kernel: Any, lead: Tensor, *args: Any, **constants: Any) -> None:
-        with torch.cuda.device_of(lead):
-            kernel[(self.blocks * self.partials,)](
-                *args, *self[: len(GEOMETRY)], **self.constants, **constants, num_warps=self.warps
-            )
+        constants |= self.constants | {"num_warps": self.warps}
+        launch(kernel, lead, self.blocks * self.partials, *args, *self[: len(GEOMETRY)], **constants)
 
 
 class View(NamedTuple):
@@ -238,16 +278,10 @@ def reduce(kernel: Any, lead: Tensor, groups: int, rows: int, channels: int, *ar
     """Launch a second stage, which reduces ``rows`` partial results per group and channel."""
     height = next((h for h in PARTIAL_ROWS if rows <= h), PARTIAL_ROWS[-1])
     width = min(max(4, 2048 // height), 32)
-    with torch.cuda.device_of(lead):
-        kernel[(groups * _cdiv(channels, width),)](
-            *args,
-            rows,
-            channels,
-            ROWS=height,
-            COLS=width,
-            WIDE=WIDE[lead.dtype],
-            num_warps=max(1, min(8, height * width // 256)),
-        )
+    launch(
+        kernel, lead, groups * _cdiv(channels, width), *args, rows, channels,
+        ROWS=height, COLS=width, WIDE=WIDE[lead.dtype], num_warps=max(1, min(8, height * width // 256)),
+    )  # fmt: skip
 
 
 def merge_moments(partials: Tensor, into: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:

@@ -65,11 +65,10 @@ class _Plan(NamedTuple):
 
     def launch(self, kernel: Any, lead: Tensor, grid: int, *args: Any, **constants: Any) -> None:
         rows, width, read, warps, stages = self.blocks
-        with torch.cuda.device_of(lead):
-            kernel[(grid,)](
-                *args, BLOCK_ROWS=rows, BLOCK_WIDTH=width, BLOCK_READ=read, UNIT=self.unit, STAGES=stages,
-                PRECISION=_precision(), **constants, num_warps=warps,
-            )  # fmt: skip
+        kernels.launch(
+            kernel, lead, grid, *args, BLOCK_ROWS=rows, BLOCK_WIDTH=width, BLOCK_READ=read, UNIT=self.unit,
+            STAGES=stages, PRECISION=_precision(), **constants, num_warps=warps,
+        )  # fmt: skip
 
 
 def _plan(kernel: str, x: Tensor, reads: Reads, width: int, *tiled: Tensor) -> _Plan:
@@ -81,7 +80,7 @@ def _plan(kernel: str, x: Tensor, reads: Reads, width: int, *tiled: Tensor) -> _
     n, *others = (size // unit for size in sizes)
     rows = layout.count(x)
     widest = max(end0 - begin0, end1 - begin1)
-    blocks = launches.cut(kernel, _device_name(x.device), x.element_size(), unit, rows, width, widest)
+    blocks = launches.cut(kernel, _device_name(kernels.device_of(x)), x.element_size(), unit, rows, width, widest)
     return _Plan(rows, n, others[0], tuple(others[1:]), unit, blocks)
 
 
@@ -585,12 +584,12 @@ def norm_gradients(
     plan = _plan("data_gradient", x, reads, 0)
     dweight, dbias = (norm.mean.new_empty(sum(plan.sizes)) for _ in range(2))
     programs, cols = sums.shape[1], 32
-    with torch.cuda.device_of(x):
-        _deferred_kernel[(plan.column_blocks(cols),)](
-            sums, norm.mean, norm.var, norm.weight, norm.eps, count, dweight, dbias, *(left or (None, None)),
-            *plan.ranges, programs,
-            OWN=norm.own, ROWS=min(64, triton.next_power_of_2(programs)), COLS=cols, UNIT=plan.unit, num_warps=4,
-        )  # fmt: skip
+    kernels.launch(
+        _deferred_kernel, x, plan.column_blocks(cols),
+        sums, norm.mean, norm.var, norm.weight, norm.eps, count, dweight, dbias, *(left or (None, None)),
+        *plan.ranges, programs,
+        OWN=norm.own, ROWS=min(64, triton.next_power_of_2(programs)), COLS=cols, UNIT=plan.unit, num_warps=4,
+    )  # fmt: skip
     return dweight, dbias
 
 

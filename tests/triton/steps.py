@@ -30,7 +30,7 @@ import rkfast
 from rkfast import dispatch
 from rkfast.nn import cudnn
 from rkfast.nn.folded import FoldedConv
-from rkfast.ops import layout
+from rkfast.ops import kernels, layout
 from rkfast.swap.profile import _moved, _once
 
 
@@ -273,7 +273,8 @@ def count(network: Network, training: bool, fused: bool = True) -> list[Launch]:
     def run(self: Any, *args: Any, **options: Any) -> None:
         counted.run(self, *args, **options)
 
-    with mock.patch.object(JITFunction, "run", run), running(counted):
+    ahead = mock.patch.object(kernels, "compile_ahead", return_value=None)  # which makes a step on meta tensors
+    with mock.patch.object(JITFunction, "run", run), ahead, running(counted):
         call()
     return counted.launches
 
@@ -297,10 +298,10 @@ if __name__ == "__main__":
             found = count(each, training)
             plan = each.train if training else each.inference
             print(f"\n{each.label}, {'training' if training else 'inference'}: {total(found)}, {plan}")
-            kernels: Counter[tuple[str, bool]] = Counter()
+            launched: Counter[tuple[str, bool]] = Counter()
             moved: Counter[tuple[str, bool]] = Counter()
             for launch in found:
-                kernels[launch.kernel, launch.activations] += 1
+                launched[launch.kernel, launch.activations] += 1
                 moved[launch.kernel, launch.activations] += launch.bytes
-            for (name, large), n in sorted(kernels.items(), key=lambda item: -moved[item[0]]):
+            for (name, large), n in sorted(launched.items(), key=lambda item: -moved[item[0]]):
                 print(f"  {n:5}  {moved[name, large] / 1e9:8.3f} GB  {'' if large else '(small) '}{name}")

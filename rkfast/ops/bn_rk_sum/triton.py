@@ -121,6 +121,10 @@ def forward(
     terms = [layout.conform(t, channels_last) for t in terms]
     found: tuple[Tensor, ...] = ()
     if mean is None or var is None:
+        steps = None if step is None else step.dim()
+        key = ("bn_rk_sum", len(terms), steps, channels_last, relu, moments, mask, weight is None, bias is None)
+        args = (x, weight, bias, terms, coeffs, step, channels_last, relu, eps, moments, mask)
+        kernels.compile_ahead(key, _train, *args)
         mean, var = found = channel_moments.forward(x, channels_last)
     if out is None:
         out = layout.empty(x, channels_last)
@@ -159,6 +163,30 @@ def forward(
         *found,
         *([] if partials is None else kernels.merge_moments(partials)),
     ]
+
+
+def _train(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    terms: list[Tensor],
+    coeffs: list[float],
+    step: Tensor | None,
+    channels_last: bool,
+    relu: bool,
+    eps: float,
+    moments: bool,
+    masks: bool,
+) -> None:
+    """forward by the batch's statistics, and backward."""
+    out, *found = forward(
+        x, weight, bias, None, None, terms, coeffs, step, channels_last, relu, eps, moments, masks
+    )  # fmt: skip
+    mask = found.pop(0) if masks else None
+    backward(
+        out, x, weight, bias, found[0], found[1], step, mask, coeffs, channels_last, relu, True, eps, True, True,
+        step is not None,
+    )  # fmt: skip
 
 
 def _vectors(

@@ -138,20 +138,22 @@ def update_running_stats(
         means, variances, tracked = (each[i : i + most] for each in (*dense, counters))
         sizes = [r.shape[0] for r in means]
         places = next(n for n in STATS_AT_ONCE if n >= len(means))
-        with torch.cuda.device_of(mean):
-            _running_stats_kernel[(triton.cdiv(max(sizes), STATS_BLOCK),)](
-                mean,
-                var,
-                *(_filled(each, each[-1], places) for each in (means, variances)),
-                _filled(tracked, tracked[-1], places) if tracked else (),
-                len(tracked),
-                _filled(sizes, 0, places),
-                # PyTorch keeps the unbiased variance; one value per channel has none.
-                kernels.scalar(count / max(count - 1, 1), torch.float64),
-                kernels.scalar(0.0 if momentum is None else momentum, torch.float64),
-                CUMULATIVE=cumulative,
-                BLOCK=STATS_BLOCK,
-            )
+        kernels.launch(
+            _running_stats_kernel,
+            mean,
+            triton.cdiv(max(sizes), STATS_BLOCK),
+            mean,
+            var,
+            *(_filled(each, each[-1], places) for each in (means, variances)),
+            _filled(tracked, tracked[-1], places) if tracked else (),
+            len(tracked),
+            _filled(sizes, 0, places),
+            # PyTorch keeps the unbiased variance; one value per channel has none.
+            kernels.scalar(count / max(count - 1, 1), torch.float64),
+            kernels.scalar(0.0 if momentum is None else momentum, torch.float64),
+            CUMULATIVE=cumulative,
+            BLOCK=STATS_BLOCK,
+        )
     for given, copy in zip((*running_mean, *running_var), (*dense[0], *dense[1]), strict=True):
         if copy is not given:
             given.copy_(copy)

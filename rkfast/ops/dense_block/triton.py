@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rkfast.ops import collective, kernels, layout, products
 from rkfast.ops.bn_rk_sum import triton as bn_rk_sum
+from rkfast.ops.channel_moments import triton as channel_moments
 from rkfast.ops.channel_moments.reference import moments_dtype
 from rkfast.ops.dense_block.reference import Growth, conv, conv_backward, dropped, growths, like
 from rkfast.ops.products import Incoming, Norm, as_norm, without_autocast
@@ -115,6 +116,10 @@ def forward(
     total_moments: bool,
     group: str,
 ) -> list[Tensor]:
+    kernels.compile_ahead(
+        ("dense_block", bool(conv2), bool(summed), keep), _step,
+        x, conv1, conv2, norms, keeps, keep_scale, reads, writes, eps, channels, summed, mean, var, keep, total_moments,
+    )  # fmt: skip
     dtype = moments_dtype(x.dtype)
     inputs = x.shape[1]
     with without_autocast(x):
@@ -153,6 +158,20 @@ def forward(
         if summed:
             result += _summed(buffer, [0, *summed], inputs, total_moments)
         return result
+
+
+def _step(*args: Any) -> None:
+    """forward with these, and where that keeps what they take the running statistics and backward."""
+    x, conv1, conv2, norms, keeps, keep_scale, reads, writes, eps, _, summed, _, _, keep, _ = args
+    buffer, mean, var, *found = forward(*args, group="")
+    if keep:
+        moments, mids = found[: 2 * len(conv2)], found[2 * len(conv2) : 3 * len(conv2)]
+        vectors, counters = [mean] * len(conv1), [mean.new_empty((), dtype=torch.int64)] * len(conv1)
+        channel_moments.update_running_stats(mean, var, 2, vectors, vectors, counters, 0.1)
+        backward(
+            layout.empty(x if summed else buffer, True), buffer, mean, var, moments, mids, conv1, conv2, norms, keeps,
+            keep_scale, reads, writes, eps, x.shape[1], summed, "",
+        )  # fmt: skip
 
 
 def _normalised(mid: Tensor, norm: Norm, moments: Any) -> Tensor:

@@ -269,8 +269,8 @@ def residual_block(
         out = relu(shortcut + step * norms[-1](y))        shortcut: x, a tensor, or norm(conv(x)), its projection
 
     One function of autograd: what lies between the convolutions is never stored, nor is a projection normalised, each
-    BatchNorm's moments come from the pass that wrote its input, and the backward of the sum is applied, on a CPU, where
-    the last convolution and the projection read their gradients if they are of 1x1.
+    BatchNorm's moments come from the pass that wrote its input, and the backward of the sum is applied where the last
+    convolution and the projection read their gradients if they are of 1x1; on a GPU in bfloat16 and float16 alone.
 
     Args:
         x: Tensor [N, C, H, W]; float32, float64, bfloat16 or float16. Under autocast x, shortcut and the convolutions

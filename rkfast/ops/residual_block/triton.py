@@ -4,7 +4,7 @@ bn_rk_sum's kernels. The backward normalises again."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -128,6 +128,8 @@ def forward(
     channels_last: bool,
     keep: bool,
 ) -> list[Tensor]:
+    key = ("residual_block", *strides, *(w.shape[2] for w in convs), shortcut is None, step is None, keep)
+    kernels.compile_ahead(key, _step, x, shortcut, convs, norms, step, strides, eps, channels_last, keep)
     with products.without_autocast(x):
         x = layout.conform(x, channels_last)
         layers = _layers(convs, norms, strides, eps, channels_last)
@@ -145,6 +147,21 @@ def forward(
         )  # fmt: skip
         vectors = [v for i, layer in enumerate(layers) if norms[4 * i + 2] is None for v in (layer.mean, layer.var)]
         return [*result, *(outs if keep else []), *vectors]  # type: ignore[list-item]
+
+
+def _step(*args: Any) -> None:
+    """forward with these, and where that keeps what it takes the running statistics and backward."""
+    x, shortcut, convs, norms, step, strides, eps, channels_last, keep = args
+    out, *found = forward(*args)
+    if keep:
+        mask, outs, vectors = found[0], found[1 : 1 + len(convs)], iter(found[1 + len(convs) :])
+        batch = [norms[4 * i + 2] is None for i in range(len(convs))]
+        norms = [next(vectors) if t is None and i % 4 > 1 else t for i, t in enumerate(norms)]
+        own = shortcut is None and len(convs) == len(strides)
+        backward(
+            out, x, outs, mask, convs, norms, step, strides, eps, batch, channels_last, own, True, shortcut is not None,
+            True, step is not None,
+        )  # fmt: skip
 
 
 def backward(

@@ -5,9 +5,16 @@ Run by tests/triton/test_compiler.py, in a process of its own.
 
 from __future__ import annotations
 
+import threading
+from collections import defaultdict
+from typing import Any
+
 import pytest
 import torch
+import triton
+from triton.runtime.jit import JITFunction
 
+from rkfast.ops import kernels, products
 from rkfast.ops.rk_sum import triton as rk_sum
 from tests.ops.tester import DTYPES
 from tests.triton import compiler, steps
@@ -104,6 +111,24 @@ def test_layers_do_not_compile_again() -> None:
     call((256, 64, 56, 56))
     assert call((256, 96, 56, 56)) == 0
     assert call((64, 512, 28, 28)) == 0
+
+
+@pytest.mark.parametrize("name", ("densenet121", "resnet50"))
+def test_a_first_step_compiles_by_all_cores(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What blocks launch, forward and backward, before the first of it is launched."""
+    made_in: dict[str, set[bool]] = defaultdict(set)  # by kernel, whether by the thread that launches
+
+    def made(*, metadata: dict[str, Any], **_: Any) -> None:
+        made_in[metadata["name"]].add(threading.current_thread() is threading.main_thread())
+
+    monkeypatch.setattr(kernels, "_compiled", set())
+    monkeypatch.setattr(triton.knobs.compilation, "listener", made)
+    for jitted in (f for f in vars(products).values() if isinstance(f, JITFunction)):
+        monkeypatch.setattr(jitted, "device_caches", defaultdict(jitted.create_binder))
+    network = next(n for n in steps.NETWORKS if n.name == name)
+    with compiler.compiling_for(90), steps.running(steps.Counted(network.batch)):
+        steps.step(network, steps.made(network, training=True))()
+    assert all(made_in[kernel] == {False} for kernel in PRODUCTS), dict(made_in)
 
 
 @pytest.mark.parametrize("cc", TARGETS)
