@@ -32,6 +32,7 @@ class Surveyor {
   bool usable(const Tensor& t) {
     if (t.unsafeGetTensorImpl()->has_symbolic_sizes_strides() || t.is_nested() || t.layout() != at::kStrided) return false;
     grad_ |= grad_mode_ && t.requires_grad();
+    inference_ |= t.is_inference();
     keys_ = keys_ | t.key_set();
     return t.device() == x_.device();
   }
@@ -56,7 +57,7 @@ class Surveyor {
   }
 
   int64_t found() const {
-    if (keys_.has_any(kLazy)) return 0;
+    if (keys_.has_any(kLazy) || (grad_ && inference_)) return 0;
     const bool plain = (x_.is_cpu() || x_.is_cuda()) && !keys_.has_any(kWatched) &&
         !c10::impl::TorchDispatchModeTLS::any_modes_set() && !at::hasCallbacks() && without_duals();
     const bool channels_last = !x_.is_contiguous() && x_.dim() > 2 && x_.stride(1) == 1 && x_.size(1) > 1;
@@ -67,6 +68,7 @@ class Surveyor {
   const Tensor& x_;
   const bool grad_mode_ = c10::GradMode::is_enabled();
   bool grad_ = false;
+  bool inference_ = false;  // what cannot be kept for a backward
   c10::DispatchKeySet keys_ = c10::impl::tls_local_dispatch_key_set().included_;
 };
 

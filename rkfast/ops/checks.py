@@ -286,6 +286,15 @@ def apart(t: Any) -> Any:
     return t if t is None or not t.requires_grad else t.view_as(t)
 
 
+def keepable(x: Tensor, name: str) -> None:
+    """x can be kept for a backward. Autograd would say so too, but after statistics have moved."""
+    if not torch.compiler.is_compiling() and x.is_inference():
+        raise RuntimeError(
+            f"{name}: an inference tensor cannot be kept for the backward; clone it outside of torch.inference_mode(), "
+            "or call this under torch.no_grad()"
+        )
+
+
 def distinct(tensors: Sequence[Any]) -> Sequence[Any]:
     """tensors, none of them twice where torch.compile traces: it would lose gradients of an autograd.Function."""
     if not torch.compiler.is_compiling():

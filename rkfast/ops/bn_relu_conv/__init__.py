@@ -251,6 +251,8 @@ def bn_relu_conv(
                     update_running_stats(mean, every, 1, *moved[1:])
                     moved = None
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in params):
+            checks.keepable(x, "x")
+            checks.keepable(conv, "conv")
             # Activation checkpointing stops what it computes again at the last tensor that is kept: as in a BatchNorm,
             # statistics move before. A compiler wants nothing changed within a Function.
             within = None if torch.compiler.is_compiling() else moved

@@ -380,6 +380,7 @@ def bn_rk_sum(
         found = []
         inputs = (mean, var, x, weight, bias, step, *terms)
         if not seen:
+            checks.keepable(x, "x")
             inputs = checks.distinct(inputs)
         # Activation checkpointing stops what it computes again at the last tensor that is kept: as in a BatchNorm,
         # statistics move before. A compiler wants nothing changed within a Function.

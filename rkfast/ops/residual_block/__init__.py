@@ -333,6 +333,9 @@ def residual_block(
         return out
     advance = functools.partial(_advance, update_running_stats_op if plain else update_running_stats, norms, counts)
     if needs_grad:
+        if not seen:
+            for name, t in (("x", x), *((f"convs[{i}]", conv) for i, conv in enumerate(convs))):
+                checks.keepable(t, name)
         # Activation checkpointing stops what it computes again at the last tensor that is kept: as in a BatchNorm,
         # statistics move before. A compiler wants nothing changed within a Function.
         within = None if torch.compiler.is_compiling() else advance

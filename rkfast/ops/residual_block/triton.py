@@ -47,13 +47,13 @@ class _Layer(NamedTuple):
         vectors = self.weight, self.bias, self.mean, self.var
         return bn_rk_sum.forward(out, *vectors, [], [], None, self.channels_last, relu, self.eps, False, False)[0]
 
-    def read(self, read: Tensor, below: _Layer | None) -> tuple[Tensor, _Layer]:
+    def read(self, read: Tensor, below: _Layer | None, finishes: bool) -> tuple[Tensor, _Layer]:
         """The convolution of relu(norm(read)), the norm of the layer below, or where there is none of read; and the
-        layer with the moments of that."""
+        layer with the moments of that. finishes: relu(norm(it)) in place of the convolution."""
         batch = self.mean is None
         if self.multiplies:
-            norm = None if below is None else below.norm()
-            out, partials = products.product(read, products.whole(read), self.conv, norm, moments=batch)
+            norm, then = None if below is None else below.norm(), self.norm() if finishes else None
+            out, partials = products.product(read, products.whole(read), self.conv, norm, then=then, moments=batch)
             found = None if partials is None else kernels.merge_moments(partials)
         else:
             act = read if below is None else below.normed(read, True)
@@ -135,10 +135,14 @@ def forward(
         layers = _layers(convs, norms, strides, eps, channels_last)
         branch = len(strides)
         outs: list[Tensor] = []
+        below: _Layer | None = None  # whose norm stands before the next convolution
         for i, layer in enumerate(layers):
-            first = i in (0, branch)
-            out, layers[i] = layer.read(x if first else outs[-1], None if first else layers[i - 1])
+            if i == branch:
+                below = None
+            finishes = not keep and layer.multiplies and layer.mean is not None and i < branch - 1
+            out, layers[i] = layer.read(outs[-1] if 0 < i < branch else x, below, finishes)
             outs.append(out)
+            below = None if finishes else layers[i]
         last = layers[branch - 1]
         projected = [layer.normed(out, False) for layer, out in zip(layers[branch:], outs[branch:], strict=True)]
         result = bn_rk_sum.forward(

@@ -498,6 +498,25 @@ def test_products_of_residual_blocks(name: str, dtype: torch.dtype, how: str) ->
     tester.check(tester.CASES[name], (3, 20, 5, 7), dtype, how, TRITON)
 
 
+@pytest.mark.parametrize("name", ("frozen", "pointwise", "bottleneck_shortcut", "strided_frozen"))
+def test_residual_blocks_that_keep_nothing(name: str) -> None:
+    """Where statistics are given, a product normalises what it writes."""
+    torch.manual_seed(0)
+    tester = test_residual_block.TestResidualBlock()
+    case = tester.CASES[name]
+    exact = tester.inputs(case, (3, 24, 5, 7))
+
+    def given_as(name: str, t: Tensor) -> Tensor:
+        return t.bfloat16().contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t.float()
+
+    given = exact.map(given_as)
+    with torch.no_grad():
+        with dispatch.use("triton"):
+            ours = tester.ours(case, given)
+        eager, truth = tester.eager(case, given), tester.eager(case, given.map(lambda _, t: t.double()))
+    assert_as_good_as(ours, eager, truth, name)
+
+
 def test_residual_block_with_statistics() -> None:
     test_residual_block.test_running_statistics_and_counters(TRITON)
 
