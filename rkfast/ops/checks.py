@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -286,13 +286,16 @@ def apart(t: Any) -> Any:
     return t if t is None or not t.requires_grad else t.view_as(t)
 
 
-def keepable(x: Tensor, name: str) -> None:
-    """x can be kept for a backward. Autograd would say so too, but after statistics have moved."""
-    if not torch.compiler.is_compiling() and x.is_inference():
-        raise RuntimeError(
-            f"{name}: an inference tensor cannot be kept for the backward; clone it outside of torch.inference_mode(), "
-            "or call this under torch.no_grad()"
-        )
+def keepable(tensors: Mapping[str, Tensor | None]) -> None:
+    """They can be kept for a backward. Autograd would say so too, but after statistics have moved."""
+    if torch.compiler.is_compiling():
+        return
+    for name, t in tensors.items():
+        if t is not None and t.is_inference():
+            raise RuntimeError(
+                f"{name}: an inference tensor cannot be kept for the backward; clone it outside of "
+                "torch.inference_mode(), or call this under torch.no_grad()"
+            )
 
 
 def distinct(tensors: Sequence[Any]) -> Sequence[Any]:
@@ -354,9 +357,15 @@ def multiplies_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported()
 
 
+def multiplies_16_bits(device: torch.device) -> bool:
+    """Whether Triton's products of two bytes an element go by matrix instructions there."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 # What torch.compiler.assume_constant_result does; to call it would import the compiler.
 missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 multiplies_bfloat16._dynamo_marked_constant = True  # type: ignore[attr-defined]
+multiplies_16_bits._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def promoted(tensors: list[Tensor]) -> list[Tensor]:

@@ -14,9 +14,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import ContextVar
+from contextvars import Context, ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ _compiled: set[Any] = set()
 def launch(kernel: Any, lead: Tensor, programs: int, *args: Any, **constants: Any) -> None:
     """Launch on the device of ``lead``; within ``compile_ahead`` have the kernel compiled."""
     with torch.cuda.device_of(lead):
-        if _ahead.get():
+        if _ahead.get() is not None:
             kernel.warmup(*args, grid=(programs,), **constants)
         else:
             kernel[(programs,)](*args, **constants)
@@ -61,24 +62,31 @@ def launch(kernel: Any, lead: Tensor, programs: int, *args: Any, **constants: An
 
 def compile_ahead(key: Any, call: Callable[..., Any], *args: Any) -> None:
     """Before a first step: all cores compile what ``call`` launches, which is given meta tensors that lie as args do.
-    Once for each key, device and dtype of the first of them."""
+    Once for each key, device and dtype of the first of them. What does not compile raises where it is launched."""
     lead = args[0]
     key = (key, lead.device, lead.dtype)
-    if lead.is_cpu or key in _compiled or _ahead.get():
+    if lead.is_cpu or key in _compiled or _ahead.get() is not None:
         return
     _compiled.add(key)
+    # A context of its own: Triton's mode stays in the one that an interrupt leaves.
+    Context().run(_compile, lead, call, [_meta(arg) for arg in args])
 
-    def meta(t: Any) -> Any:
-        if isinstance(t, list):
-            return [meta(each) for each in t]
-        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") if isinstance(t, Tensor) else t
 
-    token = _ahead.set(lead.device)
-    try:
-        with torch.cuda.device_of(lead), ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
-            call(*map(meta, args))
-    finally:
-        _ahead.reset(token)
+def _compile(lead: Tensor, call: Callable[..., Any], args: list[Any]) -> None:
+    _ahead.set(lead.device)
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    with torch.cuda.device_of(lead), pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        call(*args)
+
+
+def _meta(t: Any) -> Any:
+    if isinstance(t, list):
+        return [_meta(each) for each in t]
+    if not isinstance(t, Tensor):
+        return t
+    begin = t.data_ptr() % THREAD_BYTES // t.element_size()
+    extent = begin + 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return torch.empty(extent, dtype=t.dtype, device="meta").as_strided(t.shape, t.stride(), begin)
 
 
 def device_of(x: Tensor) -> torch.device:

@@ -112,7 +112,7 @@ class Norm(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
     eps: float
-    own: bool  # mean and var are given of what is read, and no moments of x
+    own: bool  # mean and var are given of what is read
 
     def range(self, first: int, begin: int, size: int) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
         """(weight, bias, mean, var) of the columns from ``first`` on, which are the channels from ``begin`` on."""

@@ -304,6 +304,31 @@ def test_moments_come_and_go(target: Target) -> None:
         assert not moments.mean.requires_grad
 
 
+def contiguous(t: Tensor) -> Tensor:
+    return t.contiguous() if t.dim() == 4 else t
+
+
+def hooked(target: Target, dtype: torch.dtype) -> None:
+    """As torch.autograd.graph.save_on_cpu(pin_memory=True), which gives everything back in another layout."""
+    backend, device = target
+    for shape in ("plain", "neck"):
+        torch.manual_seed(9)
+        block = Block(shape).to(dtype, device)
+        leaves = [torch.randn(2, block.inputs, 4, 5, device=device).to(dtype), *block.parameters()]
+        x = leaves[0]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        with dispatch.use(backend):
+            expected = torch.autograd.grad(block.ours(x).square().sum(), leaves)
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: t, contiguous):
+                found = torch.autograd.grad(block.ours(x).square().sum(), leaves)
+        torch.testing.assert_close(found, expected, **({"rtol": 1e-4, "atol": 1e-3} if dtype == torch.float32 else {}))
+
+
+def test_hooks_that_give_back_another_layout(target: Target) -> None:
+    hooked(target, torch.float32)
+
+
 @pytest.mark.parametrize("shape", ("plain", "neck_sum"))
 def test_autograd_is_used_as_usual(shape: str, target: Target) -> None:
     torch.manual_seed(9)

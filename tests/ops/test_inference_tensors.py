@@ -47,6 +47,19 @@ def test_statistics_stay_where_x_cannot_be_kept(op: Callable[[Tensor, Norm], Ten
     assert found.num_batches_tracked == 2
 
 
+def test_nor_what_else_is_kept() -> None:
+    x = torch.randn(2, 16, 5, 5).contiguous(memory_format=torch.channels_last)
+    found = norm(x)
+    with torch.inference_mode():
+        step = torch.ones(16)
+    with pytest.raises(RuntimeError, match="step: an inference tensor"):
+        ops.residual_block(x, [torch.ones(16, 16, 1, 1)], [found], step=step)
+    tracked = {"num_batches_tracked": found.num_batches_tracked}
+    with pytest.raises(RuntimeError, match="step: an inference tensor"):
+        ops.bn_rk_sum(x, *found[:4], step=step, training=True, momentum=0.1, eps=1e-5, **tracked)
+    assert not found.running_mean.any() and found.num_batches_tracked == 0  # type: ignore[union-attr]
+
+
 def test_a_sum_keeps_no_term() -> None:
     with torch.inference_mode():
         x = torch.randn(2, 3, 4, 4)

@@ -271,22 +271,32 @@ def test_running_statistics_and_counters(target: Target) -> None:
     assert block.norms[0].num_batches_tracked == 3
 
 
-@pytest.mark.parametrize("needed", ("x", "shortcut", "convs", "weight", "step"))
-def test_gradients_of_one_kind(needed: str, target: Target) -> None:
-    """Whatever else is frozen."""
+def one_kind(needed: str, target: Target, sizes: tuple[int, ...], shortcut: str, dtype: torch.dtype) -> None:
+    """Whatever else is frozen. sizes: of the convolutions; shortcut: given, projected or own."""
     backend, device = target
     torch.manual_seed(0)
+    widths = (16, *(16 for _ in sizes[1:]), 16 if shortcut == "own" else 24)
+
+    def conv(c: int, k: int, n: int) -> Tensor:
+        return (torch.randn(k, c, n, n, device=device) / (n * c**0.5)).to(dtype)
+
+    convs = [conv(c, k, n) for c, k, n in zip(widths[:-1], widths[1:], sizes, strict=True)]
+    convs += [conv(16, 24, 1)] if shortcut == "projected" else []
     made: dict[str, Any] = dict(
-        x=lay(torch.randn(2, 16, 6, 5), "channels_last", 0, device),
-        shortcut=lay(torch.randn(2, 24, 6, 5), "channels_last", 1, device),
-        convs=[torch.randn(16, 16, 3, 3, device=device) / 12, torch.randn(24, 16, 1, 1, device=device) / 4],
-        weight=[torch.rand(16, device=device), torch.rand(24, device=device)],
-        step=torch.rand(24, device=device),
+        x=lay(torch.randn(2, 16, 6, 5).to(dtype), "channels_last", 0, device),
+        shortcut=lay(torch.randn(2, 24, 6, 5).to(dtype), "channels_last", 1, device),
+        convs=convs,
+        weight=[torch.rand(w.shape[0], device=device) for w in convs],
+        step=torch.rand(widths[-1], device=device),
     )
 
     def run(given: dict[str, Any]) -> Tensor:
         norms = [Norm(w, None, None, None) for w in given["weight"]]
-        return ops.residual_block(given["x"], given["convs"], norms, shortcut=given["shortcut"], step=given["step"])
+        options = {"shortcut": given["shortcut"]} if shortcut == "given" else {}
+        convs = given["convs"][: len(sizes)]
+        if shortcut == "projected":
+            options["projection"] = (given["convs"][-1], norms[-1])
+        return ops.residual_block(given["x"], convs, norms[: len(sizes)], step=given["step"], **options)
 
     def leaves(wanted: set[str]) -> tuple[dict[str, Any], list[Tensor]]:
         found: list[Tensor] = []
@@ -304,6 +314,38 @@ def test_gradients_of_one_kind(needed: str, target: Target) -> None:
         expected = torch.autograd.grad(run(given).square().sum(), every)
         given, alone = leaves({needed})
         torch.testing.assert_close(torch.autograd.grad(run(given).square().sum(), alone), expected)
+
+
+@pytest.mark.parametrize("needed", ("x", "shortcut", "convs", "weight", "step"))
+def test_gradients_of_one_kind(needed: str, target: Target) -> None:
+    one_kind(needed, target, (3, 1), "given", torch.float32)
+
+
+def contiguous(t: Tensor) -> Tensor:
+    return t.contiguous() if t.dim() == 4 else t
+
+
+def hooked(target: Target, dtype: torch.dtype) -> None:
+    """As torch.autograd.graph.save_on_cpu(pin_memory=True), which gives everything back in another layout."""
+    backend, device = target
+    torch.manual_seed(0)
+    x = lay(torch.randn(2, 16, 6, 5).to(dtype), "channels_last", 0, device).requires_grad_()
+    convs = [(torch.randn(16, 16, n, n, device=device) / (4 * n)).to(dtype).requires_grad_() for n in (1, 3, 1)]
+    norms = [Norm(torch.rand(16, device=device, requires_grad=True), None, None, None) for _ in convs]
+    leaves = [x, *convs, *(norm.weight for norm in norms)]
+
+    def gradients() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(ops.residual_block(x, convs, norms).square().sum(), leaves)
+
+    with dispatch.use(backend):
+        expected = gradients()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, contiguous):
+            found = gradients()
+    torch.testing.assert_close(found, expected)
+
+
+def test_hooks_that_give_back_another_layout(target: Target) -> None:
+    hooked(target, torch.float32)
 
 
 def test_what_is_kept(target: Target) -> None:

@@ -217,7 +217,8 @@ def bn_relu_conv(
         TypeError: an argument is no tensor or Norm, not floating, or the dtypes are mixed.
         ValueError: a shape, number or device that does not fit; one value per channel in training; running statistics
             that cannot be written. Nothing is modified then.
-        RuntimeError: running statistics require grad; or a backend was asked for that cannot serve this.
+        RuntimeError: running statistics require grad; what the backward needs is an inference tensor; or a backend was
+            asked for that cannot serve this.
     """
     checks.flags(return_moments=return_moments)
     x, conv = _checked(x, conv, norm, moments)
@@ -233,6 +234,8 @@ def bn_relu_conv(
         mean, var = (None, None) if moments is None else moments[:2]
     params = (x, conv, weight, bias)
     channels_last = layout.is_channels_last(x)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in params):
+        checks.keepable({"x": x, "conv": conv, "norm.weight": weight, "norm.bias": bias, "moments": mean, "var": var})
     update: Any = update_running_stats
     if checks.transformed(params):
         if group:
@@ -251,8 +254,6 @@ def bn_relu_conv(
                     update_running_stats(mean, every, 1, *moved[1:])
                     moved = None
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in params):
-            checks.keepable(x, "x")
-            checks.keepable(conv, "conv")
             # Activation checkpointing stops what it computes again at the last tensor that is kept: as in a BatchNorm,
             # statistics move before. A compiler wants nothing changed within a Function.
             within = None if torch.compiler.is_compiling() else moved

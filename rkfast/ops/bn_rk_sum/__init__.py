@@ -304,8 +304,8 @@ def bn_rk_sum(
         ValueError: a shape, length, number or device that does not fit; one value per channel in training; no running
             statistics where they are needed, or such as cannot be written; an ``out`` whose memory cannot be written.
             Nothing is modified then.
-        RuntimeError: ``out`` is given and an argument requires grad; running statistics require grad; or a backend was
-            asked for that cannot serve this.
+        RuntimeError: ``out`` is given and an argument requires grad; running statistics require grad; what the backward
+            needs is an inference tensor; or a backend was asked for that cannot serve this.
     """
     if type(training) is not bool or type(relu) is not bool or type(return_moments) is not bool:
         checks.flags(training=training, relu=relu, return_moments=return_moments)
@@ -349,6 +349,8 @@ def bn_rk_sum(
         inputs: Sequence[Tensor | None] = (x, weight, bias, step, *terms)
         needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
         channels_last = layout.is_channels_last(x)
+        if needs_grad:
+            checks.keepable({"x": x, "weight": weight, "bias": bias, "step": step, "moments": mean, "var": var})
     plain = bool(seen & checks.PLAIN)
     update: Any = update_running_stats
     moved: tuple[Any, ...] | None = None
@@ -380,7 +382,6 @@ def bn_rk_sum(
         found = []
         inputs = (mean, var, x, weight, bias, step, *terms)
         if not seen:
-            checks.keepable(x, "x")
             inputs = checks.distinct(inputs)
         # Activation checkpointing stops what it computes again at the last tensor that is kept: as in a BatchNorm,
         # statistics move before. A compiler wants nothing changed within a Function.

@@ -166,7 +166,8 @@ def block_reason(x: Tensor, pointwise: bool) -> str | None:
     reason = _refusal(x, forced, backend)
     if reason is None and forced is None:
         reason = _layout_reason(x)
-        if reason is None and backend == "triton" and not (pointwise and checks.dtype_of_call(x).itemsize == 2):
+        multiplies = pointwise and checks.dtype_of_call(x).itemsize == 2 and checks.multiplies_16_bits(x.device)
+        if reason is None and backend == "triton" and not multiplies:
             reason = "every convolution would be PyTorch's, and in one op gain nothing"
     return reason
 

@@ -234,6 +234,8 @@ class _DenseBlock(torch.autograd.Function):
             )
         call: _Call = ctx.call
         kept, params, statistics, keeps, _moments = _split(ctx.saved_tensors, ctx.counts)
+        # As a hook may not have given them back.
+        kept = [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in kept]
         conv1, conv2, norms = _sorted(call.neck, params, statistics)
         middle = 3 + 2 * len(conv2)
         slots = call.slots

@@ -117,7 +117,7 @@ def forward(
     group: str,
 ) -> list[Tensor]:
     kernels.compile_ahead(
-        ("dense_block", bool(conv2), bool(summed), keep), _step,
+        ("dense_block", bool(conv2), bool(summed), keep, *{mean is None for mean in norms[2::4]}), _step,
         x, conv1, conv2, norms, keeps, keep_scale, reads, writes, eps, channels, summed, mean, var, keep, total_moments,
     )  # fmt: skip
     dtype = moments_dtype(x.dtype)

@@ -268,9 +268,10 @@ def residual_block(
         y = convs[i](relu(norms[i - 1](y)))               for each further convolution
         out = relu(shortcut + step * norms[-1](y))        shortcut: x, a tensor, or norm(conv(x)), its projection
 
-    One function of autograd: what lies between the convolutions is never stored, nor is a projection normalised, each
-    BatchNorm's moments come from the pass that wrote its input, and the backward of the sum is applied where the last
-    convolution and the projection read their gradients if they are of 1x1; on a GPU in bfloat16 and float16 alone.
+    One function of autograd, which keeps nothing that is normalised. On a CPU what lies between the convolutions is
+    never stored as a whole, nor is a projection normalised; each BatchNorm's moments come from the pass that wrote its
+    input, and the backward of the sum is applied where the last convolution and the projection read their gradients if
+    they are of 1x1. On a GPU all but that of the projection is so of 1x1 convolutions in bfloat16 and float16.
 
     Args:
         x: Tensor [N, C, H, W]; float32, float64, bfloat16 or float16. Under autocast x, shortcut and the convolutions
@@ -297,7 +298,8 @@ def residual_block(
         TypeError: an argument is no tensor or Norm, not floating, or the dtypes are mixed.
         ValueError: a shape, length, number, device or memory that does not fit; one value per channel in training; a
             norm with a group; running statistics that cannot be written. Nothing is modified then.
-        RuntimeError: running statistics require grad; or a backend was asked for that cannot serve this.
+        RuntimeError: running statistics require grad; what the backward needs is an inference tensor; or a backend was
+            asked for that cannot serve this.
     """
     convs, norms = checks.listed(convs, "convs"), checks.listed(norms, "norms")
     checks.memory(memory)
@@ -334,8 +336,9 @@ def residual_block(
     advance = functools.partial(_advance, update_running_stats_op if plain else update_running_stats, norms, counts)
     if needs_grad:
         if not seen:
-            for name, t in (("x", x), *((f"convs[{i}]", conv) for i, conv in enumerate(convs))):
-                checks.keepable(t, name)
+            fields = ("convs[{}]", *(f"norms[{{}}].{field}" for field in Norm._fields[:4]))
+            named = {fields[i % 5].format(i // 5): t for i, t in enumerate(tensors)}
+            checks.keepable({"x": x, "step": step, **named})
         # Activation checkpointing stops what it computes again at the last tensor that is kept: as in a BatchNorm,
         # statistics move before. A compiler wants nothing changed within a Function.
         within = None if torch.compiler.is_compiling() else advance

@@ -128,7 +128,8 @@ def forward(
     channels_last: bool,
     keep: bool,
 ) -> list[Tensor]:
-    key = ("residual_block", *strides, *(w.shape[2] for w in convs), shortcut is None, step is None, keep)
+    form = (*strides, *(w.shape[2] for w in convs), *(mean is None for mean in norms[2::4]))
+    key = ("residual_block", form, shortcut is None, step is None, channels_last, keep)
     kernels.compile_ahead(key, _step, x, shortcut, convs, norms, step, strides, eps, channels_last, keep)
     with products.without_autocast(x):
         x = layout.conform(x, channels_last)
@@ -161,6 +162,9 @@ def _step(*args: Any) -> None:
         mask, outs, vectors = found[0], found[1 : 1 + len(convs)], iter(found[1 + len(convs) :])
         batch = [norms[4 * i + 2] is None for i in range(len(convs))]
         norms = [next(vectors) if t is None and i % 4 > 1 else t for i, t in enumerate(norms)]
+        for mean, var in [(norms[4 * i + 2], norms[4 * i + 3]) for i in range(len(convs)) if batch[i]][:1]:
+            counter = mean.new_empty((), dtype=torch.int64)
+            channel_moments.update_running_stats(mean, var, 2, [mean], [var], [counter], 0.1)
         own = shortcut is None and len(convs) == len(strides)
         backward(
             out, x, outs, mask, convs, norms, step, strides, eps, batch, channels_last, own, True, shortcut is not None,
@@ -188,6 +192,7 @@ def backward(
 ) -> list[Tensor]:
     with products.without_autocast(x):
         x = layout.conform(x, channels_last)
+        outs = [laid(t, channels_last) for t in outs]  # as a hook may not have given them back
         layers = _layers(convs, norms, strides, eps, channels_last)
         last, projects = len(strides) - 1, len(convs) > len(strides)
         shared = need_shortcut or (own and need_x) or projects

@@ -498,6 +498,21 @@ def test_products_of_residual_blocks(name: str, dtype: torch.dtype, how: str) ->
     tester.check(tester.CASES[name], (3, 20, 5, 7), dtype, how, TRITON)
 
 
+@pytest.mark.parametrize("needed", ("x", "shortcut", "convs", "weight", "step"))
+@pytest.mark.parametrize(
+    ("sizes", "shortcut"), (((1, 3, 1), "given"), ((1, 1), "projected"), ((1,), "own"), ((1, 3), "own")), ids=str
+)
+def test_products_of_residual_blocks_with_one_gradient(needed: str, sizes: tuple[int, ...], shortcut: str) -> None:
+    if needed != "shortcut" or shortcut == "given":
+        test_residual_block.one_kind(needed, TRITON, sizes, shortcut, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+def test_blocks_with_hooks_that_give_back_another_layout(dtype: torch.dtype) -> None:
+    test_residual_block.hooked(TRITON, dtype)
+    test_dense_block.hooked(TRITON, dtype)
+
+
 @pytest.mark.parametrize("name", ("frozen", "pointwise", "bottleneck_shortcut", "strided_frozen"))
 def test_residual_blocks_that_keep_nothing(name: str) -> None:
     """Where statistics are given, a product normalises what it writes."""
