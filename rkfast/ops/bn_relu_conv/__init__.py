@@ -235,7 +235,9 @@ def bn_relu_conv(
     params = (x, conv, weight, bias)
     channels_last = layout.is_channels_last(x)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in params):
-        checks.keepable({"x": x, "conv": conv, "norm.weight": weight, "norm.bias": bias, "moments": mean, "var": var})
+        names = ("moments.mean", "moments.var") if norm.batch else ("norm.running_mean", "norm.running_var")
+        given = {"x": x, "conv": conv, "norm.weight": weight, "norm.bias": bias}
+        checks.keepable({**given, names[0]: mean, names[1]: var})
     update: Any = update_running_stats
     if checks.transformed(params):
         if group:

@@ -350,7 +350,10 @@ def bn_rk_sum(
         needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
         channels_last = layout.is_channels_last(x)
         if needs_grad:
-            checks.keepable({"x": x, "weight": weight, "bias": bias, "step": step, "moments": mean, "var": var})
+            statistics = (
+                {"moments.mean": mean, "moments.var": var} if training else {"running_mean": mean, "running_var": var}
+            )
+            checks.keepable({"x": x, "weight": weight, "bias": bias, "step": step, **statistics})
     plain = bool(seen & checks.PLAIN)
     update: Any = update_running_stats
     moved: tuple[Any, ...] | None = None

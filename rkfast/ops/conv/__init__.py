@@ -164,12 +164,13 @@ def block_reason(x: Tensor, pointwise: bool) -> str | None:
         return None
     backend = "cpu" if x.is_cpu else "triton"
     reason = _refusal(x, forced, backend)
-    if reason is None and forced is None:
-        reason = _layout_reason(x)
-        multiplies = pointwise and checks.dtype_of_call(x).itemsize == 2 and checks.multiplies_16_bits(x.device)
-        if reason is None and backend == "triton" and not multiplies:
-            reason = "every convolution would be PyTorch's, and in one op gain nothing"
-    return reason
+    if reason is not None or forced:
+        return reason
+    if backend == "triton" and not (
+        pointwise and checks.dtype_of_call(x).itemsize == 2 and checks.multiplies_16_bits(x.device)
+    ):
+        return "every convolution would be PyTorch's, and in one op gain nothing"
+    return _layout_reason(x)
 
 
 def transformed_reason(x: Tensor, weight: Shape) -> str | None:

@@ -162,7 +162,8 @@ def _step(*args: Any) -> None:
         mask, outs, vectors = found[0], found[1 : 1 + len(convs)], iter(found[1 + len(convs) :])
         batch = [norms[4 * i + 2] is None for i in range(len(convs))]
         norms = [next(vectors) if t is None and i % 4 > 1 else t for i, t in enumerate(norms)]
-        for mean, var in [(norms[4 * i + 2], norms[4 * i + 3]) for i in range(len(convs)) if batch[i]][:1]:
+        if any(batch):
+            mean, var = norms[4 * batch.index(True) + 2 : 4 * batch.index(True) + 4]
             counter = mean.new_empty((), dtype=torch.int64)
             channel_moments.update_running_stats(mean, var, 2, [mean], [var], [counter], 0.1)
         own = shortcut is None and len(convs) == len(strides)
