@@ -211,14 +211,15 @@ class Block : Convolutions<T> {
       first += r.size();
     }
   }
-  // conv1(normalised) of n rows, n <= kTile, in float.
-  void multiply(const Unit& u, const Read& read, const T* weights, int64_t row, int64_t n, float* out) const {
+  // `columns` of conv1(normalised) of n rows, n <= kTile, in float.
+  void multiply(const Unit& u, const Read& read, const T* weights, Range columns, int64_t row, int64_t n, float* out) const {
     const int64_t channels = u.read(), pitch = kFloat ? channels : even(channels);
     T* act = scratch<T>(4, kTile * pitch);
     if (pitch != channels)
       for (int64_t i = 0; i < n; ++i) act[i * pitch + channels] = T(0);
     normalise(u, read, {0, channels}, row, n, {act, pitch});
-    product(n, u.width, pitch, act, pitch, weights, out, u.width);
+    const T* right = weights + columns.begin * (kFloat ? 1 : 2);  // in bfloat16 in pairs of channels
+    at::native::cpublas::brgemm(n, columns.size(), pitch, pitch, u.width, columns.size(), false, act, right, out);
   }
   // b = conv1(normalised), and its moments where they are asked for.
   void bottleneck(const Unit& u, const Read& read, T* b, Moment* moments) {
@@ -229,11 +230,11 @@ class Block : Convolutions<T> {
       parts_.tiles(from, to, [&](int64_t i, int64_t n) {
         T* out = b + i * width;
         if constexpr (kFloat) {
-          multiply(u, read, weights, i, n, out);
-          drop(u.keep1, width, i, n, {out, width});
+          multiply(u, read, weights, {0, width}, i, n, out);
+          drop(u.keep1, width, {0, width}, i, n, {out, width});
         } else {
           float* c = scratch<float>(5, kTile * width);
-          multiply(u, read, weights, i, n, c);
+          multiply(u, read, weights, {0, width}, i, n, c);
           const bool* kept = u.keep1 ? u.keep1->const_data_ptr<bool>() + i * width : nullptr;
           finish_rows<float, T>({{c, width}, {}, n, width, nullptr, nullptr, nullptr, {kept, width}, keep_scale_, {out, width}});
         }
@@ -244,49 +245,76 @@ class Block : Convolutions<T> {
     if (moments) merge(parts_, mean, m2, width, moments->mean.data_ptr<float>(), moments->var.data_ptr<float>());
   }
 
-  void drop(const Optional& keep, int64_t channels, int64_t row, int64_t rows, Slot<float> x) const {
+  void drop(const Optional& keep, int64_t channels, Range columns, int64_t row, int64_t rows, Slot<float> x) const {
     if (keep)
-      finish_rows<float, float>({{x.data, x.pitch}, {}, rows, channels, nullptr, nullptr, nullptr,
-                   {keep->const_data_ptr<bool>() + row * channels, channels}, keep_scale_, x});
+      finish_rows<float, float>({{x.data, x.pitch}, {}, rows, columns.size(), nullptr, nullptr, nullptr,
+                   {keep->const_data_ptr<bool>() + row * channels + columns.begin, channels}, keep_scale_, x});
   }
 
   // Both convolutions, where nothing is kept and both norms are known: the bottleneck is normalised while it is in the cache.
   void grow_at_once(const Unit& u, const Read& read, const Read& read2) {
-    const int64_t width = u.width;
+    const int64_t width = u.width, threads = at::get_num_threads();
     const T* weights = turned(u.conv1);
-    auto tile = [&](int64_t row, int64_t n) {
-      float* b = scratch<float>(5, kTile * width);
-      multiply(u, read, weights, row, n, b);
-      drop(u.keep1, width, row, n, {b, width});
+    auto tile = [&](Range columns, int64_t row, int64_t n) {
+      float* b = scratch<float>(5, kTile * columns.size());
+      multiply(u, read, weights, columns, row, n, b);
+      drop(u.keep1, width, columns, row, n, {b, columns.size()});
       return b;
     };
+    auto finish = [&](const float* b, Range columns, int64_t rows, Slot<T> out) {
+      normalise_rows<float, T>({{b, columns.size()}, rows, columns.size(), read2.scale.data() + columns.begin,
+                                read2.shift.data() + columns.begin, out});
+    };
     if constexpr (kFloat) {
-      if (by_tiles(u.conv2)) {
+      // Neighbouring bands both make the rows between them, unless one thread does.
+      constexpr int64_t kRows = 12;
+      if (by_tiles(u.conv2) && n_ * h_ >= kRows * threads) {
+        const Range all{0, width};
         auto load = [&](int64_t pixel, int64_t rows, float* out, int64_t pitch) {
-          const int64_t pixels = rows * w_, count = (pixels + kTile - 1) / kTile, each = (pixels + count - 1) / count;
-          for (int64_t i = 0; i < pixels; i += each) {
-            const int64_t n = std::min(each, pixels - i);
-            const float* b = tile(pixel + i, n);
+          over_tiles(pixel, pixel + rows * w_, [&](int64_t first, int64_t n) {
+            const float* b = tile(all, first, n);
             for (int64_t k = 0; k < n;) {
-              const int64_t row = (i + k) / w_, column = (i + k) % w_, some = std::min(n - k, w_ - column);
-              normalise_rows<float, float>({{b + k * width, width}, some, width, read2.scale.data(), read2.shift.data(),
-                                            {out + row * pitch + column * width, width}});
+              const int64_t at = first - pixel + k, column = at % w_, some = std::min(n - k, w_ - column);
+              finish(b + k * width, all, some, {out + at / w_ * pitch + column * width, width});
               k += some;
             }
-          }
+          });
         };
-        winograd(Bands(n_, h_, w_, width + u.growth, at::get_num_threads()), width, u.growth, load, tile_weight(u.conv2, false), slot(u.write), kNothing);
+        winograd(Bands(n_, h_, w_, width + u.growth, threads), width, u.growth, load, tile_weight(u.conv2, false), slot(u.write), kNothing);
         return finish_growth(u, {x_ + u.write, channels_}, u.keep2);
       }
     }
     T* act = materialised(normalised_, width);
-    parts_.run([&](int64_t, int64_t from, int64_t to) {
-      parts_.tiles(from, to, [&](int64_t i, int64_t n) {
-        normalise_rows<float, T>({{tile(i, n), width}, n, width, read2.scale.data(), read2.shift.data(), {act + i * width, width}});
-      });
+    // Where there are few rows for each thread, threads share the columns: a weight is read from far away.
+    constexpr int64_t kColumns = 32;
+    const int64_t by_rows = std::clamp<int64_t>(rows_ / (kTile / 2), 1, threads);
+    const int64_t by_columns = std::clamp<int64_t>(width / kColumns, 1, threads / by_rows);
+    at::parallel_for(0, by_rows * by_columns, 1, [&](int64_t from, int64_t to) {
+      for (int64_t i = from; i < to; ++i) {
+        const int64_t r = i / by_columns, c = i % by_columns;
+        const Range columns{c * width / by_columns / kRegister * kRegister,
+                            c + 1 == by_columns ? width : (c + 1) * width / by_columns / kRegister * kRegister};
+        over_tiles(r * rows_ / by_rows, (r + 1) * rows_ / by_rows, [&](int64_t first, int64_t n) {
+          finish(tile(columns, first, n), columns, n, {act + first * width + columns.begin, width});
+        });
+      }
+      at::native::cpublas::brgemm_release();
     });
+    if (by_tiles(u.conv2)) {
+      auto load = [&](int64_t row, int64_t n, Slot<T> out) { std::copy_n(act + row * width, n * width, out.data); };
+      return grow(u, u.conv2, width, load, u.keep2);
+    }
     const Tensor growth = convolve(u.conv2, width, act);
     finish_growth(u, {growth.template const_data_ptr<T>(), u.growth}, u.keep2);
+  }
+  // body(first, n) over tiles of one size, or of one row less.
+  template <typename Body>
+  static void over_tiles(int64_t begin, int64_t end, const Body& body) {
+    const int64_t rows = end - begin, count = (rows + kTile - 1) / kTile;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t first = begin + i * rows / count;
+      body(first, begin + (i + 1) * rows / count - first);
+    }
   }
 
   // The convolution of what `load` brings into the unit's slot, with dropout, and the slot's moments.

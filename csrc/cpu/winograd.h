@@ -14,26 +14,31 @@
 
 namespace rkfast {
 
-// Bands of tile rows whose tiles, transformed, stay in the second-level cache.
+// Bands of tile rows whose tiles, transformed, stay in the second-level cache. Those of an image have as many rows as each other, or
+// one more.
 struct Bands {
-  int64_t height, width, columns, rows, each, per_image, count;
+  int64_t height, width, columns, rows, per_image, count;
 
-  // At least as many bands as `least`, where there are tile rows enough.
+  // As many bands as each of `least` threads takes the same number of, where there are tile rows enough.
   Bands(int64_t images, int64_t height, int64_t width, int64_t channels, int64_t least = 1)
       : height(height), width(width), columns((width + 1) / 2), rows((height + 1) / 2) {
     constexpr int64_t kBytes = 600 << 10;
-    const int64_t tiles = kBytes / (16 * 4 * channels);
-    each = std::clamp<int64_t>(tiles / columns, 1, rows);
-    per_image = std::max((rows + each - 1) / each, std::min(rows, (least + images - 1) / images));
-    each = (rows + per_image - 1) / per_image;
-    per_image = (rows + each - 1) / each;
+    const int64_t tiles = kBytes / (16 * 4 * channels), most = std::clamp<int64_t>(tiles / columns, 1, rows);
+    per_image = std::max((rows + most - 1) / most, std::min(rows, (least + images - 1) / images));
+    int64_t even = per_image;
+    while (images * even % least != 0 && even < rows) ++even;
+    if (images * even % least == 0) per_image = even;
     count = images * per_image;
   }
-  int64_t tiles() const { return each * columns; }
-  int64_t tiles(int64_t band) const { return std::min(each, rows - band % per_image * each) * columns; }
-  int64_t first_tile(int64_t band) const { return (band / per_image * rows + band % per_image * each) * columns; }
+  // Of the tile rows of its image the first.
+  int64_t first_row(int64_t band) const { return band % per_image * rows / per_image; }
+  int64_t tile_rows(int64_t band) const { return (band % per_image + 1) * rows / per_image - first_row(band); }
+  int64_t each() const { return (rows + per_image - 1) / per_image; }  // at most
+  int64_t tiles() const { return each() * columns; }
+  int64_t tiles(int64_t band) const { return tile_rows(band) * columns; }
+  int64_t first_tile(int64_t band) const { return (band / per_image * rows + first_row(band)) * columns; }
   int64_t all_tiles() const { return count / per_image * rows * columns; }
-  int64_t first_pixel(int64_t band) const { return (band / per_image * height + 2 * (band % per_image) * each) * width; }
+  int64_t first_pixel(int64_t band) const { return (band / per_image * height + 2 * first_row(band)) * width; }
   // Bands whose tiles are multiplied together: until a weight that is larger than a cache is read for enough of them, but no
   // fewer than there are of `among`.
   int64_t together(int64_t among) const {
@@ -41,10 +46,7 @@ struct Bands {
     return std::clamp<int64_t>(kTiles / tiles(), 1, std::max<int64_t>(count / among, 1));
   }
   // Pixels of a band.
-  int64_t size(int64_t band) const {
-    const int64_t first = 2 * (band % per_image) * each;
-    return std::min(2 * each, height - first) * width;
-  }
+  int64_t size(int64_t band) const { return std::min(2 * tile_rows(band), height - 2 * first_row(band)) * width; }
   // From one transformed value of a tile to the next: not a multiple of a page, or all 16 fall on the same cache lines.
   int64_t plane(int64_t channels, int64_t bands = 1) const { return bands * tiles() * channels + 16; }
 };
@@ -61,11 +63,14 @@ T* scratch(int which, int64_t size) {
 // `pixel` on. Two of them are there already where this thread has just done the band before.
 template <typename Load>
 void load_band(const Bands& s, int64_t b, bool continues, int64_t channels, const Load& load, float* out, int64_t plane) {
-  const int64_t image = b / s.per_image, first = b % s.per_image * s.each;
-  const int64_t rows = std::min(s.each, s.rows - first), wide = (2 * s.columns + 2) * channels, top = 2 * first - 1;
-  float* strip = scratch(0, (2 * s.each + 2) * wide);
+  const int64_t image = b / s.per_image, first = s.first_row(b), rows = s.tile_rows(b);
+  const int64_t wide = (2 * s.columns + 2) * channels, top = 2 * first - 1;
+  float* strip = scratch(0, (2 * s.each() + 2) * wide);
   continues = continues && first > 0;
-  if (continues) std::copy_n(strip + 2 * s.each * wide, 2 * wide, strip);
+  if (continues) {
+    const float* last = strip + 2 * s.tile_rows(b - 1) * wide;
+    std::copy(last, last + 2 * wide, strip);
+  }
   const int64_t begin = std::max<int64_t>(top + (continues ? 2 : 0), 0), end = std::min(top + 2 * rows + 2, s.height);
   for (int64_t i = continues ? 2 : 0; i < 2 * rows + 2; ++i) {
     float* row = strip + i * wide;
