@@ -29,12 +29,13 @@ from rkfast.ops.conv import kernel_reason as conv_reason
 def hooked(module: nn.Module) -> bool:
     """Whether something besides its class's forward runs when the module is called. Hooks of all modules do not count:
     counters of FLOPs have some, and want to see what is fused."""
+    own = module.__dict__  # attributes would take twice as long, and a network asks hundreds of times
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
     )
 
 
@@ -104,7 +105,7 @@ def plain_conv(conv: nn.Module, *, bias: bool = False, strided: bool = False) ->
     unless that is, and does nothing besides."""
     return (
         type(conv) is nn.Conv2d
-        and (bias or conv.bias is None)
+        and (bias or _own_parameter(conv, "bias") is None)
         and (conv.stride == (1, 1) or (strided and conv.stride[0] == conv.stride[1]))
         and conv.dilation == (1, 1)
         and conv.groups == 1
@@ -113,6 +114,12 @@ def plain_conv(conv: nn.Module, *, bias: bool = False, strided: bool = False) ->
         and conv.padding == (conv.kernel_size[0] // 2,) * 2
         and not hooked(conv)
     )
+
+
+def _own_parameter(module: nn.Module, name: str) -> Any:
+    """``getattr(module, name)``, which looks for parameters last."""
+    own = module._parameters
+    return own[name] if name in own else getattr(module, name)
 
 
 def as_norm(norm: Any) -> Norm:

@@ -62,6 +62,8 @@ def layer_of(module: nn.Module) -> Layer | str | None:
 def _norm_reason(parts: dict[str, Any], name: str, acts: list[str]) -> str | None:
     """Why BatchNorm and ReLU are not one op."""
     norm = parts[name]
+    if acts and fusible(norm) and all(takes_relu(parts[act]) for act in acts):
+        return None
     if hooked(norm):
         return f"a hook on {name}"
     for act in acts:
@@ -79,12 +81,12 @@ def _norm_reason(parts: dict[str, Any], name: str, acts: list[str]) -> str | Non
 
 def _conv_reason(parts: dict[str, Any], name: str) -> str | None:
     conv = parts[name]
+    if plain_conv(conv):
+        return None
     if hooked(conv):
         return f"a hook on {name}"
     if type(conv) is not nn.Conv2d:
         return f"{name} is {type(conv).__name__}, not nn.Conv2d"
-    if plain_conv(conv):
-        return None
     if conv.bias is not None:
         return f"{name} has a bias"
     if conv.groups != 1:

@@ -30,6 +30,7 @@ SHAPES = {
     "rows": (2, 8, 8, None, None),  # channels so few that the convolution goes by rows, where they are enough at all
     "rows_neck": (2, 4, 9, 12, None),
 }
+SHARED = {"shared": (3, 33, 17, 100, None)}  # a bottleneck whose columns several threads share
 NORMS = ("batch", "frozen", "bare", "cumulative")
 MEMORY = {"plain": ("speed",), "sum": ("speed",), "tiles": ("speed",), "rows": ("speed",)}
 # memory, size, whether weights have their outputs last
@@ -40,7 +41,7 @@ class Block:
     """Parameters of a block, and the two ways to run it."""
 
     def __init__(self, shape: str, norms: str = "batch", dtype: torch.dtype = torch.float64) -> None:
-        growths, inputs, k, neck, self.sum_of = SHAPES[shape]
+        growths, inputs, k, neck, self.sum_of = (SHAPES | SHARED)[shape]
         self.inputs = inputs
         self.channels = inputs if self.sum_of else inputs + growths * k
         self.conv1, self.conv2 = [], []
@@ -194,6 +195,40 @@ def test_evaluation(norms: str, shape: str, target: Target) -> None:
             with dispatch.use(backend):
                 found = ours.ours(x, memory=memory)
             assert_as_good_as(found, eager.plain(x), exact.plain(x.double()), f"{memory}, {size}, {last=}")
+
+
+@pytest.mark.parametrize("size", ((1, 7, 7), (1, 14, 9), (3, 3, 3), (2, 24, 5), (1, 31, 7)))
+@pytest.mark.parametrize("threads", (1, 2, 3, 7))
+def test_evaluation_shared_by_threads(threads: int, size: tuple[int, int, int], target: Target) -> None:
+    torch.manual_seed(9)
+    backend, device = target
+    block = Block("shared").evaluated()
+    n, height, width = size
+    x = torch.randn(n, block.inputs, height, width).to(device, memory_format=torch.channels_last)
+    exact, eager, ours = (block.to(t, device) for t in (torch.float64, torch.float32, torch.float32))
+    torch.set_num_threads(threads)
+    with torch.no_grad(), dispatch.use(backend):
+        found = ours.ours(x)
+        torch.manual_seed(10)
+        dropped = ours.ours(x, drop_rate=0.3)
+        torch.manual_seed(10)
+        expected = eager.plain(x, 0.3)
+        assert_as_good_as(found, eager.plain(x), exact.plain(x.double()), "out")
+    torch.testing.assert_close(dropped, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("threads", (2, 3, 7))
+def test_columns_that_threads_share_in_bfloat16(threads: int) -> None:
+    if refused(torch.bfloat16, ("cpu", "cpu")):
+        return
+    torch.manual_seed(10)
+    block = Block("shared").evaluated().to(torch.bfloat16)
+    x = torch.randn(1, block.inputs, 7, 7, dtype=torch.bfloat16)
+    with torch.no_grad(), dispatch.use("cpu"):
+        torch.set_num_threads(1)
+        alone = block.ours(x)
+        torch.set_num_threads(threads)
+        assert torch.equal(block.ours(x), alone)
 
 
 @pytest.mark.parametrize("how", LAYOUTS)
