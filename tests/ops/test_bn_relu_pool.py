@@ -199,6 +199,12 @@ def test_transforms_take_plain_operations(target: Target) -> None:
     with dispatch.use(backend):
         alone = torch.stack([ops.bn_relu_pool(each[None], norm)[0] for each in x])
         torch.testing.assert_close(torch.vmap(lambda each: ops.bn_relu_pool(each[None], norm)[0])(x), alone)
+        # Moments that are given do not carry their dependence on x.
+        known = ops.channel_moments(x)
+        found = torch.func.grad(lambda v: ops.bn_relu_pool(v, BARE, moments=known).square().sum())(x)
+        leaf = x.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(ops.bn_relu_pool(leaf, BARE).square().sum(), leaf)
+        torch.testing.assert_close(found, expected)
 
 
 def test_why_not() -> None:

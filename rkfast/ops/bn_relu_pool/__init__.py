@@ -49,6 +49,7 @@ def _fake_backward(
     ]
 
 
+_KERNEL = {"cuda": "triton", "cpu": "cpu"}  # by device
 _BACKENDS = ("triton", "cpu", "reference")
 _HOME = "rkfast.ops.bn_relu_pool"
 _NORM = "Tensor? weight, Tensor? bias, Tensor mean, Tensor var, bool channels_last"
@@ -142,8 +143,9 @@ def kernel_reason(x: Tensor) -> str | None:
     if checks.transformed((x,)):
         return "torch.func, forward-mode AD and torch.jit.trace"
     device = x.device.type
-    backend = {"cpu": "cpu", "cuda": "triton"}.get(device)
-    return f"there is no kernel for {device} tensors" if backend is None else checks.missing(backend, device)
+    if device not in _KERNEL:
+        return f"there is no kernel for {device} tensors"
+    return checks.missing(_KERNEL[device], device)
 
 
 def bn_relu_pool(x: Tensor, norm: Norm, *, moments: Moments | None = None) -> Tensor:
