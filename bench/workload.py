@@ -59,15 +59,15 @@ def arranged(inputs: Inputs, channels_last: bool) -> Inputs:
 class Traffic(NamedTuple):
     """Passes over an activation, reads and writes, that remain when nothing stays in a cache; and over a ReLU mask."""
 
-    forward: int
-    backward: int = 0
+    forward: float
+    backward: float = 0
     masks: tuple[int, int] = (0, 0)  # (forward with a graph, backward)
 
     def bytes(self, numel: int, itemsize: int) -> dict[str, int]:
         mask = math.ceil(numel / 8)
-        forward = self.forward * numel * itemsize
+        forward = int(self.forward * numel * itemsize)
         forward_grad = forward + self.masks[0] * mask
-        backward = self.backward * numel * itemsize + self.masks[1] * mask
+        backward = int(self.backward * numel * itemsize) + self.masks[1] * mask
         return {
             "forward": forward,
             "forward_grad": forward_grad,
@@ -170,7 +170,9 @@ class Case:
 
     def seed(self, device: str) -> Tensor:
         generator = torch.Generator(device).manual_seed(1)
-        return torch.randn(self.shape, generator=generator, device=device).to(self.dtype)
+        stride = getattr(self.workload, "stride", 1)  # the result's pixels are as many fewer
+        shape = (*self.shape[:2], *(size // stride for size in self.shape[2:]))
+        return torch.randn(shape, generator=generator, device=device).to(self.dtype)
 
 
 def grid(main: Workload, variants: Iterable[Workload], size: str, device: str, boundary: bool = True) -> Iterator[Case]:

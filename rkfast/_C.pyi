@@ -155,6 +155,28 @@ def bn_relu_conv_backward(
     need_conv: bool,
     need_affine: bool,
 ) -> list[Tensor]: ...
+def bn_relu_pool(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    channels_last: bool,
+    eps: float,
+) -> Tensor: ...
+def bn_relu_pool_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    channels_last: bool,
+    batch_stats: bool,
+    eps: float,
+    need_x: bool,
+    need_affine: bool,
+) -> list[Tensor]: ...
 def conv(
     x: Tensor,
     weight: Tensor,

@@ -196,6 +196,23 @@ def convolved(x: Tensor, grad: Tensor, group: str = "", eager: bool = False) -> 
     return dict(zip(names, (out.detach(), *gradients, mean, var), strict=True))
 
 
+def pooled(x: Tensor, grad: Tensor, group: str = "", eager: bool = False) -> dict[str, Tensor]:
+    """The same of an average behind BatchNorm and ReLU."""
+    torch.manual_seed(1)
+    leaves = [t.to(x.dtype).requires_grad_() for t in (x, 1 + torch.rand(16), torch.randn(16))]
+    mean, var = torch.zeros(16, dtype=x.dtype), torch.ones(16, dtype=x.dtype)
+    x, weight, bias = leaves
+    if eager:
+        out = F.avg_pool2d(F.relu(F.batch_norm(x, mean, var, weight, bias, True)), 2)
+    else:
+        out = ops.bn_relu_pool(x, ops.Norm(weight, bias, mean, var, torch.tensor(0), group=group))
+    gradients = torch.autograd.grad(out, leaves, grad[:, :16, :3, :2].to(x.dtype))
+    return dict(zip(("out", "x", "weight", "bias", "mean", "var"), (out.detach(), *gradients, mean, var), strict=True))
+
+
+BEHIND_NORM = {"convolved": convolved, "pooled": pooled}
+
+
 def images_and_gradient() -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
     x = torch.randn(sum(SIZES), 16, 6, 5, dtype=torch.float64)
@@ -203,7 +220,7 @@ def images_and_gradient() -> tuple[Tensor, Tensor]:
     return x, torch.randn(sum(SIZES), 17, 6, 5, dtype=torch.float64)
 
 
-def convolution_worker(rank: int, folder: str, backend: str, dtype: torch.dtype) -> None:
+def norm_worker(rank: int, folder: str, what: str, backend: str, dtype: torch.dtype) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
@@ -211,20 +228,21 @@ def convolution_worker(rank: int, folder: str, backend: str, dtype: torch.dtype)
         x, grad = (t[part] for t in images_and_gradient())
         x = x.to(dtype, memory_format=torch.channels_last)
         with dispatch.use(backend):
-            found = convolved(x, grad, dist.group.WORLD.group_name)
-        for key in ("conv", "weight", "bias"):
+            found = BEHIND_NORM[what](x, grad, dist.group.WORLD.group_name)
+        for key in sorted(found.keys() & {"conv", "weight", "bias"}):
             dist.all_reduce(found[key])
         torch.save(found, Path(folder) / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("what", BEHIND_NORM)
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_convolutions_of_two_processes(backend: str, tmp_path: Path) -> None:
+def test_norms_of_two_processes(backend: str, what: str, tmp_path: Path) -> None:
     dtype, tolerance = (torch.float64, 1e-9) if backend == "reference" else (torch.float32, 1e-3)
-    torch.multiprocessing.spawn(convolution_worker, (str(tmp_path), backend, dtype), nprocs=2)
+    torch.multiprocessing.spawn(norm_worker, (str(tmp_path), what, backend, dtype), nprocs=2)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    expected = convolved(*images_and_gradient(), eager=True)
+    expected = BEHIND_NORM[what](*images_and_gradient(), eager=True)
     for key in ("out", "x"):
         together = torch.cat([part.pop(key) for part in parts])
         torch.testing.assert_close(together.double(), expected.pop(key), rtol=tolerance, atol=tolerance)

@@ -14,7 +14,7 @@ from rkfast import dispatch
 from .. import contest, gate
 from ..contest import COMPILE, Contender, Contest, Suite, forced
 from ..workload import Case, Function, Inputs, arranged, dense
-from . import bn_relu_conv, bn_rk_sum, channel_moments, conv, dense_block, residual_block, rk_sum
+from . import bn_relu_conv, bn_relu_pool, bn_rk_sum, channel_moments, conv, dense_block, residual_block, rk_sum
 
 OPS: dict[str, Callable[[str, str], Iterator[Case]]] = {
     "rk_sum": rk_sum.cases,
@@ -22,6 +22,7 @@ OPS: dict[str, Callable[[str, str], Iterator[Case]]] = {
     "channel_moments": channel_moments.cases,
     "dense_block": dense_block.cases,
     "bn_relu_conv": bn_relu_conv.cases,
+    "bn_relu_pool": bn_relu_pool.cases,
     "conv": conv.cases,
     "residual_block": residual_block.cases,
 }

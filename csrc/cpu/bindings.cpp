@@ -177,6 +177,10 @@ PYBIND11_MODULE(_C, m) {
         release(), arg("grad"), arg("x"), arg("conv"),
         arg("weight"), arg("bias"), arg("mean"), arg("var"), arg("channels_last"), arg("batch_stats"), arg("eps"),
         arg("need_x"), arg("need_conv"), arg("need_affine"));
+  m.def("bn_relu_pool", &rkfast::bn_relu_pool, release(), arg("x"), arg("weight"), arg("bias"), arg("mean"), arg("var"),
+        arg("channels_last"), arg("eps"));
+  m.def("bn_relu_pool_backward", &rkfast::bn_relu_pool_backward, release(), arg("grad"), arg("x"), arg("weight"), arg("bias"),
+        arg("mean"), arg("var"), arg("channels_last"), arg("batch_stats"), arg("eps"), arg("need_x"), arg("need_affine"));
   m.def("conv", &rkfast::conv, release(), arg("x"), arg("weight"), arg("bias"), arg("other"), arg("channels_last"),
         arg("relu"), arg("moments"));
   m.def("conv_backward",

@@ -251,6 +251,30 @@ class Convolutions {
     const Bands bands(n_, h_, w_, channels + w.size(0), at::get_num_threads());
     winograd(bands, channels, w.size(0), by_rows(load, channels), tile_weight(w, false), out, kNothing);
   }
+  // Whether a convolution of images too small for tiles is one product, of each pixel with its neighbours: oneDNN would lay the
+  // weight anew in each call.
+  bool by_neighbours(const Tensor& w) const { return kFloat && w.size(2) == 3 && (h_ < 4 || w_ < 4) && outputs_last(w); }
+  void convolve_by_neighbours(const Tensor& w, const float* x, Slot<float> out) const {
+    constexpr int64_t kRows = 16;
+    const int64_t outputs = w.size(0), channels = w.size(1), size = 9 * channels;
+    at::parallel_for(0, (rows_ + kRows - 1) / kRows, 1, [&](int64_t from, int64_t to) {
+      float* taps = scratch(4, kRows * size);
+      for (int64_t first = from * kRows; first < std::min(rows_, to * kRows); first += kRows) {
+        const int64_t n = std::min(kRows, rows_ - first);
+        float* tap = taps;
+        for (int64_t i = first; i < first + n; ++i) {
+          const int64_t row = i / w_ % h_, column = i % w_;
+          for (int64_t k = 0; k < 9; ++k, tap += channels) {
+            const int64_t down = k / 3 - 1, right = k % 3 - 1;
+            const bool inside = row + down >= 0 && row + down < h_ && column + right >= 0 && column + right < w_;
+            inside ? void(std::copy_n(x + (i + down * w_ + right) * channels, channels, tap)) : void(std::fill_n(tap, channels, 0.f));
+          }
+        }
+        at::native::cpublas::brgemm(n, outputs, size, size, outputs, out.pitch, false, taps, w.const_data_ptr<float>(), out.row(first).data);
+      }
+      at::native::cpublas::brgemm_release();
+    });
+  }
   // The same by ATen.
   Tensor convolve(const Tensor& w, int64_t channels, T* normalised) const {
     return at::conv2d(nhwc(normalised, channels), w, {}, 1, w.size(2) / 2).contiguous(at::MemoryFormat::ChannelsLast);

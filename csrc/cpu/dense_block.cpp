@@ -36,7 +36,7 @@ template <typename T>
 class Block : Convolutions<T> {
   using Base = Convolutions<T>;
   using Base::kFloat, Base::n_, Base::h_, Base::w_, Base::rows_, Base::parts_, Base::options_, Base::normalised_;
-  using Base::empty_nhwc, Base::room, Base::materialised, Base::materialise, Base::by_tiles, Base::turned, Base::tile_weight, Base::convolve,
+  using Base::empty_nhwc, Base::room, Base::materialised, Base::materialise, Base::by_tiles, Base::by_neighbours, Base::convolve_by_neighbours, Base::turned, Base::tile_weight, Base::convolve,
       Base::convolve_by_tiles, Base::conv_backward, Base::take_moments_of, Base::total, Base::as_tensor;
   using typename Base::Sums;
   static constexpr at::ScalarType kDType = c10::CppTypeToScalarType<T>::value;
@@ -303,6 +303,12 @@ class Block : Convolutions<T> {
     if (by_tiles(u.conv2)) {
       auto load = [&](int64_t row, int64_t n, Slot<T> out) { std::copy_n(act + row * width, n * width, out.data); };
       return grow(u, u.conv2, width, load, u.keep2);
+    }
+    if constexpr (kFloat) {
+      if (by_neighbours(u.conv2)) {
+        convolve_by_neighbours(u.conv2, act, slot(u.write));
+        return finish_growth(u, {x_ + u.write, channels_}, u.keep2);
+      }
     }
     const Tensor growth = convolve(u.conv2, width, act);
     finish_growth(u, {growth.template const_data_ptr<T>(), u.growth}, u.keep2);

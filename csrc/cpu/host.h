@@ -327,6 +327,11 @@ std::vector<Tensor> dense_block_backward(const Tensor& grad, const Tensor& buffe
                                          double keep_scale, const std::vector<int64_t>& reads,
                                          const std::vector<int64_t>& writes, const std::vector<double>& eps,
                                          int64_t inputs, const std::vector<int64_t>& summed);
+Tensor bn_relu_pool(const Tensor& x, const Optional& weight, const Optional& bias, const Tensor& mean, const Tensor& var,
+                    bool channels_last, double eps);
+std::vector<Tensor> bn_relu_pool_backward(const Tensor& grad, const Tensor& x, const Optional& weight, const Optional& bias,
+                                          const Tensor& mean, const Tensor& var, bool channels_last, bool batch_stats, double eps,
+                                          bool need_x, bool need_affine);
 std::vector<Tensor> bn_relu_conv(const Tensor& x, const Tensor& conv, const Optional& weight, const Optional& bias,
                                  const Optional& mean, const Optional& var, bool channels_last, double eps,
                                  bool moments);

@@ -108,6 +108,34 @@ struct MomentsOf {
   Moments moments;
 };
 
+// Of bn_relu_pool, two rows of pixels at a time, channels_last; pitches in elements, vectors [padded] in float (double).
+// out [columns][channels] = a quarter of the sum of relu(scale * (x - center) + shift) over windows of 2x2.
+struct PoolRows {
+  DType dtype;
+  const void* x;
+  int64_t row, pixel, columns, channels;
+  const void *scale, *shift, *center;
+  void* out;
+};
+
+// With g' a quarter of the window's grad where the ReLU is open: sums[0] += sum g' and sums[1] += sum g' * (x - center), where
+// there are row_sums; else dx [rows][width][channels] = scale * g', and with a slope slope * (x - center) + offset besides.
+// Without a grad the rows, and in any case columns from 2 * columns on, belong to no window: g' is 0 there.
+struct PoolRowsBackward {
+  DType dtype;
+  const void* x;
+  int64_t row, pixel;
+  const void* grad;
+  int64_t grad_pixel, columns, width, rows, channels;
+  const void *scale, *shift, *center, *slope, *offset;
+  double* sums[2];
+  void* row_sums;  // memory for 2 * padded values
+  void* dx;
+  bool stream;  // dx is written past the caches
+};
+
+inline Dispatch<PoolRows> pool_rows;
+inline Dispatch<PoolRowsBackward> pool_rows_backward;
 inline Dispatch<Combine> combine;
 inline Dispatch<Backward> backward;
 inline Dispatch<MomentsOf> moments_of;

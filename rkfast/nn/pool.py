@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rkfast.nn.norm import hooked
+from rkfast.nn.norm import activated, as_norm, batch_norm_relu, hooked, serves
+from rkfast.ops import Moments, bn_relu_pool
+from rkfast.ops.bn_relu_pool import kernel_reason
 
 
 def global_average(x: Tensor) -> Tensor:
@@ -40,8 +42,20 @@ class _Pool(torch.autograd.Function):
 
 def average(pool: nn.Module, x: Tensor) -> Tensor:
     """``pool(x)`` with an nn.AvgPool2d, which where it is one over 2x2 keeps nothing."""
+    return _Pool.apply(x) if _halves(pool) else pool(x)
+
+
+def _halves(pool: nn.Module) -> bool:
     given = pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, pool.divisor_override
-    return _Pool.apply(x) if given == (2, 2, 0, False, None) else pool(x)
+    return given == (2, 2, 0, False, None)
+
+
+def average_of_norm(pool: nn.Module, norm: nn.Module, x: Tensor, moments: Moments | None = None) -> Tensor:
+    """``average(pool, batch_norm_relu(norm, x, moments))``, in one pass where that is the better choice."""
+    if _halves(pool) and (serves(norm, x) or activated(norm)) and kernel_reason(x) is None:
+        given = as_norm(norm)
+        return bn_relu_pool(x, given, moments=moments if given.batch and not given.group else None)
+    return average(pool, batch_norm_relu(norm, x, moments))
 
 
 class _MaxPool(torch.autograd.Function):

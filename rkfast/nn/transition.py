@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from rkfast.nn.dense import NormLayer, concatenated, dropout
 from rkfast.nn.norm import batch_norm_relu, hooked, reads_moments
-from rkfast.nn.pool import average, global_average
+from rkfast.nn.pool import average, average_of_norm, global_average
 from rkfast.ops import Moments
 
 
@@ -74,11 +74,12 @@ class Transition(nn.Module):
         self.pool = nn.AvgPool2d(2)
 
     def forward(self, y: Tensor, moments: Moments | None = None) -> Tensor:
-        x = batch_norm_relu(self.get_submodule(self.norm_name), y, moments, fused=self.fused)
-        if self._pools_first():
+        norm, pools_first = self.get_submodule(self.norm_name), self._pools_first()
+        if pools_first and self.attention is None:
+            return self.conv(average_of_norm(self.pool, norm, y, moments))
+        x = batch_norm_relu(norm, y, moments, fused=self.fused)
+        if pools_first and self.attention is not None:
             pooled = self.conv(average(self.pool, x))
-            if self.attention is None:
-                return pooled
             # The mean of the convolution's result is the convolution of the mean, also where the pool leaves out a row.
             return pooled * self.attention.gate(F.linear(global_average(x), self.conv.weight.flatten(1)))
         x = dropout(self.conv(x), self.drop_rate, self.training)

@@ -1,6 +1,7 @@
 """The fused operations. Each stands in a folder of its own: contract and autograd, then one file per backend."""
 
 from rkfast.ops.bn_relu_conv import bn_relu_conv as bn_relu_conv
+from rkfast.ops.bn_relu_pool import bn_relu_pool as bn_relu_pool
 from rkfast.ops.bn_rk_sum import bn_rk_sum as bn_rk_sum
 from rkfast.ops.channel_moments import Moments as Moments
 from rkfast.ops.channel_moments import channel_moments as channel_moments
@@ -17,6 +18,7 @@ __all__ = [
     "Norm",
     "Stages",
     "bn_relu_conv",
+    "bn_relu_pool",
     "bn_rk_sum",
     "channel_moments",
     "clique_block",

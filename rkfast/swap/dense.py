@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from rkfast.nn.norm import (
     activated,
     as_norm,
-    batch_norm_relu,
     fusible,
     group_of,
     hooked,
@@ -18,7 +17,7 @@ from rkfast.nn.norm import (
     reads_moments,
     takes_relu,
 )
-from rkfast.nn.pool import average
+from rkfast.nn.pool import average_of_norm
 from rkfast.ops import Moments, checks, dense_block
 from rkfast.ops.dense_block import kernel_reason
 from rkfast.swap.kind import Kind, leaves, mixes
@@ -201,7 +200,7 @@ class FusedTransition(Kind):
 
     def fused(self, found: tuple[Any, Any, Any], x: Tensor, moments: Moments | None = None) -> Tensor:
         norm, conv, pool = found
-        return conv(average(pool, batch_norm_relu(norm, x, moments)))
+        return conv(average_of_norm(pool, norm, x, moments))
 
     def reads_moments(self) -> bool:
         """Whether forward makes use of its input's moments."""

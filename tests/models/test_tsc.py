@@ -121,7 +121,8 @@ SMALL: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("name", "options"), SMALL)
 def test_fused_equals_stock(name: str, options: dict[str, Any]) -> None:
-    check_fused(name, **options)
+    # In a dense network of a few channels two of five draws are luck at 9x9.
+    check_fused(name, size=17 if "densenet" in name else 9, **options)
 
 
 @pytest.mark.parametrize(("name", "options"), SMALL)

@@ -54,6 +54,8 @@ def calls(backend: str) -> dict[str, list[str]]:
                 with contextlib.suppress(RuntimeError):  # this backend has no kernel for it
                     ops.bn_relu_conv(x, weight, ops.Norm(v, v, None, None)).sum().backward()
                 with contextlib.suppress(RuntimeError):
+                    ops.bn_relu_pool(x, ops.Norm(v, v, None, None)).sum().backward()
+                with contextlib.suppress(RuntimeError):
                     ops.conv(x, weight).sum().backward()
                 with contextlib.suppress(RuntimeError):
                     square = torch.rand(6, 6, 1, 1, dtype=dtype, requires_grad=True)

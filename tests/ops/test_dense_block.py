@@ -34,7 +34,10 @@ SHARED = {"shared": (3, 33, 17, 100, None)}  # a bottleneck whose columns severa
 NORMS = ("batch", "frozen", "bare", "cumulative")
 MEMORY = {"plain": ("speed",), "sum": ("speed",), "tiles": ("speed",), "rows": ("speed",)}
 # memory, size, whether weights have their outputs last
-EVALUATED = (("speed", (9, 7), False), ("min", (9, 7), False), ("speed", (5, 6), False), ("speed", (5, 6), True))
+EVALUATED = (
+    *(("speed", (9, 7), False), ("min", (9, 7), False), ("speed", (5, 6), False), ("speed", (5, 6), True)),
+    *(("speed", (3, 3), True), ("speed", (2, 9), True)),  # images too small for tiles
+)
 
 
 class Block:

@@ -27,11 +27,15 @@ def bn_relu_conv(x: Tensor, found: Norm) -> Tensor:
     return ops.bn_relu_conv(x, torch.ones(4, x.shape[1], 1, 1, dtype=x.dtype), found)
 
 
+def bn_relu_pool(x: Tensor, found: Norm) -> Tensor:
+    return ops.bn_relu_pool(x, found)
+
+
 def residual_block(x: Tensor, found: Norm) -> Tensor:
     return ops.residual_block(x, [torch.ones(x.shape[1], x.shape[1], 1, 1, dtype=x.dtype)], [found])
 
 
-@pytest.mark.parametrize("op", (bn_rk_sum, bn_relu_conv, residual_block))
+@pytest.mark.parametrize("op", (bn_rk_sum, bn_relu_conv, bn_relu_pool, residual_block))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 def test_statistics_stay_where_x_cannot_be_kept(op: Callable[[Tensor, Norm], Tensor], dtype: torch.dtype) -> None:
     with torch.inference_mode():

@@ -22,6 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import CompiledKernel
 
+from rkfast.ops.bn_relu_pool import triton as bn_relu_pool
 from rkfast.ops.bn_rk_sum import triton as bn_rk_sum
 from rkfast.ops.channel_moments import triton as channel_moments
 from rkfast.ops.dense_block import triton as dense_block
@@ -164,7 +165,14 @@ def launches(dtype: torch.dtype, shape: tuple[int, ...], channels_last: bool, sl
             x, x, vector, vector, vector, vector, gate, None, [], channels_last, True, False, 1e-5, True, True, True
         )
 
-    return [Launch(f.__name__, f, at_once) for f in (sums, steps, gates, norm, join, frozen)]
+    def pools() -> None:
+        grad = torch.empty((n, c, h // 2, w // 2), dtype=dtype, device="meta").contiguous(memory_format=memory)
+        bn_relu_pool.forward(x, vector, vector, vector, vector, True, 1e-5)
+        for batch_stats in (True, False):
+            bn_relu_pool.backward(grad, x, vector, vector, vector, vector, True, batch_stats, 1e-5, True, True)
+
+    found = (sums, steps, gates, norm, join, frozen, *([pools] if channels_last else []))
+    return [Launch(f.__name__, f, at_once) for f in found]
 
 
 def most(dtype: torch.dtype, channels_last: bool) -> Launch:

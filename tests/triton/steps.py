@@ -196,8 +196,11 @@ def on_meta() -> Iterator[None]:
             return reason(backend, device, explicit)
         return None if backend in ("triton", "reference") else "not here"
 
-    kernel_of = importlib.import_module("rkfast.ops.dense_block")._KERNEL
-    with mock.patch.object(dispatch, "backend_reason", meta), mock.patch.dict(kernel_of, meta="triton"):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(dispatch, "backend_reason", meta))
+        for op in ("dense_block", "bn_relu_pool"):
+            kernel_of = importlib.import_module(f"rkfast.ops.{op}")._KERNEL
+            stack.enter_context(mock.patch.dict(kernel_of, meta="triton"))
         try:
             yield
         finally:

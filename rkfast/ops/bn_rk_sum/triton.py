@@ -14,7 +14,7 @@ from rkfast.ops.channel_moments.reference import moments_dtype
 
 
 @triton.jit
-def _fold(mean, var, weight, bias, step, gate, eps, group, c, channels, AXIS: tl.constexpr, WIDE: tl.constexpr):
+def fold(mean, var, weight, bias, step, gate, eps, group, c, channels, AXIS: tl.constexpr, WIDE: tl.constexpr):
     """(mean, rstd, scale, shift) with step * BN(x) = scale * (x - mean) + shift."""
     center = kernels.per_channel(mean, c, channels, AXIS)
     rstd = tl.rsqrt(kernels.per_channel(var, c, channels, AXIS) + kernels.scalar_of(eps, WIDE))
@@ -72,7 +72,7 @@ def _forward_kernel(
     c0, c, channels, group, row, first, last = kernels.assignment(
         channels, blocks, splits, pieces, span, share, tiles, AXIS, ROWS, COLS, UNIT
     )
-    center, _, scale, shift = _fold(mean, var, weight, bias, step, gate, eps, group, c, channels, AXIS, WIDE)
+    center, _, scale, shift = fold(mean, var, weight, bias, step, gate, eps, group, c, channels, AXIS, WIDE)
     n, middle, sums, squares = kernels.no_moments(AXIS, ROWS, COLS, WIDE)
     for t in tl.range(first, last, num_stages=STAGES):
         major, minor, exists, count, at, bytes_exist = kernels.place(
@@ -197,7 +197,7 @@ def _vectors(
     step: Tensor | None,
     dtype: torch.dtype,
 ) -> list[Tensor | None]:
-    """What _fold takes, the step as one per channel or as one per sample and channel."""
+    """What fold takes, the step as one per channel or as one per sample and channel."""
     gated = step is not None and step.dim() == 2
     steps = (None, step) if gated else (step, None)
     return [kernels.vector(v, dtype) for v in (mean, var, weight, bias, *steps)]
@@ -246,7 +246,7 @@ def _backward_kernel(
     c0, c, channels, group, row, first, last = kernels.assignment(
         channels, blocks, splits, pieces, span, share, tiles, AXIS, ROWS, COLS, UNIT
     )
-    center, rstd, scale, shift = _fold(mean, var, weight, bias, step, gate, eps, group, c, channels, AXIS, WIDE)
+    center, rstd, scale, shift = fold(mean, var, weight, bias, step, gate, eps, group, c, channels, AXIS, WIDE)
     if slope is not None:
         along_x = kernels.per_channel(slope, c, channels, AXIS)
         constant = kernels.per_channel(offset, c, channels, AXIS)
@@ -283,7 +283,7 @@ def _backward_kernel(
 
 
 @kernels.jit
-def _gradients_kernel(
+def gradients_kernel(
     sums,  # [groups, rows, C]
     projections,  # [groups, rows, C]
     weight,  # [C] or None
@@ -416,13 +416,13 @@ def backward(
         if gate is not None:
             by_sample = [x.new_empty((n, c), dtype=dtype) for _ in range(2)]
             kernels.reduce(
-                _gradients_kernel, sums, n, sums.shape[0] // n, c,
+                gradients_kernel, sums, n, sums.shape[0] // n, c,
                 sums, projections, weight_, bias_, gate, var_, *constants, *by_sample, dstep, None, None,
             )  # fmt: skip
             projections, sums = by_sample
         affine = [x.new_empty(c, dtype=dtype) for _ in range(2)]
         kernels.reduce(
-            _gradients_kernel, sums, 1, sums.shape[0], c,
+            gradients_kernel, sums, 1, sums.shape[0], c,
             sums, projections, weight_, bias_, step_, var_, *constants,
             *affine, dstep if gate is None else None, *(corrections or (None, None)),
         )  # fmt: skip

@@ -24,7 +24,7 @@ from rkfast.ops.channel_moments import triton as moments_triton
 from rkfast.ops.dense_block import triton as dense_block
 from rkfast.ops.rk_sum import reference, triton
 from tests import test_distributed
-from tests.ops import test_bn_relu_conv, test_clique_block, test_dense_block, test_residual_block
+from tests.ops import test_bn_relu_conv, test_bn_relu_pool, test_clique_block, test_dense_block, test_residual_block
 from tests.ops.tester import DTYPES, assert_as_good_as, lay
 
 LAYOUTS = ("contiguous", "channels_last", "slice", "channels_last_slice")
@@ -463,6 +463,31 @@ def test_bn_relu_conv_with_moments(n: int) -> None:
 
 def test_bn_relu_conv_keeps_x_alone() -> None:
     test_bn_relu_conv.test_what_is_kept(TRITON)
+
+
+@pytest.mark.parametrize(("name", "dtype", "how"), in_turn(test_bn_relu_pool.TestBnReluPool.CASES), ids=str)
+def test_bn_relu_pools(name: str, dtype: torch.dtype, how: str) -> None:
+    tester = test_bn_relu_pool.TestBnReluPool()
+    tester.check(tester.CASES[name], (3, 20, 5, 7), dtype, how, TRITON)
+
+
+@pytest.mark.parametrize("shape", test_bn_relu_pool.SHAPES, ids=str)
+@pytest.mark.parametrize("name", ("batch", "frozen"))
+def test_bn_relu_pool_shapes(name: str, shape: tuple[int, ...]) -> None:
+    tester = test_bn_relu_pool.TestBnReluPool()
+    tester.check(tester.CASES[name], shape, torch.float32, "channels_last_slice", TRITON, seeds=2)
+
+
+def test_bn_relu_pool_of_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That a program takes one behind the other."""
+    monkeypatch.setattr(kernels, "PROGRAMS", 2)
+    tester = test_bn_relu_pool.TestBnReluPool()
+    for name in ("batch", "frozen"):
+        tester.check(tester.CASES[name], (3, 70, 9, 11), torch.float32, "channels_last", TRITON)
+
+
+def test_bn_relu_pool_keeps_x_alone() -> None:
+    test_bn_relu_pool.test_what_is_kept(TRITON)
 
 
 @pytest.mark.parametrize(("name", "dtype", "how"), in_turn(test_residual_block.TestResidualBlock.CASES), ids=str)
