@@ -214,6 +214,9 @@ def test_why_not() -> None:
     assert "kernel for meta" in str(kernel_reason(x.to("meta")))
     with dispatch.use("reference"):
         assert kernel_reason(x.contiguous()) is None
+        assert "2x2" in str(kernel_reason(x[:, :, :1]))
+    with dispatch.use("cuda"):
+        assert "'cuda'" in str(kernel_reason(x))
     norm = module(4)
     with dispatch.use("cuda"), pytest.raises(RuntimeError, match="cuda"):
         call(x, norm)

@@ -67,7 +67,7 @@ def test_networks(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(layers) == DENSE.get(name, 0)
     norms = sum(isinstance(module, _BatchNorm) for module in model.modules())
     assert served["residual_block", "cpu"] == len(in_blocks)
-    alone = served["bn_rk_sum", "cpu"] + served["bn_relu_conv", "cpu"]
+    alone = sum(served[op, "cpu"] for op in ("bn_rk_sum", "bn_relu_conv", "bn_relu_pool"))
     assert alone + sum(in_blocks) == norms - 2 * sum(layers)
     if name in DENSE:
         summary = f"1 of 1 sequences, {DENSE[name]} of {DENSE[name]} dense layers, 3 of 3 transitions fused"

@@ -134,14 +134,15 @@ def _gradients(
 
 def kernel_reason(x: Tensor) -> str | None:
     """Why ``bn_rk_sum`` and then PyTorch's pool are the better choice; None where this op is, or one is forced."""
-    if dispatch.forced() is not None:
-        return None
-    if x.dim() != 4 or x.numel() == 0 or min(x.shape[2:]) < 2:
-        return "an input without 2x2 pixels"
-    if not layout.is_channels_last(x):
-        return "an input that is not channels_last"
     if checks.transformed((x,)):
         return "torch.func, forward-mode AD and torch.jit.trace"
+    if x.dim() != 4 or x.numel() == 0 or min(x.shape[2:]) < 2:
+        return "an input without 2x2 pixels"
+    forced = dispatch.forced()
+    if forced is not None:
+        return None if forced in _BACKENDS else f"there is no kernel of backend {forced!r}"
+    if not layout.is_channels_last(x):
+        return "an input that is not channels_last"
     device = x.device.type
     if device not in _KERNEL:
         return f"there is no kernel for {device} tensors"

@@ -195,6 +195,10 @@ def backward(
         return reference.backward(
             grad, x, weight, bias, mean, var, channels_last, batch_stats, eps, need_x, need_affine
         )  # fmt: skip
+    kernels.compile_ahead(
+        ("bn_relu_pool_backward", weight is None, bias is None, batch_stats, need_x, need_affine), backward,
+        grad, x, weight, bias, mean, var, channels_last, batch_stats, eps, need_x, need_affine,
+    )  # fmt: skip
     dtype = moments_dtype(x.dtype)
     grad, x = layout.conform(grad, True), layout.conform(x, True)
     n, c, height, width = x.shape

@@ -155,4 +155,4 @@ def test_a_first_step_compiles_few_kernels() -> None:
     call = steps.step(network, steps.made(network, training=True))
     with compiler.compiling_for(89) as compiled, steps.running(steps.Counted(network.batch)):  # as no other test does
         call()
-    assert len(compiled) <= 24
+    assert len(compiled) <= 27

@@ -637,6 +637,9 @@ def test_public_functions_are_served(how: str) -> None:
         conv = torch.randn(4, 6, 3, 3, requires_grad=True)
         torch.autograd.grad(ops.dense_block(x, [conv], [ops.Norm(None, None, None, None)]).sum(), conv)
         torch.autograd.grad(ops.bn_relu_conv(x, conv, ops.Norm(None, None, None, None)).sum(), conv)
+        torch.autograd.grad(
+            ops.bn_relu_pool(x, ops.Norm(None, None, torch.zeros(6), torch.ones(6), None, False)).sum(), x
+        )
         torch.autograd.grad(ops.conv(x, conv).sum(), conv)
         square = torch.randn(6, 6, 3, 3, requires_grad=True)
         torch.autograd.grad(ops.residual_block(x, [square], [ops.Norm(None, None, None, None)]).sum(), square)
