@@ -248,7 +248,7 @@ class Convolutions {
   // The convolution of what `load` brings, where by_tiles.
   template <typename Load>
   void convolve_by_tiles(const Tensor& w, int64_t channels, const Load& load, Slot<float> out) {
-    const Bands bands(n_, h_, w_, channels + w.size(0), at::get_num_threads());
+    const Bands bands = Bands::among(at::get_num_threads(), n_, h_, w_, channels + w.size(0));
     winograd(bands, channels, w.size(0), by_rows(load, channels), tile_weight(w, false), out, kNothing);
   }
   // Whether a convolution of images too small for tiles is one product, of each pixel with its neighbours: oneDNN would lay the
@@ -292,7 +292,7 @@ class Convolutions {
     if constexpr (kFloat) {
       if (by_tiles(w)) {
         Tensor dact = reused(dact_, channels);
-        const Bands bands(n_, h_, w_, channels + growth, at::get_num_threads());
+        const Bands bands = Bands::among(at::get_num_threads(), n_, h_, w_, channels + growth);
         data_gradient_by_tiles(bands, grad, w, {dact.data_ptr<float>(), channels}, kNothing);
         return {dact, weight_gradient_by_tiles(grad, load, w)};
       }

@@ -280,7 +280,7 @@ class Block : Convolutions<T> {
             }
           });
         };
-        winograd(Bands(n_, h_, w_, width + u.growth, threads), width, u.growth, load, tile_weight(u.conv2, false), slot(u.write), kNothing);
+        winograd(Bands::among(threads, n_, h_, w_, width + u.growth), width, u.growth, load, tile_weight(u.conv2, false), slot(u.write), kNothing);
         return finish_growth(u, {x_ + u.write, channels_}, u.keep2);
       }
     }

@@ -19,15 +19,18 @@ namespace rkfast {
 struct Bands {
   int64_t height, width, columns, rows, per_image, count;
 
-  // As many bands as each of `least` threads takes the same number of, where there are tile rows enough.
-  Bands(int64_t images, int64_t height, int64_t width, int64_t channels, int64_t least = 1)
+  static Bands among(int64_t threads, int64_t images, int64_t height, int64_t width, int64_t channels) {
+    return Bands(images, height, width, channels, threads, threads);
+  }
+  // At least as many bands as `least`, where there are tile rows enough; a multiple of as many `threads`.
+  Bands(int64_t images, int64_t height, int64_t width, int64_t channels, int64_t least = 1, int64_t threads = 1)
       : height(height), width(width), columns((width + 1) / 2), rows((height + 1) / 2) {
     constexpr int64_t kBytes = 600 << 10;
     const int64_t tiles = kBytes / (16 * 4 * channels), most = std::clamp<int64_t>(tiles / columns, 1, rows);
     per_image = std::max((rows + most - 1) / most, std::min(rows, (least + images - 1) / images));
     int64_t even = per_image;
-    while (images * even % least != 0 && even < rows) ++even;
-    if (images * even % least == 0) per_image = even;
+    while (images * even % threads != 0 && even < rows) ++even;
+    if (images * even % threads == 0) per_image = even;
     count = images * per_image;
   }
   // Of the tile rows of its image the first.
