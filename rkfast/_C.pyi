@@ -4,6 +4,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+# What update_running_stats takes behind the moments.
+_Moved = tuple[int, Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], float | None]
+
 def survey(
     tensors: Sequence[Tensor | None],
     vectors: Sequence[Tensor | None],
@@ -224,34 +227,43 @@ def residual_block_backward(
     need_convs: bool,
     need_step: bool,
 ) -> list[Tensor]: ...
-def rk_sum_node(
+def rk_sum_recorded(
     call: object,
-    out: Tensor,
     terms: Sequence[Tensor],
-    steps: Sequence[Tensor],
+    coeffs: Sequence[float],
+    steps: Sequence[Tensor | None],
     shift: Tensor | None,
-    kept: Sequence[Tensor | None],
-    coeffs: Sequence[float],
-    step_at: Sequence[int],
-    channels_last: bool,
-) -> None: ...
-def bn_rk_sum_node(
-    call: object,
-    out: Tensor,
-    inputs: Sequence[Tensor | None],
-    kept: Sequence[Tensor | None],
-    coeffs: Sequence[float],
     channels_last: bool,
     relu: bool,
-    batch_stats: bool,
-    eps: float,
-) -> None: ...
-def residual_block_node(
+    moments: bool,
+    onto: Sequence[float],
+) -> list[Tensor]: ...
+def bn_rk_sum_recorded(
     call: object,
-    out: Tensor,
-    inputs: Sequence[Tensor | None],
-    kept: Sequence[Tensor | None],
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    terms: Sequence[Tensor],
+    coeffs: Sequence[float],
+    step: Tensor | None,
+    channels_last: bool,
+    relu: bool,
+    eps: float,
+    moments: bool,
+    batch_stats: bool,
+    moved: _Moved | None,
+) -> list[Tensor]: ...
+def residual_block_recorded(
+    call: object,
+    x: Tensor,
+    shortcut: Tensor | None,
+    convs: Sequence[Tensor],
+    norms: Sequence[Tensor | None],
+    step: Tensor | None,
     strides: Sequence[int],
     eps: Sequence[float],
     channels_last: bool,
-) -> None: ...
+    moved: Sequence[_Moved | None],
+) -> Tensor: ...

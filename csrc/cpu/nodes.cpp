@@ -14,6 +14,8 @@ namespace {
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 using Needed = std::vector<bool>;
+// Running statistics: what update_running_stats takes behind the moments.
+using Moved = std::tuple<int64_t, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, std::optional<double>>;
 
 Tensor tensor(const Optional& t) { return t ? *t : Tensor(); }
 Optional optional(const Tensor& t) { return t.defined() ? Optional(t) : std::nullopt; }
@@ -302,34 +304,99 @@ variable_list tensors(const std::vector<Optional>& from) {
   return to;
 }
 
+// Before the node is made: activation checkpointing stops what it computes again at the last tensor that is kept.
+void move(const std::optional<Moved>& moved, const Tensor& mean, const Tensor& var) {
+  if (moved) std::apply([&](const auto&... each) { update_running_stats(mean, var, each...); }, *moved);
+}
+
+// out, and the moments behind it that were asked for.
+std::vector<Tensor> returned(const std::vector<Tensor>& made, bool moments) {
+  std::vector<Tensor> result{made[0]};
+  if (moments) result.insert(result.end(), made.end() - 2, made.end());
+  return result;
+}
+
+std::vector<Tensor> rk_sum_recorded(py::object call, const std::vector<Tensor>& terms, const std::vector<double>& coeffs,
+                                    const std::vector<Optional>& steps, const Optional& shift, bool channels_last, bool relu,
+                                    bool moments, std::vector<double> onto) {
+  std::vector<Tensor> made;
+  {
+    py::gil_scoped_release release;
+    made = rk_sum(terms, coeffs, steps, shift, channels_last, relu, moments, relu, {});
+  }
+  variable_list factors, kept;
+  std::vector<int64_t> step_at;
+  for (size_t i = 0; i < steps.size(); ++i) {
+    if (!steps[i]) continue;
+    factors.push_back(*steps[i]);
+    step_at.push_back(static_cast<int64_t>(i));
+  }
+  if (relu || !factors.empty()) {
+    kept.push_back(relu ? made[1] : Tensor());
+    kept.insert(kept.end(), factors.begin(), factors.end());
+    for (int64_t i : step_at) kept.push_back(steps[i]->requires_grad() ? terms[i] : Tensor());
+  }
+  attach<RkSumNode>(made[0], std::move(call), terms, factors, tensor(shift), kept, std::move(onto), std::move(step_at), channels_last);
+  return returned(made, moments);
+}
+
+std::vector<Tensor> bn_rk_sum_recorded(py::object call, const Tensor& x, const Optional& weight, const Optional& bias,
+                                       const Optional& mean, const Optional& var, const std::vector<Tensor>& terms,
+                                       std::vector<double> coeffs, const Optional& step, bool channels_last, bool relu, double eps,
+                                       bool moments, bool batch_stats, const std::optional<Moved>& moved) {
+  const bool mask = relu && !terms.empty();
+  std::vector<Tensor> made;
+  Tensor used_mean = tensor(mean), used_var = tensor(var);
+  {
+    py::gil_scoped_release release;
+    made = bn_rk_sum(x, weight, bias, mean, var, terms, coeffs, step, channels_last, relu, eps, moments, mask, {});
+    if (!mean) used_mean = made[1 + mask], used_var = made[2 + mask];
+    move(moved, used_mean, used_var);
+  }
+  const variable_list kept{x, tensor(weight), tensor(bias), used_mean, used_var, tensor(step), mask ? made[1] : Tensor()};
+  attach<BnRkSumNode>(made[0], std::move(call), joined(variable_list{x, tensor(weight), tensor(bias), tensor(step)}, terms), kept,
+                      std::move(coeffs), channels_last, relu, batch_stats, eps);
+  return returned(made, moments);
+}
+
+Tensor residual_block_recorded(py::object call, const Tensor& x, const Optional& shortcut, const std::vector<Tensor>& convs,
+                               const std::vector<Optional>& norms, const Optional& step, std::vector<int64_t> strides,
+                               std::vector<double> eps, bool channels_last, const std::vector<std::optional<Moved>>& moved) {
+  const size_t count = convs.size();
+  std::vector<Tensor> made;
+  {
+    py::gil_scoped_release release;
+    made = residual_block(x, shortcut, convs, norms, step, strides, eps, channels_last, true);
+    auto own = made.begin() + 2 + count;
+    for (size_t i = 0; i < count; ++i) {
+      move(moved[i], norms[4 * i + 2] ? *norms[4 * i + 2] : own[0], norms[4 * i + 2] ? *norms[4 * i + 3] : own[1]);
+      if (!norms[4 * i + 2]) own += 2;
+    }
+  }
+  variable_list inputs{x, tensor(shortcut), tensor(step)}, kept{x, tensor(step)};
+  kept.insert(kept.end(), made.begin() + 1, made.begin() + 2 + count);
+  for (size_t i = 0; i < count; ++i) {
+    const variable_list norm = tensors({norms.begin() + 4 * i, norms.begin() + 4 * i + 4});
+    inputs.insert(inputs.end(), {convs[i], norm[0], norm[1]});
+    kept.push_back(convs[i]);
+    kept.insert(kept.end(), norm.begin(), norm.end());
+  }
+  kept.insert(kept.end(), made.begin() + 2 + count, made.end());
+  attach<ResidualBlockNode>(made[0], std::move(call), inputs, kept, std::move(strides), std::move(eps), channels_last);
+  return made[0];
+}
+
 }  // namespace
 
 void define_nodes(py::module_& m) {
   using py::arg;
-  m.def("rk_sum_node",
-        [](py::object call, const Tensor& out, const std::vector<Tensor>& terms, const std::vector<Tensor>& steps,
-           const Optional& shift, const std::vector<Optional>& kept, std::vector<double> coeffs, std::vector<int64_t> step_at,
-           bool channels_last) {
-          attach<RkSumNode>(out, std::move(call), terms, steps, tensor(shift), tensors(kept), std::move(coeffs), std::move(step_at),
-                            channels_last);
-        },
-        arg("call"), arg("out"), arg("terms"), arg("steps"), arg("shift"), arg("kept"), arg("coeffs"), arg("step_at"),
-        arg("channels_last"));
-  m.def("bn_rk_sum_node",
-        [](py::object call, const Tensor& out, const std::vector<Optional>& inputs, const std::vector<Optional>& kept,
-           std::vector<double> coeffs, bool channels_last, bool relu, bool batch_stats, double eps) {
-          attach<BnRkSumNode>(out, std::move(call), tensors(inputs), tensors(kept), std::move(coeffs), channels_last, relu,
-                              batch_stats, eps);
-        },
-        arg("call"), arg("out"), arg("inputs"), arg("kept"), arg("coeffs"), arg("channels_last"), arg("relu"), arg("batch_stats"),
-        arg("eps"));
-  m.def("residual_block_node",
-        [](py::object call, const Tensor& out, const std::vector<Optional>& inputs, const std::vector<Optional>& kept,
-           std::vector<int64_t> strides, std::vector<double> eps, bool channels_last) {
-          attach<ResidualBlockNode>(out, std::move(call), tensors(inputs), tensors(kept), std::move(strides), std::move(eps),
-                                    channels_last);
-        },
-        arg("call"), arg("out"), arg("inputs"), arg("kept"), arg("strides"), arg("eps"), arg("channels_last"));
+  m.def("rk_sum_recorded", &rk_sum_recorded, arg("call"), arg("terms"), arg("coeffs"), arg("steps"), arg("shift"),
+        arg("channels_last"), arg("relu"), arg("moments"), arg("onto"));
+  m.def("bn_rk_sum_recorded", &bn_rk_sum_recorded, arg("call"), arg("x"), arg("weight"), arg("bias"), arg("mean"), arg("var"),
+        arg("terms"), arg("coeffs"), arg("step"), arg("channels_last"), arg("relu"), arg("eps"), arg("moments"), arg("batch_stats"),
+        arg("moved"));
+  m.def("residual_block_recorded", &residual_block_recorded, arg("call"), arg("x"), arg("shortcut"), arg("convs"), arg("norms"),
+        arg("step"), arg("strides"), arg("eps"), arg("channels_last"), arg("moved"));
 }
 
 }  // namespace rkfast

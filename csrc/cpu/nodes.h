@@ -7,7 +7,7 @@
 
 namespace rkfast {
 
-// Each makes a node of `out`, which lies behind `inputs` and keeps `kept` for its backward.
+// OP_recorded computes an op and makes the node of its result.
 void define_nodes(py::module_& m);
 
 }  // namespace rkfast

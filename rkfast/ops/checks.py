@@ -74,13 +74,14 @@ def _asked(question: str, *args: object) -> int:
         return 0
 
 
-def node(op: str) -> Any:
-    """What makes the C++ node of autograd for a call of PLAIN arguments on a CPU (csrc/cpu/nodes.cpp); None where
-    another backend is asked for, or compiled autograd is on, which takes Python's nodes and torch's own."""
+def recorded(op: dispatch.Op, lead: Tensor) -> Any:
+    """The C++ function that computes a call of PLAIN arguments and makes its node of autograd (csrc/cpu/nodes.cpp); the
+    call is then counted. None where another backend serves it, or compiled autograd is on, which takes Python's nodes
+    and torch's own."""
     config: Any = sys.modules.get("torch._dynamo.config")
-    if dispatch.forced() not in (None, "cpu") or (config is not None and config.compiled_autograd):
+    if (config is not None and config.compiled_autograd) or not op.serves_itself(lead):
         return None
-    return getattr(_extension(), f"{op}_node")
+    return getattr(_extension(), f"{op.name}_recorded")
 
 
 def plain(grad: Tensor) -> bool:

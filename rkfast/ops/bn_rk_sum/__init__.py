@@ -108,25 +108,6 @@ class _Call(NamedTuple):
     group: str
     plain: bool
 
-    def run(
-        self, moved: tuple[Any, ...] | None, inputs: Sequence[Any]
-    ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
-        """out, the moments that were not given and those of out, and what ``gradients`` reads. moved: the running
-        statistics, which are not kept with the call."""
-        mean, var, x, weight, bias, step, *terms = inputs
-        # Without terms the sign of the output follows from x, so that nothing need be kept for it.
-        mask = self.relu and len(terms) > 0
-        total, *found = (_op if self.plain else _forward)(
-            x, weight, bias, mean, var, terms, self.coeffs, step, self.channels_last, self.relu, self.eps, self.moments,
-            mask,
-        )  # fmt: skip
-        bits = found.pop(0) if mask else None
-        if mean is None:
-            mean, var = found[:2]
-        if moved is not None:
-            (update_running_stats_op if self.plain else update_running_stats)(mean, var, *moved)
-        return total, found, [x, weight, bias, mean, var, step, bits]
-
     def serves(self, grad: Tensor) -> bool:
         return not self.group and _backward_op.serves_itself(grad)
 
@@ -149,9 +130,20 @@ class _BnRkSum(torch.autograd.Function):
     def forward(
         ctx: Any, call: _Call, moved: tuple[Any, ...] | None, found: list[Tensor] | None, *inputs: Tensor | None
     ) -> Any:
-        total, vectors, kept = call.run(moved, inputs)
+        mean, var, x, weight, bias, step, *terms = inputs
+        # Without terms the sign of the output follows from x, so that nothing need be kept for it.
+        mask = call.relu and len(terms) > 0
+        total, *vectors = (_op if call.plain else _forward)(
+            x, weight, bias, mean, var, terms, call.coeffs, step, call.channels_last, call.relu, call.eps, call.moments,
+            mask,
+        )  # fmt: skip
+        bits = vectors.pop(0) if mask else None
+        if mean is None:
+            mean, var = vectors[:2]
+        if moved is not None:
+            (update_running_stats_op if call.plain else update_running_stats)(mean, var, *moved)
         ctx.call = call
-        ctx.save_for_backward(*kept)
+        ctx.save_for_backward(x, weight, bias, mean, var, step, bits)
         if found is not None:  # outputs that nobody differentiates cost apply as much as the others
             found.extend(vectors)
             return total
@@ -390,10 +382,13 @@ def bn_rk_sum(
         # statistics move before. A compiler wants nothing changed within a Function.
         within = None if torch.compiler.is_compiling() else moved
         call = _Call(coeffs, channels_last, relu, training, eps, return_moments, group, plain)
-        node = checks.node("bn_rk_sum") if plain and x.is_cpu else None
-        if node is not None:
-            total, found, kept = call.run(within, inputs)
-            node(call, total, inputs[2:], kept, coeffs, channels_last, relu, training, eps)
+        recorded = checks.recorded(_op, x) if plain else None
+        if recorded is not None:
+            if moved is not None:
+                update_running_stats_op.serves_itself(running_mean)
+            total, *found = recorded(
+                call, x, weight, bias, mean, var, terms, coeffs, step, channels_last, *tail, training, moved
+            )
         elif plain:
             total = _apply_plain(call, within, found, *inputs)
         else:

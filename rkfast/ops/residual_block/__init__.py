@@ -139,26 +139,6 @@ class _Call(NamedTuple):
     remake: bool  # what the last convolution makes, which is not kept
     plain: bool
 
-    def run(
-        self,
-        advance: Callable[[list[Tensor]], None] | None,
-        x: Tensor,
-        shortcut: Tensor | None,
-        step: Tensor | None,
-        tensors: Sequence[Any],
-    ) -> Any:
-        """The result, moments that were not given, and what ``gradients`` reads. advance: the running statistics, by
-        moments; they are not kept with the call."""
-        convs, norms = _sorted(tensors)
-        run = _op if self.plain else _forward
-        out, mask, *found = run(x, shortcut, convs, norms, step, self.strides, self.eps, self.channels_last, True)
-        outs, vectors = found[: len(convs)], found[len(convs) :]
-        if advance is not None:
-            advance(vectors)
-        if self.remake:
-            del outs[len(self.strides) - 1]
-        return out, vectors, [x, step, mask, *outs, *tensors, *vectors]
-
     def serves(self, grad: Tensor) -> bool:
         return _backward_op.serves_itself(grad)
 
@@ -200,7 +180,8 @@ class _Call(NamedTuple):
 
 
 class _ResidualBlock(torch.autograd.Function):
-    """tensors: of each convolution the weight, and weight, bias, mean and var of its norm."""
+    """tensors: of each convolution the weight, and weight, bias, mean and var of its norm. advance: the running
+    statistics, by moments that were not given; they are not kept with the call."""
 
     @staticmethod
     def forward(
@@ -212,10 +193,17 @@ class _ResidualBlock(torch.autograd.Function):
         step: Tensor | None,
         *tensors: Any,
     ) -> Any:
-        out, vectors, kept = call.run(advance, x, shortcut, step, tensors)
+        convs, norms = _sorted(tensors)
+        run = _op if call.plain else _forward
+        out, mask, *found = run(x, shortcut, convs, norms, step, call.strides, call.eps, call.channels_last, True)
+        outs, vectors = found[: len(convs)], found[len(convs) :]
+        if advance is not None:
+            advance(vectors)
+        if call.remake:
+            del outs[len(call.strides) - 1]
         ctx.call = call
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*kept)
+        ctx.save_for_backward(x, step, mask, *outs, *tensors, *vectors)
         ctx.mark_non_differentiable(*vectors)
         return (out, *vectors)
 
@@ -326,14 +314,15 @@ def residual_block(
     else:
         needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
         channels_last = layout.is_channels_last(x)
-    counts = [n * h * w for n, _, h, w in _sizes(x.shape, [conv.shape for conv in convs], stepping)]
+    sizes = _sizes(x.shape, [conv.shape for conv in convs], stepping)
+    moved = [_moved(norm, n * h * w) for norm, (n, _, h, w) in zip(norms, sizes, strict=True)]
     if not plain and checks.transformed(given):
         out, *vectors = reference.composite(x, shortcut, *_sorted(tensors), step, stepping, eps)
         out = laid(out, channels_last)
         with torch.no_grad():
-            _advance(plain_moments.update_running_stats, norms, counts, vectors)
+            _advance(plain_moments.update_running_stats, norms, moved, vectors)
         return out
-    advance = functools.partial(_advance, update_running_stats_op if plain else update_running_stats, norms, counts)
+    advance = functools.partial(_advance, update_running_stats_op if plain else update_running_stats, norms, moved)
     if needs_grad:
         if not seen:
             fields = ("convs[{}]", *(f"norms[{{}}].{field}" for field in Norm._fields[:4]))
@@ -345,12 +334,12 @@ def residual_block(
         own = shortcut is None and projection is None
         call = _Call(stepping, eps, channels_last, own, memory == "min", plain)
         usual = plain and memory == "speed" and x.is_cpu and x.dtype == torch.float32 and x.numel() > 0
-        node = checks.node("residual_block") if usual else None
-        if node is not None:
-            out, vectors, kept = call.run(within, x, shortcut, step, tensors)
-            inputs = (x, shortcut, step, *(t for i, t in enumerate(tensors) if i % 5 < 3))
-            node(call, out, inputs, kept, stepping, eps, channels_last)
-            return out
+        recorded = checks.recorded(_op, x) if usual else None
+        if recorded is not None:
+            for each in moved:
+                if each is not None:
+                    update_running_stats_op.serves_itself(each[1][0])
+            return recorded(call, x, shortcut, *_sorted(tensors), step, stepping, eps, channels_last, moved)
         apply = _apply_plain if plain else _ResidualBlock.apply
         out, *vectors = apply(call, within, *checks.distinct(given))
         if within is not None:
@@ -363,16 +352,25 @@ def residual_block(
     return out
 
 
+def _moved(norm: Norm, count: int) -> tuple[Any, ...] | None:
+    """What ``update_running_stats`` takes behind the moments of so many values; None where they move nothing."""
+    if not norm.training or norm.running_mean is None:
+        return None
+    counters = [] if norm.num_batches_tracked is None else [norm.num_batches_tracked]
+    return count, [norm.running_mean], [norm.running_var], counters, norm.momentum
+
+
 def _advance(
-    update: Callable[..., None], norms: Sequence[Norm], counts: Sequence[int], vectors: Sequence[Tensor]
+    update: Callable[..., None],
+    norms: Sequence[Norm],
+    moved: Sequence[tuple[Any, ...] | None],
+    vectors: Sequence[Tensor],
 ) -> None:
     """The running statistics of norms by vectors, mean and variance of each that normalises by its batch."""
     at = 0
-    for norm, count in zip(norms, counts, strict=True):
-        if norm.training and norm.running_mean is not None:
-            counters = [] if norm.num_batches_tracked is None else [norm.num_batches_tracked]
-            mean, var = vectors[at : at + 2]
-            update(mean, var, count, [norm.running_mean], [norm.running_var], counters, norm.momentum)
+    for norm, each in zip(norms, moved, strict=True):
+        if each is not None:
+            update(*vectors[at : at + 2], *each)
         at += 2 * norm.batch
 
 

@@ -93,21 +93,6 @@ class _Call(NamedTuple):
     moments: bool
     plain: bool
 
-    def run(
-        self, terms: list[Tensor], vectors: Sequence[Tensor], needed: Sequence[bool]
-    ) -> tuple[list[Tensor], list[Tensor | None]]:
-        """What the op returns, and what ``gradients`` reads. needed: which of the vectors need a gradient."""
-        shift = vectors[-1] if self.has_shift else None
-        result = (_op if self.plain else _forward)(
-            terms, self.coeffs, _placed(vectors, self.step_at, len(terms)), shift, self.channels_last, self.relu,
-            self.moments, self.relu,
-        )  # fmt: skip
-        if not self.relu and not self.step_at:
-            return result, []
-        mask = result[1] if self.relu else None
-        step_terms = [terms[i] if needed[k] else None for k, i in enumerate(self.step_at)]
-        return result, [mask, *vectors[: len(self.step_at)], *step_terms]
-
     def serves(self, grad: Tensor) -> bool:
         return _backward_op.serves_itself(grad)
 
@@ -133,11 +118,18 @@ class _RkSum(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, *tensors: Tensor) -> Any:
         n = len(call.coeffs)
         terms, vectors = list(tensors[:n]), tensors[n:]
-        result, kept = call.run(terms, vectors, ctx.needs_input_grad[1 + n :])
+        shift = vectors[-1] if call.has_shift else None
+        result = (_op if call.plain else _forward)(
+            terms, call.coeffs, _placed(vectors, call.step_at, n), shift, call.channels_last, call.relu, call.moments,
+            call.relu,
+        )  # fmt: skip
         ctx.call = call
-        ctx.save_for_backward(*kept)
+        if call.relu or call.step_at:
+            needed = ctx.needs_input_grad[1 + n :]
+            step_terms = [terms[i] if needed[k] else None for k, i in enumerate(call.step_at)]
+            ctx.save_for_backward(result[1] if call.relu else None, *vectors[: len(call.step_at)], *step_terms)
         if not call.moments:
-            return result[0]
+            return (result[0],)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*result[-2:])
         return result[0], result[-2], result[-1]
@@ -297,21 +289,16 @@ def _sum(
             tensors = checks.distinct(tensors)
         onto = [1.0] * len(coeffs) if deferred else coeffs
         call = _Call(coeffs, onto, step_at, shift is not None, channels_last, relu, return_moments, plain)
-        node = checks.node("rk_sum") if plain and first.is_cpu else None
-        if node is None:
-            result = (_apply_plain if plain else _RkSum.apply)(call, *tensors)
+        recorded = checks.recorded(_op, first) if plain else None
+        if recorded is not None:
+            result = recorded(call, terms, coeffs, steps, shift, channels_last, relu, return_moments, onto)
         else:
-            vectors = tensors[len(terms) :]
-            made, kept = call.run(terms, vectors, [v.requires_grad for v in vectors])
-            node(call, made[0], terms, vectors[: len(step_at)], shift, kept, onto, step_at, channels_last)
-            result = (made[0], *made[-2:]) if return_moments else made[0]
-        if not return_moments:
-            return result
+            result = (_apply_plain if plain else _RkSum.apply)(call, *tensors)
     else:
         run = _op if plain else _forward
         result = run(terms, coeffs, steps, shift, channels_last, relu, return_moments, False)
-        if not return_moments:
-            return result[0]
+    if not return_moments:
+        return result[0]
     total, mean, var = result
     return total, Moments(mean, var, layout.count(total))
 
