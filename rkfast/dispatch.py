@@ -51,9 +51,12 @@ class Record(NamedTuple):
 
 
 class Choice(NamedTuple):
+    op: str
     backend: str
     function: Callable[..., Any]
     rejected: tuple[tuple[str, str], ...]
+    dtype: torch.dtype
+    device: torch.device
 
 
 OPS: dict[str, Op] = {}
@@ -78,7 +81,7 @@ class Op:
         self.name = name
         self.implementations = implementations
         self._lead = lead
-        self._last: tuple[Choice, torch.Size, torch.dtype, torch.device] | None = None
+        self._last: tuple[Choice, torch.Size] | None = None
         self._once = not varies and all(i.deterministic for i in implementations)
         self._chosen: dict[tuple[str | None, torch.device, torch.dtype, bool], Choice] = {}
 
@@ -87,7 +90,7 @@ class Op:
         lead = first[0] if isinstance(first, (list, tuple)) else first
         choice = self._choice(lead, args)
         result = choice.function(*args)
-        self._note(choice, lead)
+        self._note(choice, lead.shape)
         return result
 
     def serves_itself(self, lead: torch.Tensor) -> bool:
@@ -95,7 +98,7 @@ class Op:
         choice = self._choice(lead, (None,) * self._lead + (lead,))
         if choice.backend != "cpu":
             return False
-        self._note(choice, lead)
+        self._note(choice, lead.shape)
         return True
 
     def _choice(self, lead: torch.Tensor, args: tuple[Any, ...]) -> Choice:
@@ -107,18 +110,18 @@ class Op:
                 self._chosen[key] = choice
         return choice
 
-    def _note(self, choice: Choice, lead: torch.Tensor) -> None:
+    def _note(self, choice: Choice, shape: torch.Size) -> None:
         with _lock:
-            _served[self.name, choice.backend] += 1
-        self._last = (choice, lead.shape, lead.dtype, lead.device)
+            _served[choice[:2]] += 1
+        self._last = choice, shape
 
     @property
     def last(self) -> Record | None:
         """The last call served; None before the first."""
         if self._last is None:
             return None
-        choice, shape, dtype, device = self._last
-        return Record(choice.backend, choice.rejected, shape, dtype, device)
+        choice, shape = self._last
+        return Record(choice.backend, choice.rejected, shape, choice.dtype, choice.device)
 
     def _choose(self, lead: torch.Tensor, args: tuple[Any, ...]) -> Choice:
         if not lead.is_floating_point():
@@ -131,12 +134,12 @@ class Op:
                 raise RuntimeError(
                     f"rkfast.{self.name}: backend {explicit!r} was asked for and cannot serve this call: {reason}"
                 )
-            return _loaded(found[0], [])
+            return self._loaded(found[0], [], lead)
         rejected: list[tuple[str, str]] = []
         for implementation in self.implementations:
             reason = self._reason(implementation, lead, args, explicit=False)
             if reason is None:
-                return _loaded(implementation, rejected)
+                return self._loaded(implementation, rejected, lead)
             rejected.append((implementation.backend, reason))
         raise RuntimeError(f"rkfast.{self.name}: no implementation can serve this call: {rejected}")
 
@@ -155,10 +158,11 @@ class Op:
             warnings.warn(f"rkfast.{self.name}: {implementation.backend}: {reason}", stacklevel=4)
         return implementation.supports(*args) if implementation.supports is not None else None
 
-
-def _loaded(implementation: Implementation, rejected: list[tuple[str, str]]) -> Choice:
-    function = getattr(importlib.import_module(implementation.module), implementation.function)
-    return Choice(implementation.backend, function, tuple(rejected))
+    def _loaded(
+        self, implementation: Implementation, rejected: list[tuple[str, str]], lead: torch.Tensor
+    ) -> Choice:
+        function = getattr(importlib.import_module(implementation.module), implementation.function)
+        return Choice(self.name, implementation.backend, function, tuple(rejected), lead.dtype, lead.device)
 
 
 def backend_reason(backend: str, device: str, explicit: bool = False) -> str | None:

@@ -119,13 +119,19 @@ class ColumnMoments {
   int64_t count_ = 0, block_ = 0;
 };
 
-template <typename Vec>
-double total(const Vec& v) {
-  alignas(64) typename Vec::value_type lanes[Vec::size()];
-  v.store(lanes);
-  double sum = 0;
-  for (auto lane : lanes) sum += lane;
-  return sum;
+// Of all lanes of all vectors.
+template <typename Vec, size_t N>
+double total(const Vec (&vectors)[N]) {
+  constexpr int kLanes = Vec::size();
+  alignas(64) typename Vec::value_type lanes[kLanes];
+  alignas(64) double sums[kLanes] = {};
+  for (const Vec& v : vectors) {
+    v.store(lanes);
+    for (int i = 0; i < kLanes; ++i) sums[i] += lanes[i];
+  }
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+  return sums[0];
 }
 
 // Moments of one contiguous row, a channel of a sample.
@@ -139,7 +145,7 @@ Welford<double> row_moments(const T* x, int64_t length) {
   const int64_t first = std::min(length, kRun);
   Vec sum[U * P::kVecs], squares[U * P::kVecs];
   Vec center(Acc(0));
-  double sum_all = 0, squares_all = 0;
+  double sum_all, squares_all;
   auto run = [&](int64_t start, int64_t n) {
     for (auto& s : sum) s = Vec(Acc(0));
     for (auto& s : squares) s = Vec(Acc(0));
@@ -155,9 +161,8 @@ Welford<double> row_moments(const T* x, int64_t length) {
         }
       }
     });
-    sum_all = squares_all = 0;
-    for (auto& s : sum) sum_all += total(s);
-    for (auto& s : squares) squares_all += total(s);
+    sum_all = total(sum);
+    squares_all = total(squares);
   };
   run(0, first);
   const Acc mean = static_cast<Acc>(sum_all / static_cast<double>(std::max<int64_t>(first, 1)));

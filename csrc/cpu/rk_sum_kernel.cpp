@@ -344,8 +344,8 @@ class BackwardRows {
               product[u * P::kVecs + v] = at::vec::fmadd(g.v[v], t.v[v], product[u * P::kVecs + v]);
           }
         });
-        for (auto& v : plain) plain_all += total(v);
-        for (auto& v : product) product_all += total(v);
+        plain_all += total(plain);
+        product_all += total(product);
       }
       if (sum_grad) sums(0)[i] = plain_all;
       if (j >= 0) sums(1 + j)[i] = product_all;
