@@ -158,9 +158,7 @@ class Op:
             warnings.warn(f"rkfast.{self.name}: {implementation.backend}: {reason}", stacklevel=4)
         return implementation.supports(*args) if implementation.supports is not None else None
 
-    def _loaded(
-        self, implementation: Implementation, rejected: list[tuple[str, str]], lead: torch.Tensor
-    ) -> Choice:
+    def _loaded(self, implementation: Implementation, rejected: list[tuple[str, str]], lead: torch.Tensor) -> Choice:
         function = getattr(importlib.import_module(implementation.module), implementation.function)
         return Choice(self.name, implementation.backend, function, tuple(rejected), lead.dtype, lead.device)
 

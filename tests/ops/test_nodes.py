@@ -232,6 +232,34 @@ def test_nothing_outlives_a_call_whose_tensors_could_not_be_kept(call: Call) -> 
     assert calls() == before
 
 
+@pytest.mark.parametrize("op", ["bn_rk_sum", "residual_block"])
+def test_statistics_move_once_more_where_a_checkpoint_calls_again(op: str) -> None:
+    """As in a BatchNorm: before the last tensor is kept, where what calls again stops."""
+    torch.manual_seed(0)
+    x, conv = _leaf(2, 16, 4, 4), _leaf(16, 16, 3, 3)
+
+    def run() -> Tensor:
+        if op == "residual_block":
+            return residual_block(x, [conv, conv], [Norm(None, None, *statistics)] * 2)
+        mean, var, counter = statistics
+        return bn_rk_sum(
+            x, None, None, mean, var, terms=[x], coeffs=[1.0], relu=True, training=True, momentum=0.1, eps=1e-5,
+            num_batches_tracked=counter,
+        )  # fmt: skip
+
+    calls = 2 if op == "residual_block" else 1
+    given = [(torch.zeros(16), torch.ones(16), torch.tensor(0)) for _ in range(2)]
+    before = dispatch.served()
+    statistics = given[0]
+    torch.autograd.grad(checkpoint(run, use_reentrant=False).sum(), x)
+    statistics = given[1]
+    for _ in range(2):
+        assert _is_own(run())
+    assert all(map(torch.equal, *given)) and given[0][2] == 2 * calls
+    counted = dispatch.served() - before
+    assert counted[op, "cpu"] == 4 and counted["update_running_stats", "cpu"] == 4 * calls
+
+
 def test_a_running_statistic_does_not_keep_the_graph() -> None:
     x, mean, var = _leaf(2, 16, 4, 4), torch.zeros(16), torch.ones(16)
     out = bn_rk_sum(x, None, None, mean, var, terms=[x], coeffs=[1.0], training=True, momentum=0.1, eps=1e-5)

@@ -385,7 +385,7 @@ def bn_rk_sum(
         recorded = checks.recorded(_op, x) if plain else None
         if recorded is not None:
             if moved is not None:
-                update_running_stats_op.serves_itself(running_mean)
+                update_running_stats_op.serves_itself(moved[1][0])
             total, *found = recorded(
                 call, x, weight, bias, mean, var, terms, coeffs, step, channels_last, *tail, training, moved
             )
