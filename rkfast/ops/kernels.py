@@ -32,7 +32,9 @@ THREAD_BYTES = 16  # of one tensor, loaded by one thread at once
 WARPS = 4
 MOST_HELD = 96  # registers of a thread that may stay occupied while tiles pass; a thread has 255
 PROGRAMS = 4096  # enough for a small tail on any GPU, few enough for a cheap second stage
-PARTIAL_ROWS = (32, 256, 1024)  # read at once by the second stage: few, for each is a kernel to compile
+PARTIAL_ROWS = (32, 512)  # read at once by the second stage: few, for each is a kernel to compile
+MOST_PARTIAL = 2048  # for one program to merge
+MANY_CHANNELS = 4096  # programs enough, so that each may read wide pieces of few rows
 # For those of which ptxas, left alone, spills a register or two in order to fit more warps.
 NO_TARGET = {"maxnreg": 255}
 GEOMETRY = ("channels", "length", "chunks", "blocks", "splits", "pieces", "span", "share", "tiles")
@@ -153,6 +155,12 @@ class View(NamedTuple):
 
     def units(self, tiling: Tiling) -> tuple[int, ...]:
         return tuple(pitch // tiling.constants["UNIT"] for pitch in self.pitches)
+
+
+def odd(pitches: Iterable[int]) -> tuple[int, ...]:
+    """Pitches of a tuple of tensors, for ``pitch_of`` to read: within a tuple Triton compiles again for a 1 and for
+    multiples of 16, and an odd number is neither."""
+    return tuple(2 * pitch + 1 for pitch in pitches)
 
 
 def view(tensors: Sequence[Tensor], channels_last: bool, per_channel: bool, mask: bool) -> View:
@@ -284,7 +292,7 @@ WIDE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 def reduce(kernel: Any, lead: Tensor, groups: int, rows: int, channels: int, *args: Any) -> None:
     """Launch a second stage, which reduces ``rows`` partial results per group and channel."""
-    height = next((h for h in PARTIAL_ROWS if rows <= h), PARTIAL_ROWS[-1])
+    height = PARTIAL_ROWS[rows > PARTIAL_ROWS[0] and channels < MANY_CHANNELS]
     width = min(max(4, 2048 // height), 32)
     launch(
         kernel, lead, groups * _cdiv(channels, width), *args, rows, channels,
@@ -296,7 +304,7 @@ def merge_moments(partials: Tensor, into: tuple[Tensor, Tensor] | None = None) -
     """Mean and biased variance from partials [3, rows, C]: counts, means and sums of squared deviations. into: where
     they are written, if not into new vectors."""
     _, rows, c = partials.shape
-    if rows > 2 * PARTIAL_ROWS[-1]:  # by more programs than there are blocks of channels
+    if rows > MOST_PARTIAL:  # by more programs than there are blocks of channels
         span = max(2, math.isqrt(rows))
         groups = _cdiv(rows, span)
         merged = partials.new_empty((3, groups, c))
@@ -394,6 +402,11 @@ def tile(x, at, UNIT: tl.constexpr):
 @triton.jit
 def load(x, pitch, major, minor, exists, UNIT: tl.constexpr, WIDE: tl.constexpr):
     return tl.load(tile(x, major * pitch * UNIT + minor, UNIT), mask=exists, other=0.0).to(WIDE)
+
+
+@triton.jit
+def pitch_of(odd):
+    return odd >> 1
 
 
 @triton.jit

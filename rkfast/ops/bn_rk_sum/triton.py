@@ -47,7 +47,7 @@ def _forward_kernel(
     gate,  # [N, C] or None
     eps,
     terms,  # tuple of [N, C, ...]
-    pitches,
+    pitches,  # tuple, kernels.odd
     coeffs,
     mask,  # [rows of out, bytes] or None
     partials,  # [3, rows, C] or None
@@ -81,7 +81,7 @@ def _forward_kernel(
         total = kernels.normalise(kernels.load(x, x_pitch, major, minor, exists, UNIT, WIDE), center, scale, shift)
         for i in tl.static_range(len(terms)):
             coeff = kernels.scalar_of(coeffs[i], WIDE)
-            total += coeff * kernels.load(terms[i], pitches[i], major, minor, exists, UNIT, WIDE)
+            total += coeff * kernels.load(terms[i], kernels.pitch_of(pitches[i]), major, minor, exists, UNIT, WIDE)
         if RELU:
             total = kernels.relu(total)
         total = kernels.stored(total, out)
@@ -149,7 +149,7 @@ def forward(
         *_vectors(mean, var, weight, bias, step, dtype),
         kernels.scalar(eps, dtype),
         tuple(terms),
-        tuple(pitches),
+        kernels.odd(pitches),
         tuple(kernels.scalar(c, dtype) for c in coeffs),
         bits,
         partials,

@@ -18,7 +18,7 @@ def _forward_kernel(
     out,  # [N, C, ...]
     pitch,
     terms,  # tuple of [N, C, ...]
-    pitches,
+    pitches,  # tuple, kernels.odd
     coeffs,
     steps,  # tuple of [C] or None
     gates,  # tuple of [N, C] or None
@@ -56,9 +56,9 @@ def _forward_kernel(
         major, minor, exists, count, at, bytes_exist = kernels.place(
             t, group, c0, c, channels, length, chunks, AXIS, ROWS, COLS, UNIT
         )
-        total = factors[0] * kernels.load(terms[0], pitches[0], major, minor, exists, UNIT, WIDE)
+        total = factors[0] * kernels.load(terms[0], kernels.pitch_of(pitches[0]), major, minor, exists, UNIT, WIDE)
         for i in tl.static_range(1, len(terms)):
-            total += factors[i] * kernels.load(terms[i], pitches[i], major, minor, exists, UNIT, WIDE)
+            total += factors[i] * kernels.load(terms[i], kernels.pitch_of(pitches[i]), major, minor, exists, UNIT, WIDE)
         if shift is not None:
             total += added
         if RELU:
@@ -113,7 +113,7 @@ def forward(
         out,
         pitch,
         tuple(terms),
-        tuple(pitches),
+        kernels.odd(pitches),
         tuple(kernels.scalar(c, dtype) for c in coeffs),
         *_factors(steps, dtype),
         kernels.vector(shift, dtype),
@@ -161,7 +161,7 @@ def _backward_kernel(
     steps,  # tuple of [C] or None
     gates,  # tuple of [N, C] or None
     terms,  # tuple of [N, C, ...], each multiplied with grad and summed
-    pitches,
+    pitches,  # tuple, kernels.odd
     partials,  # tuple of [rows, C], one per term, then one for the sum of grad itself if there is one more
     channels,
     length,
@@ -200,7 +200,7 @@ def _backward_kernel(
         added = ()
         for i in tl.static_range(len(partials)):
             if i < len(terms):
-                v = g * kernels.load(terms[i], pitches[i], major, minor, exists, UNIT, WIDE)
+                v = g * kernels.load(terms[i], kernels.pitch_of(pitches[i]), major, minor, exists, UNIT, WIDE)
             else:
                 v = g
             added = added + (sums[i] + v,)
@@ -279,7 +279,7 @@ def backward(
         tuple(kernels.scalar(each, dtype) for each in coeffs),
         *_factors(steps, dtype),
         tuple(terms),
-        units[1 + len(outs) :],
+        kernels.odd(units[1 + len(outs) :]),
         tuple(partials),
         WIDE=kernels.WIDE[dtype],
     )

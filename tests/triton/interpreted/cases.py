@@ -62,7 +62,8 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     """Small tensors in many tiles: all of them in one program's loop, or each in a program of its own."""
     monkeypatch.setattr(kernels, "WARPS", 1)
     monkeypatch.setattr(kernels, "PROGRAMS", 1 if request.param == "one program" else 1 << 20)
-    monkeypatch.setattr(kernels, "PARTIAL_ROWS", (2,))  # and so for their partial results
+    monkeypatch.setattr(kernels, "PARTIAL_ROWS", (2, 2))  # and so for their partial results
+    monkeypatch.setattr(kernels, "MOST_PARTIAL", 4)
     kernels._tiling.cache_clear()
     yield
     kernels._tiling.cache_clear()
@@ -444,7 +445,8 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     small = launches.Cut(16, 16, 16, 4, 2)
     monkeypatch.setattr(launches, "UNTUNED", dict.fromkeys(launches.UNTUNED, small))
     monkeypatch.setattr(fused_products, "_PROGRAMS", 1 if request.param == "few programs" else 1 << 20)
-    monkeypatch.setattr(kernels, "PARTIAL_ROWS", (2,))
+    monkeypatch.setattr(kernels, "PARTIAL_ROWS", (2, 2))
+    monkeypatch.setattr(kernels, "MOST_PARTIAL", 4)
 
 
 TRITON = ("triton", "cpu")
