@@ -464,6 +464,25 @@ def test_forward_mode_and_jit_trace_take_the_reference() -> None:
     torch.testing.assert_close(traced(*others), plain_join(*others))
 
 
+def test_running_statistics_under_vmap_are_mapped_over_too() -> None:
+    def train(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        return ops.bn_rk_sum(
+            x, None, None, mean, var, training=True, momentum=0.1, eps=1e-5, num_batches_tracked=counter
+        )
+
+    counter = torch.tensor(0)
+    x, mean, var = torch.randn(3, 2, 6, 4, 5), torch.zeros(3, 6), torch.ones(3, 6)
+    with pytest.raises(RuntimeError, match=r"^running_mean, .* not batched"):
+        torch.vmap(train, (0, None, None))(x, mean[0], var[0])
+    assert counter == 0 and not mean.any() and (var == 1).all()
+    found = torch.vmap(train)(x, mean, var)
+    assert counter == 1
+    for i in range(3):
+        stock = torch.nn.BatchNorm2d(6, affine=False)
+        torch.testing.assert_close(found[i], stock(x[i]))
+        torch.testing.assert_close((mean[i], var[i]), (stock.running_mean, stock.running_var))
+
+
 def test_out_is_known_to_autograd_as_modified() -> None:
     x, t, out = (torch.randn(2, 6, 4, 5) for _ in range(3))
     leaf = torch.ones_like(x).requires_grad_()

@@ -39,6 +39,8 @@ def update_running_stats(
     num_batches_tracked: list[Tensor],
     momentum: float | None,
 ) -> None:
+    if not torch.compiler.is_compiling():
+        _batched_alike(mean, [*running_mean, *running_var])
     for n in num_batches_tracked:
         n.add_(1)
     if count == 0:
@@ -51,3 +53,13 @@ def update_running_stats(
         weight = momentum if momentum is not None else 1.0 / num_batches_tracked[i].to(mean.dtype)
         r_mean.add_(weight * (mean[:channels] - r_mean))
         r_var.add_(weight * (unbiased[:channels] - r_var))
+
+
+def _batched_alike(mean: Tensor, running: list[Tensor]) -> None:
+    is_batched = torch._C._functorch.is_batchedtensor
+    if is_batched(mean) and not all(map(is_batched, running)):
+        raise RuntimeError(
+            "running_mean, running_var: torch.func.vmap gives each of its samples statistics of its own, and these are "
+            "not batched; let it map over them too, or take a norm without running statistics or in evaluation mode "
+            "(torch.func.replace_all_batch_norm_modules_ does it for a network)"
+        )
