@@ -149,12 +149,48 @@ void winograd_rows(const Bands& s, int64_t channels, int64_t outputs, const Load
   });
 }
 
+// Of a weight that outgrows a core's cache: the threads share its products in place of the bands, so that each reads its own part of
+// it, once for many tiles.
+template <typename Load, typename Then>
+void winograd_shared(const Bands& s, int64_t channels, int64_t outputs, const Load& load, const float* weights, Slot<float> out,
+                     const Then& then) {
+  constexpr int64_t kBytes = 8 << 20, kOutputs = 128;
+  const int64_t most = std::clamp<int64_t>(kBytes / (16 * 4 * (channels + outputs) * s.tiles()), 1, s.count);
+  const int64_t read = s.plane(channels, most), written = s.plane(outputs, most), blocks = (outputs + kOutputs - 1) / kOutputs;
+  float *x = scratch(6, 16 * read), *m = scratch(7, 16 * written);
+  for (int64_t begin = 0; begin < s.count; begin += most) {
+    const int64_t end = std::min(s.count, begin + most), first = s.first_tile(begin);
+    const int64_t tiles = s.first_tile(end - 1) + s.tiles(end - 1) - first;
+    at::parallel_for(begin, end, 1, [&](int64_t from, int64_t to) {
+      for (int64_t b = from; b < to; ++b) load_band(s, b, b > from, channels, load, x + (s.first_tile(b) - first) * channels, read);
+    });
+    at::parallel_for(0, 16 * blocks, 1, [&](int64_t from, int64_t to) {
+      for (int64_t i = from; i < to; ++i) {
+        const int64_t q = i / blocks, column = i % blocks * kOutputs;
+        at::native::cpublas::brgemm(tiles, std::min(kOutputs, outputs - column), channels, channels, outputs, outputs, false, x + q * read,
+                                    weights + q * channels * outputs + column, m + q * written + column);
+      }
+      at::native::cpublas::brgemm_release(false);
+    });
+    at::parallel_for(begin, end, 1, [&](int64_t from, int64_t to) {
+      for (int64_t b = from; b < to; ++b) {
+        const int64_t pixel = s.first_pixel(b);
+        transform_output({m + (s.first_tile(b) - first) * outputs, written, s.tile_rows(b), s.columns, outputs, out.row(pixel).data,
+                          s.width * out.pitch, out.pitch, s.size(b) / s.width, s.width});
+        then(b, pixel, s.size(b));
+      }
+    });
+  }
+}
+
 // out = the convolution of what `load` brings. then(b, pixel, n) follows on the n pixels that band b has written, while they are
 // in cache.
 template <typename Load, typename Then>
 void winograd(const Bands& s, int64_t channels, int64_t outputs, const Load& load, TileWeight weights, Slot<float> out,
               const Then& then) {
+  constexpr int64_t kWeight = 1 << 20;  // bytes, transformed
   if (weights.rows) return winograd_rows(s, channels, outputs, load, weights.data, out, then);
+  if (16 * 4 * channels * outputs > kWeight) return winograd_shared(s, channels, outputs, load, weights.data, out, then);
   const int64_t each = s.together(at::get_num_threads()), groups = (s.count + each - 1) / each;
   const int64_t read = s.plane(channels, each), written = s.plane(outputs, each);
   at::parallel_for(0, groups, 1, [&](int64_t from, int64_t to) {

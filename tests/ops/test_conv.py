@@ -82,12 +82,13 @@ class TestConv(OpTester):
         self.check(case, shape, torch.float32, "channels_last", target)
 
     @pytest.mark.parametrize(
-        "shape", ((1, 290, 3, 3), (2, 300, 5, 7), (2, 257, 8, 8), (3, 260, 8, 8), (5, 257, 29, 31))
+        "shape", ((1, 290, 3, 3), (2, 300, 5, 7), (2, 257, 8, 8), (3, 260, 8, 8), (5, 257, 29, 31), (3, 140, 29, 31))
     )
     def test_wide(self, case: dict[str, Any], shape: tuple[int, ...], target: Target) -> None:
-        """Weights as they lie for few rows, else in panels; gradients block by block, of many rows in several goes."""
-        if target[0] != "cpu" or case["n"] != 1:
-            pytest.skip("only the C++ kernels of 1x1 convolutions have panels")
+        """1x1 weights as they lie for few rows, else in panels; gradients block by block, of many rows in several goes.
+        3x3 weights whose products threads share, of many tiles in several goes."""
+        if target[0] != "cpu" or case["n"] == 5:
+            pytest.skip("only the C++ kernels of 1x1 and 3x3 convolutions know wide weights")
         self.check(case, shape, torch.float32, "channels_last", target)
 
     @pytest.mark.parametrize("how", ("contiguous", "channels_last", "channels_last_slice"))
