@@ -10,7 +10,7 @@ namespace rkfast {
 class OneConvolution : protected Convolutions<float> {
  protected:
   // Pixels for each channel from which on tiles win, forward alone, and with the backward.
-  static constexpr double kForward = 4, kBoth = 0.15;
+  static constexpr double kForward = 1.5, kBoth = 0.15;
   static constexpr int64_t kBands = 32;  // at least, where an image has rows enough: no sum depends on the threads
 
   // `name` is that of the weight.

@@ -137,7 +137,7 @@ class _Conv(torch.autograd.Function):
 # Where the C++ kernels beat oneDNN's convolution, on two cores with AVX512: pixels, at least, for each channel of the
 # wider side of a 3x3 convolution, as csrc/cpu/one_convolution.h has them.
 LEAST_3X3 = 0.15  # forward and backward
-LEAST_FORWARD = 4.0  # forward alone
+LEAST_FORWARD = 1.5  # forward alone
 LEAST_TRANSFORMED = 0.2  # the same of a weight that is transformed already
 
 
