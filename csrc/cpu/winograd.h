@@ -188,7 +188,7 @@ void winograd_shared(const Bands& s, int64_t channels, int64_t outputs, const Lo
 template <typename Load, typename Then>
 void winograd(const Bands& s, int64_t channels, int64_t outputs, const Load& load, TileWeight weights, Slot<float> out,
               const Then& then) {
-  constexpr int64_t kWeight = 1 << 20;  // bytes, transformed
+  constexpr int64_t kWeight = 2 << 20;  // bytes, transformed
   if (weights.rows) return winograd_rows(s, channels, outputs, load, weights.data, out, then);
   if (16 * 4 * channels * outputs > kWeight) return winograd_shared(s, channels, outputs, load, weights.data, out, then);
   const int64_t each = s.together(at::get_num_threads()), groups = (s.count + each - 1) / each;
