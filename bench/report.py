@@ -225,8 +225,8 @@ def markdown(document: dict[str, Any]) -> str:
     lines = [
         where(document),
         "",
-        "Medians (20th to 80th percentile) of interleaved rounds, inputs left where the caches keep them (a step that a "
-        "sample repeats is done once before). `×` columns: "
+        "Medians (20th to 80th percentile) of interleaved rounds, inputs left where the caches keep them (a step that "
+        "a sample repeats is done once before). `×` columns: "
         "a peer's median over ours (percentiles of the ratio round by round); on CPU each side at its better malloc "
         "setting, which are measured by turns. `GB/s` counts the bytes that cannot be avoided; `copy`: the time of an "
         "`out.copy_(x)` that moves as many over ours. `MB saved` is kept for backward, `MB peak` taken above the "
