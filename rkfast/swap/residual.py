@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from rkfast.nn.form import Form, children, form_of, residual, sample
+from rkfast import dispatch
+from rkfast.nn.form import Form, children, form_of, present, residual, sample
 from rkfast.nn.norm import fusible, hooked
+from rkfast.ops import layout
 from rkfast.swap.kind import Kind, mixes
 
 
@@ -34,6 +37,9 @@ class FusedBlock(Kind):
         return sample(module)
 
     def refuses(self, found: Form, x: Tensor) -> str | None:
+        alone = not torch.is_grad_enabled() and x.is_cpu and not present(self, found.behind)
+        if alone and not dispatch.forced() and not layout.is_channels_last(x):
+            return "evaluation of contiguous images, whose convolutions are PyTorch's, gains nothing on a CPU"
         return mixes(x)
 
     def fused(self, found: Form, x: Tensor) -> Tensor:

@@ -52,6 +52,24 @@ def fused_kinds(model: nn.Module) -> Counter[str]:
     return Counter(module.title for module in model.modules() if isinstance(module, Kind))
 
 
+@built
+def test_contiguous_images_are_evaluated_by_stock_blocks() -> None:
+    """A fused block is no faster there on a CPU, where it has nothing but its joins."""
+    block = rkfast.fuse(made("resnet")).layer1[0].eval()  # type: ignore[index,union-attr]
+    x = torch.randn(2, 8, 10, 10)
+
+    def calls(x: Tensor) -> int:
+        before = dispatch.served()
+        block(x)
+        return (dispatch.served() - before).total()
+
+    assert calls(x)
+    with torch.no_grad():
+        assert not calls(x) and calls(x.contiguous(memory_format=torch.channels_last))
+        with rkfast.use("cpu"):
+            assert calls(x)
+
+
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize(
     ("memory", "layout"),
