@@ -427,7 +427,7 @@ def test_our_models_into_stock_ones(name: str, stock: str, own: dict[str, Any]) 
     torch.manual_seed(0)
     model = rkfast.create_model(name, **own, **({"stride_in_1x1": False} if "50" in name else {}))
     x = torch.randn(2, 3, 32, 32)
-    out = two_steps(model, x, 1e-3)  # with 0.01 a step size of the gated one is 0
+    out = two_steps(model, x, 1e-4)  # with 1e-3, stock or fused, two seeds of ten make a step size of the gated one 0
     tsc.fold(tsc.freeze(model))
     bare = {"tsc_cliquenet": "cliquenet-12"}.get(name, name.removeprefix("tsc_"))
     plain = network(stock) if stock else rkfast.create_model(bare, fused=False, **own)
