@@ -78,6 +78,8 @@ def recorded(op: dispatch.Op, lead: Tensor) -> Any:
     """The C++ function that computes a call of PLAIN arguments and makes its node of autograd (csrc/cpu/nodes.cpp); the
     call is then counted. None where another backend serves it, or compiled autograd is on, which takes Python's nodes
     and torch's own."""
+    if not lead.is_cpu:
+        return None
     config: Any = sys.modules.get("torch._dynamo.config")
     if (config is not None and config.compiled_autograd) or not op.serves_itself(lead):
         return None

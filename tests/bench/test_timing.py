@@ -54,6 +54,20 @@ def test_short_steps_are_repeated_within_a_sample() -> None:
     assert calls > 20
 
 
+@pytest.mark.parametrize("parts", (1, 2))
+def test_the_first_of_repeated_steps_is_not_timed(parts: int) -> None:
+    """It finds the caches as another contender left them."""
+    calls = 0
+
+    def step(_: object = None) -> None:
+        nonlocal calls
+        calls += 1
+        time.sleep(0.05 if calls <= parts else 0)
+
+    sample = timing._cpu_sample(timing.Step(step, step if parts == 2 else None), 3)
+    assert calls == 4 * parts and sum(sample.ms) < 10
+
+
 def test_bytes_of_a_case() -> None:
     found = Traffic(forward=3, backward=2, masks=(1, 2)).bytes(numel=80, itemsize=2)
     assert found == {"forward": 480, "forward_grad": 490, "backward": 340, "both": 830}

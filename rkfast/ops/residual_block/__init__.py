@@ -333,7 +333,7 @@ def residual_block(
         within = None if torch.compiler.is_compiling() else advance
         own = shortcut is None and projection is None
         call = _Call(stepping, eps, channels_last, own, memory == "min", plain)
-        usual = plain and memory == "speed" and x.is_cpu and x.dtype == torch.float32 and x.numel() > 0
+        usual = plain and memory == "speed" and x.dtype == torch.float32 and x.numel() > 0
         recorded = checks.recorded(_op, x) if usual else None
         if recorded is not None:
             for each in moved:
