@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/csrc/utils/pybind.h>
 
 namespace rkfast {
@@ -40,7 +41,7 @@ class Held {
     py::gil_scoped_acquire gil;
     Py_DECREF(object_);
   }
-  py::object attr(const char* name) const { return py::handle(object_).attr(name); }
+  py::handle object() const { return object_; }
 
  private:
   PyObject* const object_;
@@ -59,6 +60,19 @@ class Node : public torch::autograd::Node {
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (SavedVariable& kept : kept_) kept.reset_data();
+  }
+
+  // Compiled autograd: what tells this node's computation from others', and a run of it on tensors that are traced.
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    args.collect(kept_, /*is_output=*/false);
+    py::gil_scoped_acquire gil;
+    args.collect(py::repr(call_.object()).cast<std::string>());
+  }
+  variable_list apply_with_saved(const variable_list& grads, torch::dynamo::autograd::SwapSavedVariables& saved) override {
+    saved.before(kept_);
+    variable_list result = apply(variable_list(grads));
+    saved.after(kept_);
+    return result;
   }
 
  protected:
@@ -87,7 +101,7 @@ class Node : public torch::autograd::Node {
   bool serves(const Tensor& grad) const {
     py::gil_scoped_acquire gil;
     try {
-      return call_.attr("serves")(grad).cast<bool>();
+      return call_.object().attr("serves")(grad).cast<bool>();
     } catch (py::error_already_set& error) {
       raise(error);
     }
@@ -98,7 +112,7 @@ class Node : public torch::autograd::Node {
       std::vector<Optional> given(kept.size());
       std::transform(kept.begin(), kept.end(), given.begin(), optional);
       variable_list result;
-      for (const Optional& d : call_.attr("gradients")(grad, given, needed).cast<std::vector<Optional>>())
+      for (const Optional& d : call_.object().attr("gradients")(grad, given, needed).cast<std::vector<Optional>>())
         result.push_back(tensor(d));
       return result;
     } catch (py::error_already_set& error) {

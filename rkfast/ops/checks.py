@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -76,14 +75,8 @@ def _asked(question: str, *args: object) -> int:
 
 def recorded(op: dispatch.Op, lead: Tensor) -> Any:
     """The C++ function that computes a call of PLAIN arguments and makes its node of autograd (csrc/cpu/nodes.cpp); the
-    call is then counted. None where another backend serves it, or compiled autograd is on, which takes Python's nodes
-    and torch's own."""
-    if not lead.is_cpu:
-        return None
-    config: Any = sys.modules.get("torch._dynamo.config")
-    if (config is not None and config.compiled_autograd) or not op.serves_itself(lead):
-        return None
-    return getattr(_extension(), f"{op.name}_recorded")
+    call is then counted. None where another backend serves it."""
+    return getattr(_extension(), f"{op.name}_recorded") if lead.is_cpu and op.serves_itself(lead) else None
 
 
 def plain(grad: Tensor) -> bool:

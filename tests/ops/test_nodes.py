@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -282,10 +284,32 @@ def test_lazily_negated_tensors_from_a_hook_are_read_as_they_are(call: Call) -> 
     assert all(map(torch.equal, torch.autograd.grad(out.sum(), inputs), expected))
 
 
-def test_compiled_autograd_has_python_s_nodes(call: Call) -> None:
-    import torch._dynamo.config
-
-    _, run, _ = call
+def _compiled(out: Tensor, inputs: list[Tensor], weight: Tensor) -> list[Tensor | None]:
+    """The gradients, by compiled autograd."""
+    for t in inputs:
+        t.grad = None
     with torch._dynamo.config.patch(compiled_autograd=True):
-        assert not _is_own(run())
-    assert _is_own(run())
+        torch.compile(lambda: out.backward(weight), backend="aot_eager")()
+    return [t.grad for t in inputs]
+
+
+def test_compiled_autograd_traces_them(call: Call) -> None:
+    _, run, inputs = call
+    torch._dynamo.reset()
+    before = counters["compiled_autograd"]["captures"]
+    for _ in range(2):
+        out = run()
+        assert _is_own(out)
+        weight = torch.randn_like(out)
+        found = _compiled(out, inputs, weight)
+        assert all(map(torch.equal, found, torch.autograd.grad(run(), inputs, weight)))
+    assert counters["compiled_autograd"]["captures"] == before + 1
+
+
+def test_compiled_autograd_tells_coefficients_apart() -> None:
+    torch._dynamo.reset()
+    x = _leaf(2, 16, 4, 4)
+    weight = torch.randn(2, 16, 4, 4)
+    for c in (0.5, 2.0):
+        (found,) = _compiled(rk_sum([x, x.detach()], [c, 1.0]), [x], weight)
+        assert found is not None and torch.equal(found, c * weight)
