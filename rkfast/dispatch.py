@@ -65,6 +65,7 @@ _environment = os.environ.get("RKFAST_BACKEND") or "auto"
 _forced: tuple[list[str], ...] = ()
 _lock = threading.Lock()
 _served: Counter[tuple[str, str]] = Counter()
+_extension: Any = None  # the C++ extension, once it may serve calls without this module (csrc/cpu/dispatch.h)
 
 
 class Op:
@@ -114,10 +115,21 @@ class Op:
         with _lock:
             _served[choice[:2]] += 1
         self._last = choice, shape
+        if _extension is not None:
+            _extension.forget(self.name)
 
     @property
     def last(self) -> Record | None:
         """The last call served; None before the first."""
+        own = None if _extension is None else _extension.last(self.name)
+        if own is not None:
+            sizes, dtype, by_name = own
+            lead = torch.empty(0, dtype=dtype)
+            others = (
+                [] if by_name else [i for i in self.implementations if i.backend in BACKENDS[: BACKENDS.index("cpu")]]
+            )
+            rejected = tuple((i.backend, str(self._reason(i, lead, (), explicit=False))) for i in others)
+            return Record("cpu", rejected, torch.Size(sizes), dtype, lead.device)
         if self._last is None:
             return None
         choice, shape = self._last
@@ -248,17 +260,41 @@ def use(backend: str) -> Iterator[None]:
     own = [_known(backend, "backend")]
     with _lock:
         _forced = (*_forced, own)
+        _allow()
     try:
         yield
     finally:
         with _lock:
             _forced = tuple(other for other in _forced if other is not own)
+            _allow()
+
+
+@functools.cache
+def extension() -> Any:
+    """The C++ extension, which then serves plain calls of its own; None where it was not built."""
+    global _extension
+    if native.cpu_reason() is not None:
+        return None
+    with _lock:
+        _extension = native.cpu()
+        _allow()
+    return _extension
+
+
+def _allow() -> None:
+    """Tell the C++ extension whether it may."""
+    if _extension is not None:
+        explicit = forced()
+        _extension.allow(explicit in (None, "cpu"), explicit is not None)
 
 
 def served() -> Counter[tuple[str, str]]:
     """How many calls each (op, backend) has served in this process."""
     with _lock:
-        return Counter(_served)
+        counts = Counter(_served)
+    if _extension is not None:
+        counts.update({(op, "cpu"): n for op, n in _extension.served().items() if n > 0})
+    return counts
 
 
 def explain(op: str | None = None) -> str:

@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "cpu/dispatch.h"
 #include "cpu/host.h"
 #include "cpu/nodes.h"
 
@@ -80,6 +81,7 @@ int64_t survey(const std::vector<Optional>& tensors, const std::vector<Optional>
   const Tensor& x = *tensors[0];
   if (x.is_nested() || x.dim() < 2 || x.dim() > 5 || !at::isFloatingType(x.scalar_type())) return 0;
   Surveyor s(x);
+  if (!s.usable(x)) return 0;  // before its sizes are asked for, which would make symbolic ones constants
   for (const Optional& t : tensors)
     if (!t || !s.alike(*t, x.sizes())) return 0;
   const auto first_running = static_cast<int64_t>(vectors.size()) - running;
@@ -193,5 +195,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("residual_block_backward", &rkfast::residual_block_backward, release(), arg("grad"), arg("x"), arg("outs"),
         arg("mask"), arg("convs"), arg("norms"), arg("step"), arg("strides"), arg("eps"), arg("batch"), arg("channels_last"),
         arg("own"), arg("need_x"), arg("need_shortcut"), arg("need_convs"), arg("need_step"));
+  rkfast::define_dispatch(m);
   rkfast::define_nodes(m);
 }

@@ -5,9 +5,11 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
-#include <torch/csrc/utils/pybind.h>
+
+#include "cpu/dispatch.h"
 
 namespace rkfast {
 namespace {
@@ -31,28 +33,21 @@ Tensor like(const Tensor& d, const Tensor& v) { return d.to(v.scalar_type()); }
   throw std::move(kept);
 }
 
-// A Python object that a thread without the interpreter may let go.
-class Held {
- public:
-  explicit Held(py::object object) : object_(object.release().ptr()) {}
-  Held(const Held&) = delete;
-  ~Held() {
-    if (!Py_IsInitialized()) return;
-    py::gil_scoped_acquire gil;
-    Py_DECREF(object_);
-  }
-  py::handle object() const { return object_; }
+// Names as in rkfast.dispatch.
+Op rk_sum_op("rk_sum"), rk_sum_backward_op("rk_sum_backward");
+Op bn_rk_sum_op("bn_rk_sum"), bn_rk_sum_backward_op("bn_rk_sum_backward"), update_op("update_running_stats");
+Op residual_block_backward_op("residual_block_backward");
 
- private:
-  PyObject* const object_;
-};
+// What Python's node of the op would know of the call.
+template <typename... Args>
+py::object python_call(const char* op, const Args&... args) {
+  return py::module_::import((std::string("rkfast.ops.") + op).c_str()).attr("_Call")(args...);
+}
 
-// `call` is what Python knows of the call: call.serves(grad) says whether the C++ kernel may serve its backward, and counts it;
-// call.gradients(grad, kept, needed) are those that PyTorch or another backend computes.
 class Node : public torch::autograd::Node {
  public:
-  Node(py::object call, const variable_list& inputs, const variable_list& kept)
-      : torch::autograd::Node(torch::autograd::collect_next_edges(inputs)), call_(std::move(call)) {
+  Node(const variable_list& inputs, const variable_list& kept)
+      : torch::autograd::Node(torch::autograd::collect_next_edges(inputs)) {
     kept_.reserve(kept.size());
     for (const Tensor& t : kept) kept_.emplace_back(t, false);
   }
@@ -66,7 +61,7 @@ class Node : public torch::autograd::Node {
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
     args.collect(kept_, /*is_output=*/false);
     py::gil_scoped_acquire gil;
-    args.collect(py::repr(call_.object()).cast<std::string>());
+    args.collect(py::repr(call()).cast<std::string>());
   }
   variable_list apply_with_saved(const variable_list& grads, torch::dynamo::autograd::SwapSavedVariables& saved) override {
     saved.before(kept_);
@@ -76,6 +71,10 @@ class Node : public torch::autograd::Node {
   }
 
  protected:
+  // The op of the backward, and of the call what call().gradients(grad, kept, needed) reads: those that PyTorch or another
+  // backend computes.
+  virtual Op& op() const = 0;
+  virtual py::object call() const = 0;
   // Of the inputs, where nobody watches.
   virtual variable_list gradients(const Tensor& grad, const variable_list& kept, const Needed& needed) const = 0;
   // Whether they are more than the incoming gradient itself.
@@ -95,24 +94,16 @@ class Node : public torch::autograd::Node {
     Needed needed(num_outputs());
     for (size_t i = 0; i < needed.size(); ++i) needed[i] = task_should_compute_output(i);
     const bool plain = !c10::GradMode::is_enabled() && (survey({grad}, {}, {}, 0, {}) & kPlain);
-    return plain && (!computes(kept, needed) || serves(grad)) ? gradients(grad, kept, needed) : asked(grad, kept, needed);
+    return plain && (!computes(kept, needed) || op().serves(grad)) ? gradients(grad, kept, needed) : asked(grad, kept, needed);
   }
 
-  bool serves(const Tensor& grad) const {
-    py::gil_scoped_acquire gil;
-    try {
-      return call_.object().attr("serves")(grad).cast<bool>();
-    } catch (py::error_already_set& error) {
-      raise(error);
-    }
-  }
   variable_list asked(const Tensor& grad, const variable_list& kept, const Needed& needed) const {
     py::gil_scoped_acquire gil;
     try {
       std::vector<Optional> given(kept.size());
       std::transform(kept.begin(), kept.end(), given.begin(), optional);
       variable_list result;
-      for (const Optional& d : call_.object().attr("gradients")(grad, given, needed).cast<std::vector<Optional>>())
+      for (const Optional& d : call().attr("gradients")(grad, given, needed).cast<std::vector<Optional>>())
         result.push_back(tensor(d));
       return result;
     } catch (py::error_already_set& error) {
@@ -120,7 +111,6 @@ class Node : public torch::autograd::Node {
     }
   }
 
-  const Held call_;  // before what may throw: a hook that packs a tensor
   std::vector<SavedVariable> kept_;
 };
 
@@ -159,13 +149,17 @@ class Products {
 
 class RkSumNode : public Node {
  public:
-  RkSumNode(py::object call, const std::vector<Tensor>& terms, const variable_list& steps, const Tensor& shift,
-            const variable_list& kept, std::vector<double> coeffs, std::vector<int64_t> step_at, bool channels_last)
-      : Node(std::move(call), joined(terms, steps, variable_list{shift}), kept),
-        coeffs_(std::move(coeffs)), step_at_(std::move(step_at)), channels_last_(channels_last) {}
+  RkSumNode(const std::vector<Tensor>& terms, const variable_list& steps, const Tensor& shift, const variable_list& kept,
+            std::vector<double> coeffs, std::vector<int64_t> step_at, bool channels_last, bool relu, bool moments)
+      : Node(joined(terms, steps, variable_list{shift}), kept), coeffs_(std::move(coeffs)), step_at_(std::move(step_at)),
+        has_shift_(shift.defined()), channels_last_(channels_last), relu_(relu), moments_(moments) {}
   std::string name() const override { return "RkSumBackward"; }
 
  private:
+  Op& op() const override { return rk_sum_backward_op; }
+  py::object call() const override {
+    return python_call("rk_sum", coeffs_, coeffs_, step_at_, has_shift_, channels_last_, relu_, moments_, true);
+  }
   // Kept: mask, steps, and the terms of those that need a gradient; nothing without a mask and steps.
   bool computes(const variable_list& kept, const Needed& needed) const override {
     const bool mask = !kept.empty() && kept[0].defined();
@@ -210,18 +204,22 @@ class RkSumNode : public Node {
 
   const std::vector<double> coeffs_;
   const std::vector<int64_t> step_at_;
-  const bool channels_last_;
+  const bool has_shift_, channels_last_, relu_, moments_;
 };
 
 class BnRkSumNode : public Node {
  public:
-  BnRkSumNode(py::object call, const variable_list& inputs, const variable_list& kept, std::vector<double> coeffs,
-              bool channels_last, bool relu, bool batch_stats, double eps)
-      : Node(std::move(call), inputs, kept), coeffs_(std::move(coeffs)), channels_last_(channels_last), relu_(relu),
-        batch_stats_(batch_stats), eps_(eps) {}
+  BnRkSumNode(const variable_list& inputs, const variable_list& kept, std::vector<double> coeffs, bool channels_last,
+              bool relu, bool batch_stats, double eps, bool moments)
+      : Node(inputs, kept), coeffs_(std::move(coeffs)), channels_last_(channels_last), relu_(relu),
+        batch_stats_(batch_stats), moments_(moments), eps_(eps) {}
   std::string name() const override { return "BnRkSumBackward"; }
 
  private:
+  Op& op() const override { return bn_rk_sum_backward_op; }
+  py::object call() const override {
+    return python_call("bn_rk_sum", coeffs_, channels_last_, relu_, batch_stats_, eps_, moments_, "", true);
+  }
   // Inputs: x, weight, bias, step, terms. Kept: x, weight, bias, mean, var, step, mask.
   bool computes(const variable_list& kept, const Needed& needed) const override {
     for (size_t i = 0; i < needed.size(); ++i)
@@ -255,19 +253,21 @@ class BnRkSumNode : public Node {
   }
 
   const std::vector<double> coeffs_;
-  const bool channels_last_, relu_, batch_stats_;
+  const bool channels_last_, relu_, batch_stats_, moments_;
   const double eps_;
 };
 
 class ResidualBlockNode : public Node {
  public:
-  ResidualBlockNode(py::object call, const variable_list& inputs, const variable_list& kept, std::vector<int64_t> strides,
+  ResidualBlockNode(const variable_list& inputs, const variable_list& kept, std::vector<int64_t> strides,
                     std::vector<double> eps, bool channels_last)
-      : Node(std::move(call), inputs, kept), strides_(std::move(strides)), eps_(std::move(eps)), channels_last_(channels_last),
+      : Node(inputs, kept), strides_(std::move(strides)), eps_(std::move(eps)), channels_last_(channels_last),
         own_(!inputs[1].defined() && eps_.size() == strides_.size()) {}
   std::string name() const override { return "ResidualBlockBackward"; }
 
  private:
+  Op& op() const override { return residual_block_backward_op; }
+  py::object call() const override { return python_call("residual_block", strides_, eps_, channels_last_, own_, false, true); }
   // Inputs: x, shortcut, step, and of each convolution the weight, and weight and bias of its norm. Kept: x, step, mask; the
   // results of the convolutions; of each weight, and weight, bias, mean and var of its norm; the moments that were not given.
   variable_list gradients(const Tensor& grad, const variable_list& kept, const Needed& needed) const override {
@@ -318,62 +318,126 @@ variable_list tensors(const std::vector<Optional>& from) {
   return to;
 }
 
-// Before the node is made: activation checkpointing stops what it computes again at the last tensor that is kept.
-void move(const std::optional<Moved>& moved, const Tensor& mean, const Tensor& var) {
-  if (moved) std::apply([&](const auto&... each) { update_running_stats(mean, var, each...); }, *moved);
-}
-
-// out, and the moments behind it that were asked for.
-std::vector<Tensor> returned(const std::vector<Tensor>& made, bool moments) {
-  std::vector<Tensor> result{made[0]};
-  if (moments) result.insert(result.end(), made.end() - 2, made.end());
+// The items of a list or tuple; other sequences, and tensors, are for Python to look at.
+template <typename T, typename Read>
+std::optional<std::vector<T>> items(const py::object& given, Read&& read) {
+  if (!PyList_CheckExact(given.ptr()) && !PyTuple_CheckExact(given.ptr())) return std::nullopt;
+  const Py_ssize_t n = PySequence_Fast_GET_SIZE(given.ptr());
+  std::vector<T> result(n);
+  for (Py_ssize_t i = 0; i < n; ++i)
+    if (!read(PySequence_Fast_GET_ITEM(given.ptr(), i), result[i])) return std::nullopt;
   return result;
 }
+bool read_tensor(PyObject* o, Tensor& t) {
+  if (!THPVariable_Check(o)) return false;
+  t = THPVariable_Unpack(o);
+  return true;
+}
+bool read_optional(PyObject* o, Optional& t) {
+  if (o == Py_None) return true;
+  return THPVariable_Check(o) && read_tensor(o, t.emplace());
+}
+bool read_number(PyObject* o, double& d) {
+  if (!PyFloat_CheckExact(o)) return false;
+  d = PyFloat_AS_DOUBLE(o);
+  return true;
+}
 
-std::vector<Tensor> rk_sum_recorded(py::object call, const std::vector<Tensor>& terms, const std::vector<double>& coeffs,
-                                    const std::vector<Optional>& steps, const Optional& shift, bool channels_last, bool relu,
-                                    bool moments, std::vector<double> onto) {
+// What an op's public function returns but for the type of the moments, [out, mean, var] with them; None where it is Python's
+// to serve: other tensors than plain ones on a CPU, bad input, another backend.
+py::object returned(const std::vector<Tensor>& made, bool moments) {
+  if (!moments) return py::cast(made[0]);
+  return py::cast(std::vector<Tensor>{made[0], *(made.end() - 2), made.back()});
+}
+
+py::object rk_sum_call(const py::object& given, const py::object& given_coeffs, const py::object& given_steps, const Optional& shift,
+                       bool relu, bool moments, bool deferred) {
+  const auto listed = items<Tensor>(given, read_tensor);
+  auto coeffs = items<double>(given_coeffs, read_number);
+  if (!listed || !coeffs || listed->empty() || coeffs->size() != listed->size()) return py::none();
+  const std::vector<Tensor>& terms = *listed;
+  auto steps = given_steps.is_none() ? std::vector<Optional>(terms.size()) : items<Optional>(given_steps, read_optional);
+  if (!steps || steps->size() != terms.size()) return py::none();
+  const int64_t seen = survey({terms.begin(), terms.end()}, {shift}, *steps, 0, {});
+  if (!(seen & kPlain) || !rk_sum_op.serves(terms[0])) return py::none();
+  const bool needs_grad = seen & kNeedsGrad, channels_last = seen & kChannelsLast;
+
   std::vector<Tensor> made;
   {
     py::gil_scoped_release release;
-    made = rk_sum(terms, coeffs, steps, shift, channels_last, relu, moments, relu, {});
+    made = rk_sum(terms, *coeffs, *steps, shift, channels_last, relu, moments, relu && needs_grad, {});
   }
+  if (!needs_grad) return returned(made, moments);
   variable_list factors, kept;
   std::vector<int64_t> step_at;
-  for (size_t i = 0; i < steps.size(); ++i) {
-    if (!steps[i]) continue;
-    factors.push_back(*steps[i]);
+  for (size_t i = 0; i < steps->size(); ++i) {
+    if (!(*steps)[i]) continue;
+    factors.push_back(*(*steps)[i]);
     step_at.push_back(static_cast<int64_t>(i));
   }
   if (relu || !factors.empty()) {
     kept.push_back(relu ? made[1] : Tensor());
     kept.insert(kept.end(), factors.begin(), factors.end());
-    for (int64_t i : step_at) kept.push_back(steps[i]->requires_grad() ? terms[i] : Tensor());
+    for (int64_t i : step_at) kept.push_back((*steps)[i]->requires_grad() ? terms[i] : Tensor());
   }
-  attach<RkSumNode>(made[0], std::move(call), terms, factors, tensor(shift), kept, std::move(onto), std::move(step_at), channels_last);
+  if (deferred) std::fill(coeffs->begin(), coeffs->end(), 1.0);
+  attach<RkSumNode>(made[0], terms, factors, tensor(shift), kept, std::move(*coeffs), std::move(step_at), channels_last, relu, moments);
   return returned(made, moments);
 }
 
-std::vector<Tensor> bn_rk_sum_recorded(py::object call, const Tensor& x, const Optional& weight, const Optional& bias,
-                                       const Optional& mean, const Optional& var, const std::vector<Tensor>& terms,
-                                       std::vector<double> coeffs, const Optional& step, bool channels_last, bool relu, double eps,
-                                       bool moments, bool batch_stats, const std::optional<Moved>& moved) {
-  const bool mask = relu && !terms.empty();
+py::object bn_rk_sum_call(const Tensor& x, const Optional& weight, const Optional& bias, const Optional& running_mean,
+                          const Optional& running_var, const py::object& given, const py::object& given_coeffs, const Optional& step,
+                          bool relu, bool training, std::optional<double> momentum, double eps, const Optional& counter,
+                          const std::optional<std::tuple<Tensor, Tensor, int64_t>>& moments, bool return_moments) {
+  const auto listed = items<Tensor>(given, read_tensor);
+  const auto coeffs = items<double>(given_coeffs, read_number);
+  if (!listed || !coeffs || listed->size() >= kMaxTerms || coeffs->size() != listed->size()) return py::none();
+  const std::vector<Tensor>& terms = *listed;
+  const bool tracked = training && running_mean, known = training && moments;
+  if (!(eps > 0) || running_mean.has_value() != running_var.has_value() || (!training && !running_mean)) return py::none();
+  if (tracked && !momentum && !counter) return py::none();
+
+  std::vector<Optional> tensors{x}, vectors;
+  tensors.insert(tensors.end(), terms.begin(), terms.end());
+  Optional mean, var;
+  if (known) {
+    std::tie(mean, var) = std::tuple(std::get<0>(*moments), std::get<1>(*moments));
+    vectors = {mean, var};
+  }
+  vectors.insert(vectors.end(), {weight, bias, running_mean, running_var});
+  const int64_t seen = survey(tensors, vectors, {step}, 2, counter);
+  if (!(seen & kPlain) || x.numel() == 0) return py::none();
+  const int64_t count = x.numel() / x.size(1);
+  if (training && (count == 1 || (known && std::get<2>(*moments) != count))) return py::none();
+  if ((tracked && !update_op.serves(*running_mean)) || !bn_rk_sum_op.serves(x)) return py::none();
+  const bool needs_grad = seen & kNeedsGrad, channels_last = seen & kChannelsLast;
+  if (!training) mean = running_mean, var = running_var;
+
+  const bool mask = needs_grad && relu && !terms.empty();
   std::vector<Tensor> made;
   Tensor used_mean = tensor(mean), used_var = tensor(var);
   {
     py::gil_scoped_release release;
-    made = bn_rk_sum(x, weight, bias, mean, var, terms, coeffs, step, channels_last, relu, eps, moments, mask, {});
+    made = bn_rk_sum(x, weight, bias, mean, var, terms, *coeffs, step, channels_last, relu, eps, return_moments, mask, {});
     if (!mean) used_mean = made[1 + mask], used_var = made[2 + mask];
-    move(moved, used_mean, used_var);
+    // Before the node is made: activation checkpointing stops what it computes again at the last tensor that is kept.
+    if (tracked) {
+      const std::vector<Tensor> counters = counter ? std::vector<Tensor>{*counter} : std::vector<Tensor>{};
+      update_running_stats(used_mean, used_var, count, {*running_mean}, {*running_var}, counters, momentum);
+    }
   }
+  if (!needs_grad) return returned(made, return_moments);
   const variable_list kept{x, tensor(weight), tensor(bias), used_mean, used_var, tensor(step), mask ? made[1] : Tensor()};
-  attach<BnRkSumNode>(made[0], std::move(call), joined(variable_list{x, tensor(weight), tensor(bias), tensor(step)}, terms), kept,
-                      std::move(coeffs), channels_last, relu, batch_stats, eps);
-  return returned(made, moments);
+  attach<BnRkSumNode>(made[0], joined(variable_list{x, tensor(weight), tensor(bias), tensor(step)}, terms), kept, *coeffs,
+                      channels_last, relu, training, eps, return_moments);
+  return returned(made, return_moments);
 }
 
-Tensor residual_block_recorded(py::object call, const Tensor& x, const Optional& shortcut, const std::vector<Tensor>& convs,
+void move(const std::optional<Moved>& moved, const Tensor& mean, const Tensor& var) {
+  if (moved) std::apply([&](const auto&... each) { update_running_stats(mean, var, each...); }, *moved);
+}
+
+Tensor residual_block_recorded(const Tensor& x, const Optional& shortcut, const std::vector<Tensor>& convs,
                                const std::vector<Optional>& norms, const Optional& step, std::vector<int64_t> strides,
                                std::vector<double> eps, bool channels_last, const std::vector<std::optional<Moved>>& moved) {
   const size_t count = convs.size();
@@ -396,7 +460,7 @@ Tensor residual_block_recorded(py::object call, const Tensor& x, const Optional&
     kept.insert(kept.end(), norm.begin(), norm.end());
   }
   kept.insert(kept.end(), made.begin() + 2 + count, made.end());
-  attach<ResidualBlockNode>(made[0], std::move(call), inputs, kept, std::move(strides), std::move(eps), channels_last);
+  attach<ResidualBlockNode>(made[0], inputs, kept, std::move(strides), std::move(eps), channels_last);
   return made[0];
 }
 
@@ -404,12 +468,14 @@ Tensor residual_block_recorded(py::object call, const Tensor& x, const Optional&
 
 void define_nodes(py::module_& m) {
   using py::arg;
-  m.def("rk_sum_recorded", &rk_sum_recorded, arg("call"), arg("terms"), arg("coeffs"), arg("steps"), arg("shift"),
-        arg("channels_last"), arg("relu"), arg("moments"), arg("onto"));
-  m.def("bn_rk_sum_recorded", &bn_rk_sum_recorded, arg("call"), arg("x"), arg("weight"), arg("bias"), arg("mean"), arg("var"),
-        arg("terms"), arg("coeffs"), arg("step"), arg("channels_last"), arg("relu"), arg("eps"), arg("moments"), arg("batch_stats"),
-        arg("moved"));
-  m.def("residual_block_recorded", &residual_block_recorded, arg("call"), arg("x"), arg("shortcut"), arg("convs"), arg("norms"),
+  // A number is a float: Python's checks make one of others.
+  m.def("rk_sum_call", &rk_sum_call, arg("terms"), arg("coeffs"), arg("steps"), arg("shift"), arg("relu").noconvert(),
+        arg("return_moments").noconvert(), arg("deferred"));
+  m.def("bn_rk_sum_call", &bn_rk_sum_call, arg("x"), arg("weight"), arg("bias"), arg("running_mean"), arg("running_var"),
+        arg("terms"), arg("coeffs"), arg("step"), arg("relu").noconvert(), arg("training").noconvert(),
+        arg("momentum").noconvert(), arg("eps").noconvert(), arg("num_batches_tracked"), arg("moments"),
+        arg("return_moments").noconvert());
+  m.def("residual_block_recorded", &residual_block_recorded, arg("x"), arg("shortcut"), arg("convs"), arg("norms"),
         arg("step"), arg("strides"), arg("eps"), arg("channels_last"), arg("moved"));
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from rkfast import dispatch, native
+from rkfast import dispatch
 from rkfast.ops import layout
 
 MAX_TERMS = 16
@@ -20,11 +19,6 @@ MEMORY = ("speed", "min")  # what blocks keep for the backward
 
 # Bits of what ``survey`` answers, as in csrc/cpu/host.h.
 UNIFORM, CHANNELS_LAST, NEEDS_GRAD, PLAIN = 1, 2, 4, 8
-
-
-@functools.cache
-def _extension() -> Any:
-    return native.cpu() if native.cpu_reason() is None else None
 
 
 def survey(
@@ -65,18 +59,32 @@ def survey_growths(
 
 
 def _asked(question: str, *args: object) -> int:
-    if torch.compiler.is_compiling() or _extension() is None:
+    if torch.compiler.is_compiling() or dispatch.extension() is None:
         return 0
     try:
-        return getattr(_extension(), question)(*args)
+        return getattr(dispatch.extension(), question)(*args)
     except TypeError:
         return 0
+
+
+def whole_call(op: str, *args: object) -> Any:
+    """What an op gives for PLAIN arguments on a CPU, computed, counted and recorded by autograd in one call of C++
+    (csrc/cpu/nodes.cpp): a tensor, or [out, mean, var] where moments are asked for. None for all other calls."""
+    if torch.compiler.is_dynamo_compiling():
+        return None
+    extension = dispatch.extension()
+    if extension is None:
+        return None
+    try:
+        return getattr(extension, op)(*args)
+    except TypeError:
+        return None
 
 
 def recorded(op: dispatch.Op, lead: Tensor) -> Any:
     """The C++ function that computes a call of PLAIN arguments and makes its node of autograd (csrc/cpu/nodes.cpp); the
     call is then counted. None where another backend serves it."""
-    return getattr(_extension(), f"{op.name}_recorded") if lead.is_cpu and op.serves_itself(lead) else None
+    return getattr(dispatch.extension(), f"{op.name}_recorded") if lead.is_cpu and op.serves_itself(lead) else None
 
 
 def plain(grad: Tensor) -> bool:

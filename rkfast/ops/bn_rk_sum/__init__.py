@@ -11,7 +11,14 @@ from torch import Tensor
 from rkfast import dispatch
 from rkfast.ops import checks, collective, layout
 from rkfast.ops.bn_rk_sum import reference
-from rkfast.ops.channel_moments import Moments, moments_dtype, pairs, update_running_stats, update_running_stats_op
+from rkfast.ops.channel_moments import (
+    Moments,
+    moments_dtype,
+    pairs,
+    update_running_stats,
+    update_running_stats_op,
+    with_moments,
+)
 from rkfast.ops.channel_moments import channel_moments as moments_of
 from rkfast.ops.channel_moments import reference as channel_moments
 
@@ -107,9 +114,6 @@ class _Call(NamedTuple):
     moments: bool
     group: str
     plain: bool
-
-    def serves(self, grad: Tensor) -> bool:
-        return not self.group and _backward_op.serves_itself(grad)
 
     def gradients(self, grad: Tensor, kept: Sequence[Any], needed: Sequence[bool]) -> list[Tensor | None]:
         arguments = [*kept, self.coeffs, self.channels_last, self.relu, self.batch_stats, self.eps]
@@ -299,6 +303,13 @@ def bn_rk_sum(
         RuntimeError: ``out`` is given and an argument requires grad; running statistics require grad; what the backward
             needs is an inference tensor; or a backend was asked for that cannot serve this.
     """
+    if out is None and group == "":
+        whole = checks.whole_call(
+            "bn_rk_sum_call", x, weight, bias, running_mean, running_var, terms, coeffs, step, relu, training, momentum,
+            eps, num_batches_tracked, moments, return_moments,
+        )  # fmt: skip
+        if whole is not None:
+            return with_moments(whole) if return_moments else whole
     if type(training) is not bool or type(relu) is not bool or type(return_moments) is not bool:
         checks.flags(training=training, relu=relu, return_moments=return_moments)
     if not training:
@@ -382,14 +393,7 @@ def bn_rk_sum(
         # statistics move before. A compiler wants nothing changed within a Function.
         within = None if torch.compiler.is_compiling() else moved
         call = _Call(coeffs, channels_last, relu, training, eps, return_moments, group, plain)
-        recorded = checks.recorded(_op, x) if plain else None
-        if recorded is not None:
-            if moved is not None:
-                update_running_stats_op.serves_itself(moved[1][0])
-            total, *found = recorded(
-                call, x, weight, bias, mean, var, terms, coeffs, step, channels_last, *tail, training, moved
-            )
-        elif plain:
+        if plain:
             total = _apply_plain(call, within, found, *inputs)
         else:
             total, *found = _BnRkSum.apply(call, within, None, *inputs)
@@ -405,7 +409,7 @@ def bn_rk_sum(
         else:
             with torch.no_grad():
                 update(mean, var, *moved)
-    return (total, Moments(found[-2], found[-1], layout.count(x))) if return_moments else total
+    return with_moments([total, *found[-2:]]) if return_moments else total
 
 
 def _checked(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -20,6 +21,12 @@ class Moments(NamedTuple):
     mean: Tensor
     var: Tensor
     count: int  # type: ignore[assignment]  # the field's name; nobody looks for values in moments with tuple.count
+
+
+def with_moments(found: Sequence[Tensor]) -> tuple[Tensor, Moments]:
+    """(out, its moments) of [out, mean, var]."""
+    out, mean, var = found
+    return out, Moments(mean, var, layout.count(out))
 
 
 def pairs(result: list[Tensor], *present: bool) -> tuple[Tensor, ...]:

@@ -139,9 +139,6 @@ class _Call(NamedTuple):
     remake: bool  # what the last convolution makes, which is not kept
     plain: bool
 
-    def serves(self, grad: Tensor) -> bool:
-        return _backward_op.serves_itself(grad)
-
     def gradients(self, grad: Tensor, kept: Sequence[Any], needed: Sequence[bool]) -> list[Tensor | None]:
         """Of x, shortcut and step, and of each convolution, and weight and bias of its norm."""
         x, step, mask, *rest = map(checks.held, kept)  # a hook may have given them back
@@ -339,7 +336,7 @@ def residual_block(
             for each in moved:
                 if each is not None:
                     update_running_stats_op.serves_itself(each[1][0])
-            return recorded(call, x, shortcut, *_sorted(tensors), step, stepping, eps, channels_last, moved)
+            return recorded(x, shortcut, *_sorted(tensors), step, stepping, eps, channels_last, moved)
         apply = _apply_plain if plain else _ResidualBlock.apply
         out, *vectors = apply(call, within, *checks.distinct(given))
         if within is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rkfast import dispatch
 from rkfast.ops import checks, layout
-from rkfast.ops.channel_moments import Moments, channel_moments, moments_dtype, pairs
+from rkfast.ops.channel_moments import channel_moments, moments_dtype, pairs, with_moments
 from rkfast.ops.rk_sum import reference
 
 
@@ -92,9 +92,6 @@ class _Call(NamedTuple):
     relu: bool
     moments: bool
     plain: bool
-
-    def serves(self, grad: Tensor) -> bool:
-        return _backward_op.serves_itself(grad)
 
     def gradients(self, grad: Tensor, kept: Sequence[Any], needed: Sequence[bool]) -> list[Tensor | None]:
         """kept: the mask, the steps, and the terms of those that need a gradient; nothing without any of them."""
@@ -257,6 +254,10 @@ def _sum(
     out: Tensor | None,
     deferred: bool,
 ) -> Any:
+    if out is None:
+        found = checks.whole_call("rk_sum_call", terms, coeffs, steps, shift, relu, return_moments, deferred)
+        if found is not None:
+            return with_moments(found) if return_moments else found
     if type(relu) is not bool or type(return_moments) is not bool:
         checks.flags(relu=relu, return_moments=return_moments)
     if steps is not None and type(steps) is not list:
@@ -279,7 +280,7 @@ def _sum(
     if out is not None:
         channels_last = checks.slot(out, first, terms, (*steps, shift), needs_grad)
         result = _forward_out(terms, coeffs, steps, shift, channels_last, relu, return_moments, out)
-        return (out, Moments(result[0], result[1], layout.count(first))) if return_moments else out
+        return with_moments([out, *result]) if return_moments else out
     plain = bool(seen & checks.PLAIN)
     if not plain and checks.transformed(tensors):
         total = reference.weighted_sum(terms, coeffs, steps, shift, relu)
@@ -289,18 +290,11 @@ def _sum(
             tensors = checks.distinct(tensors)
         onto = [1.0] * len(coeffs) if deferred else coeffs
         call = _Call(coeffs, onto, step_at, shift is not None, channels_last, relu, return_moments, plain)
-        recorded = checks.recorded(_op, first) if plain else None
-        if recorded is not None:
-            result = recorded(call, terms, coeffs, steps, shift, channels_last, relu, return_moments, onto)
-        else:
-            result = (_apply_plain if plain else _RkSum.apply)(call, *tensors)
+        result = (_apply_plain if plain else _RkSum.apply)(call, *tensors)
     else:
         run = _op if plain else _forward
         result = run(terms, coeffs, steps, shift, channels_last, relu, return_moments, False)
-    if not return_moments:
-        return result[0]
-    total, mean, var = result
-    return total, Moments(mean, var, layout.count(total))
+    return with_moments(result) if return_moments else result[0]
 
 
 class _Shared(torch.autograd.Function):
