@@ -354,7 +354,8 @@ py::object rk_sum_call(const py::object& given, const py::object& given_coeffs, 
                        bool relu, bool moments, bool deferred) {
   const auto listed = items<Tensor>(given, read_tensor);
   auto coeffs = items<double>(given_coeffs, read_number);
-  if (!listed || !coeffs || listed->empty() || coeffs->size() != listed->size()) return py::none();
+  if (!listed || !coeffs || listed->empty() || listed->size() >= kMaxTerms || coeffs->size() != listed->size())
+    return py::none();
   const std::vector<Tensor>& terms = *listed;
   auto steps = given_steps.is_none() ? std::vector<Optional>(terms.size()) : items<Optional>(given_steps, read_optional);
   if (!steps || steps->size() != terms.size()) return py::none();
