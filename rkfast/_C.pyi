@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, dtype
 
 # What update_running_stats takes behind the moments.
 _Moved = tuple[int, Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], float | None]
@@ -227,36 +227,37 @@ def residual_block_backward(
     need_convs: bool,
     need_step: bool,
 ) -> list[Tensor]: ...
-def rk_sum_recorded(
-    call: object,
-    terms: Sequence[Tensor],
-    coeffs: Sequence[float],
-    steps: Sequence[Tensor | None],
+def allow(serves: bool, by_name: bool) -> None: ...
+def served() -> dict[str, int]: ...
+def last(op: str) -> tuple[list[int], dtype, bool] | None: ...
+def forget(op: str) -> None: ...
+def rk_sum_call(
+    terms: object,
+    coeffs: object,
+    steps: object,
     shift: Tensor | None,
-    channels_last: bool,
     relu: bool,
-    moments: bool,
-    onto: Sequence[float],
-) -> list[Tensor]: ...
-def bn_rk_sum_recorded(
-    call: object,
+    return_moments: bool,
+    deferred: bool,
+) -> Tensor | list[Tensor] | None: ...
+def bn_rk_sum_call(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    terms: Sequence[Tensor],
-    coeffs: Sequence[float],
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    terms: object,
+    coeffs: object,
     step: Tensor | None,
-    channels_last: bool,
     relu: bool,
+    training: bool,
+    momentum: float | None,
     eps: float,
-    moments: bool,
-    batch_stats: bool,
-    moved: _Moved | None,
-) -> list[Tensor]: ...
+    num_batches_tracked: Tensor | None,
+    moments: tuple[Tensor, Tensor, int] | None,
+    return_moments: bool,
+) -> Tensor | list[Tensor] | None: ...
 def residual_block_recorded(
-    call: object,
     x: Tensor,
     shortcut: Tensor | None,
     convs: Sequence[Tensor],

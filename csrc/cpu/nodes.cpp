@@ -389,7 +389,7 @@ py::object rk_sum_call(const py::object& given, const py::object& given_coeffs, 
 py::object bn_rk_sum_call(const Tensor& x, const Optional& weight, const Optional& bias, const Optional& running_mean,
                           const Optional& running_var, const py::object& given, const py::object& given_coeffs, const Optional& step,
                           bool relu, bool training, std::optional<double> momentum, double eps, const Optional& counter,
-                          const std::optional<std::tuple<Tensor, Tensor, int64_t>>& moments, bool return_moments) {
+                          const std::optional<std::tuple<Tensor, Tensor, py::int_>>& moments, bool return_moments) {
   const auto listed = items<Tensor>(given, read_tensor);
   const auto coeffs = items<double>(given_coeffs, read_number);
   if (!listed || !coeffs || listed->size() >= kMaxTerms || coeffs->size() != listed->size()) return py::none();
@@ -409,7 +409,7 @@ py::object bn_rk_sum_call(const Tensor& x, const Optional& weight, const Optiona
   const int64_t seen = survey(tensors, vectors, {step}, 2, counter);
   if (!(seen & kPlain) || x.numel() == 0) return py::none();
   const int64_t count = x.numel() / x.size(1);
-  if (training && (count == 1 || (known && std::get<2>(*moments) != count))) return py::none();
+  if (training && (count == 1 || (known && !std::get<2>(*moments).equal(py::int_(count))))) return py::none();
   if ((tracked && !update_op.serves(*running_mean)) || !bn_rk_sum_op.serves(x)) return py::none();
   const bool needs_grad = seen & kNeedsGrad, channels_last = seen & kChannelsLast;
   if (!training) mean = running_mean, var = running_var;

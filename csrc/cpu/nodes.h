@@ -7,7 +7,8 @@
 
 namespace rkfast {
 
-// OP_recorded computes an op and makes the node of its result.
+// OP_call is a whole call, from the arguments of the op's public function; OP_recorded one that Python has looked at. Both
+// compute and make the node of the result.
 void define_nodes(py::module_& m);
 
 }  // namespace rkfast

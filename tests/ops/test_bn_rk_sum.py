@@ -216,6 +216,7 @@ def test_bad_input_is_named_and_modifies_nothing() -> None:
         (ValueError, "^moments.var: device", dict(moments=(v6, v6.to("meta"), 40))),
         (TypeError, "^moments.count: ", dict(moments=(v6, v6, 40.0))),
         (ValueError, "^moments.count: ", dict(moments=(v6, v6, 39))),
+        (ValueError, "^moments.count: ", dict(moments=(v6, v6, 10**30))),
         (ValueError, "^num_batches_tracked: ", dict(num_batches_tracked=torch.zeros(2, dtype=torch.long))),
         (TypeError, "^num_batches_tracked: ", dict(num_batches_tracked=torch.zeros(()))),
         (TypeError, "^num_batches_tracked: ", dict(num_batches_tracked=3)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
 import threading
@@ -9,6 +10,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo
@@ -131,6 +133,35 @@ def test_a_backend_asked_for_in_the_backward_serves_it(call: Call) -> None:
     assert dispatch.served()[f"{op}_backward", "reference"] == before[f"{op}_backward", "reference"] + 1
     torch.autograd.grad(out.sum(), inputs)
     assert dispatch.served()[f"{op}_backward", "cpu"] == before[f"{op}_backward", "cpu"] + 1
+
+
+def test_explain_tells_of_the_last_call_whoever_served_it() -> None:
+    op, run = "rk_sum", _rk_sum()[0]
+    by_name = "rk_sum: cpu (2x16x4x4 float32 on cpu)"
+    rejected = [f"  not {backend}: serves CUDA tensors, not cpu ones" for backend in ("cuda", "triton")]
+    for backend, told in [
+        (None, [by_name, *rejected]),
+        ("reference", ["rk_sum: reference (2x16x4x4 float32 on cpu)"]),
+        ("cpu", [by_name]),
+        ("reference", ["rk_sum: reference (2x16x4x4 float32 on cpu)"]),
+    ]:
+        before = dispatch.served()
+        with contextlib.nullcontext() if backend is None else rkfast.use(backend):
+            run()
+        assert rkfast.explain(op).splitlines() == told
+        assert dispatch.served() - before == {(op, backend or "cpu"): 1}
+    with _Watched():  # through the dispatcher
+        run()
+    assert rkfast.explain(op).splitlines()[0] == by_name
+
+
+def test_numbers_that_are_no_floats_count_as_what_they_are() -> None:
+    x = _leaf(2, 16, 4, 4)
+    expected = rk_sum([x, x], [1.0, 2.0])
+    for coeffs in ([1, 2], [True, 2.0], np.array([1.0, 2.0]), torch.tensor([1.0, 2.0]), (1.0, np.float32(2))):
+        assert torch.equal(rk_sum([x, x], coeffs), expected)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"coeffs: .*`steps`"):
+        rk_sum([x, x], [1.0, torch.ones((), requires_grad=True)])  # type: ignore[list-item]
 
 
 def test_a_mode_sees_the_backward(call: Call) -> None:
