@@ -36,6 +36,7 @@ class Contest:
     peers: tuple[str, ...]
     seconds: float
     threads: int
+    cold: bool = False  # as ``timing.interleave`` says
     pause: Callable[[], None] = timing.go_on  # between rounds, where another process may measure meanwhile
 
 
@@ -203,7 +204,8 @@ def _measure(
 
     def sampled(steps: dict[str, timing.Step], loops: int = 1) -> Iterator[tuple[str, list[timing.Sample]]]:
         seconds = loops * contest.seconds
-        return iter(timing.interleave(steps, seconds, contest.device, entering, rounds, contest.pause).items())
+        samples = timing.interleave(steps, seconds, contest.device, entering, rounds, contest.pause, contest.cold)
+        return iter(samples.items())
 
     with entered:
         if "forward" in case.modes:

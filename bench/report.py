@@ -219,14 +219,19 @@ def refused(document: dict[str, Any]) -> Iterator[str]:
     yield from (f"{name} could not run {id}: {why}" for id, name, why in dict.fromkeys(broken))
 
 
+CACHES = {
+    False: "steps under 20 ms each behind an untimed one of the same contender, which leaves the caches as they are then",
+    True: "inputs left where the caches keep them behind the other contenders' steps",
+}
+
+
 def markdown(document: dict[str, Any]) -> str:
     """The conditions, one table, what calls cost, and what the gate refused."""
     found = document["rows"]
     lines = [
         where(document),
         "",
-        "Medians (20th to 80th percentile) of interleaved rounds, inputs left where the caches keep them (a step that "
-        "a sample repeats is done once before). `×` columns: "
+        f"Medians (20th to 80th percentile) of interleaved rounds, {CACHES[document.get('cold', True)]}. `×` columns: "
         "a peer's median over ours (percentiles of the ratio round by round); on CPU each side at its better malloc "
         "setting, which are measured by turns. `GB/s` counts the bytes that cannot be avoided; `copy`: the time of an "
         "`out.copy_(x)` that moves as many over ours. `MB saved` is kept for backward, `MB peak` taken above the "

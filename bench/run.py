@@ -75,6 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="settings to take the better of; by default both on CPU with glibc, and on CUDA the current one",
     )  # fmt: skip
     add("--budget", type=float, default=None, metavar="SECONDS", help="start no case after so long")
+    add("--cold", action="store_true", help="on a CPU, time single steps, each behind those of other contenders; else "
+        "steps under 20 ms behind an untimed one of their own")  # fmt: skip
     add("--resume", action="store_true", help="keep what --json already holds of this machine, commit and torch")
     add("--baselines", type=Path, metavar="FILE", help="take peers from there instead of measuring them again")
     add("--json", type=Path, metavar="FILE")
@@ -203,6 +205,7 @@ def _document(args: argparse.Namespace) -> dict[str, Any]:
         "size": args.size,
         **own,
         "malloc": {name: MALLOC.get(name, {}) for name in _settings(args)},
+        "cold": args.cold,
         "gate": [],
         "rows": [],
     }
@@ -212,7 +215,7 @@ def _previous(args: argparse.Namespace, document: dict[str, Any]) -> dict[str, A
     if not args.resume or args.json is None or not args.json.is_file():
         return None
     found = json.loads(args.json.read_text())
-    same = ("schema", "machine", "versions", "commit", "dirty", "size", "network", "malloc")
+    same = ("schema", "machine", "versions", "commit", "dirty", "size", "network", "malloc", "cold")
     return found if all(found.get(key) == document.get(key) for key in same) else None
 
 
@@ -241,6 +244,7 @@ def _job(
             "peers": peers,
             "seconds": args.seconds if args.seconds is not None else 0.5 if args.size in SIZES[:-1] else 1.0,
             "threads": threads,
+            "cold": args.cold,
         },
         "setting": setting,
         "until": until,

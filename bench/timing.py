@@ -16,6 +16,7 @@ except ImportError:  # Windows has no page-fault count
     resource = None  # type: ignore[assignment]
 
 SHORTEST_NS = 200_000  # a sample repeats shorter steps until it lasts this long
+WARMED_NS = 20_000_000  # and shorter steps than this are done once untimed before it
 ROUNDS = (11, 200)
 
 
@@ -67,10 +68,10 @@ def page_faults() -> int:
     return 0 if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
-def _cpu_sample(step: Step, repeats: int) -> Sample:
+def _cpu_sample(step: Step, repeats: int, warm: bool) -> Sample:
     clock = time.perf_counter_ns
     ns, faults = [0, 0], [0, 0]
-    if repeats > 1:  # not timed: a short step would be a mixture of one with cold caches and others without
+    if warm:  # not timed: it finds the caches, also those of code, as the other contenders left them
         kept = step.first()
         if step.second is not None:
             step.second(kept)
@@ -102,7 +103,7 @@ def _cpu_sample(step: Step, repeats: int) -> Sample:
     )
 
 
-def _cuda_sample(step: Step, repeats: int) -> Sample:
+def _cuda_sample(step: Step, repeats: int, warm: bool) -> Sample:
     """Device time: behind a sleeping kernel the host runs ahead, so that the events time kernels, not launches."""
     pairs = []
     torch.cuda._sleep(2_000_000 * min(repeats, 10))
@@ -136,6 +137,7 @@ def interleave(
     entering: Callable[[str], object] = lambda name: None,
     rounds: tuple[int, int] = ROUNDS,
     pause: Callable[[], None] = go_on,
+    cold: bool = False,
 ) -> dict[str, list[Sample]]:
     """Sample every step round-robin, in an order that rotates, until ``seconds`` are spent.
 
@@ -145,15 +147,17 @@ def interleave(
         device: "cpu" or "cuda".
         entering: called, untimed, before each sample with the contender's name.
         pause: called between rounds; what it takes is none of ``seconds``.
+        cold: on a CPU, time single steps, each behind those of the others; else short ones behind their own.
     """
     take = _cuda_sample if device == "cuda" else _cpu_sample
-    repeats = {}
+    plans: dict[str, tuple[int, bool]] = {}
     for name, step in steps.items():
         entering(name)
-        once = sum(take(step, 1).ms) * 1e6
+        once = sum(take(step, 1, False).ms) * 1e6
         if once < SHORTEST_NS:
-            once = min(sum(take(step, 1).ms) for _ in range(3)) * 1e6
-        repeats[name] = max(1, min(1000, round(SHORTEST_NS / max(once, 1.0))))
+            once = min(sum(take(step, 1, False).ms) for _ in range(3)) * 1e6
+        repeats = max(1, min(1000, round(SHORTEST_NS / max(once, 1.0))))
+        plans[name] = (1, False) if cold and device == "cpu" else (repeats, once < WARMED_NS)
     samples: dict[str, list[Sample]] = {name: [] for name in steps}
     names = list(steps)
     least, most = rounds
@@ -166,5 +170,5 @@ def interleave(
         deadline += time.perf_counter() - paused
         for name in names[i % len(names) :] + names[: i % len(names)]:
             entering(name)
-            samples[name].append(take(steps[name], repeats[name]))
+            samples[name].append(take(steps[name], *plans[name]))
     return samples

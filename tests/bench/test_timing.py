@@ -64,8 +64,19 @@ def test_the_first_of_repeated_steps_is_not_timed(parts: int) -> None:
         calls += 1
         time.sleep(0.05 if calls <= parts else 0)
 
-    sample = timing._cpu_sample(timing.Step(step, step if parts == 2 else None), 3)
+    sample = timing._cpu_sample(timing.Step(step, step if parts == 2 else None), 3, warm=True)
     assert calls == 4 * parts and sum(sample.ms) < 10
+
+
+@pytest.mark.parametrize("cold", (False, True))
+def test_a_cold_step_is_timed_behind_those_of_others(cold: bool) -> None:
+    ran: list[str] = []
+
+    def step(name: str) -> timing.Step:
+        return timing.Step(lambda: (ran.append(name), time.sleep(0.001)))
+
+    timing.interleave({name: step(name) for name in "ab"}, 0.0, "cpu", rounds=(3, 3), cold=cold)
+    assert "".join(ran[2:]) == ("abbaab" if cold else "aabbbbaaaabb")
 
 
 def test_bytes_of_a_case() -> None:
