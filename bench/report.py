@@ -220,7 +220,7 @@ def refused(document: dict[str, Any]) -> Iterator[str]:
 
 
 CACHES = {
-    False: "steps under 20 ms each behind an untimed one of the same contender, which leaves the caches as they are then",
+    False: "each step under 20 ms behind an untimed one of its own, the caches as that leaves them",
     True: "inputs left where the caches keep them behind the other contenders' steps",
 }
 

@@ -221,10 +221,11 @@ inline uint32_t load_bits(const uint8_t* p, N n) {
   return bits;
 }
 
-template <typename N>
-inline void store_bits(uint8_t* p, uint32_t bits, N n) {
+// Of U registers.
+template <typename U, typename N>
+inline void store_bits(uint8_t* p, uint64_t bits, U, N n) {
   if constexpr (kIsFull<N>) {
-    std::memcpy(p, &bits, N::value / 8);
+    std::memcpy(p, &bits, U::value * N::value / 8);
   } else {
     bits &= (1u << n) - 1;
     for (int i = 0; i < n; i += 8) p[i / 8] = static_cast<uint8_t>(bits >> i);

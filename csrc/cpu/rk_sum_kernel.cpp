@@ -22,6 +22,11 @@ struct CombineRow {
   int64_t length;
 };
 
+// Registers whose bits of a mask are stored at once: a store of two bytes between those of the results takes as much room
+// among the stores under way as these do.
+template <typename P>
+constexpr int kTogether = P::kLanes == 32 ? 2 : 4;
+
 enum class Center { kNone, kScalar, kVector };  // of the last term; kVector: its factor and the shift are vectors, too
 
 // A row whose number of terms is known, so that pointers and factors stay in registers: they need not be read again
@@ -41,8 +46,9 @@ void combine_row(const CombineRow<T, Acc>& row) {
   const bool relu = row.relu, stream = row.stream;
   T* const out = row.out;
   uint8_t* const mask = row.mask;
-  along<P, 2>(row.length, [&](int64_t p, auto unroll, auto lanes) {
-#pragma GCC unroll 2
+  along<P, kTogether<P>>(row.length, [&](int64_t p, auto unroll, auto lanes) {
+    uint64_t passed = 0;
+#pragma GCC unroll 4
     for (int u = 0; u < decltype(unroll)::value; ++u) {
       const int64_t q = p + u * P::kLanes;
       P sum;
@@ -62,9 +68,10 @@ void combine_row(const CombineRow<T, Acc>& row) {
         }
       }
       if (relu) sum = sum.relu();
-      if (mask != nullptr) store_bits(mask + q / 8, sum.rounded().passed(), lanes);
+      if (mask != nullptr) passed |= static_cast<uint64_t>(sum.rounded().passed()) << (u * P::kLanes);
       if (out != nullptr) store(sum, out + q, lanes, stream);
     }
+    if (mask != nullptr) store_bits(mask + p / 8, passed, unroll, lanes);
   });
 }
 
@@ -77,8 +84,9 @@ constexpr auto combine_rows(std::index_sequence<N...>) {
 template <typename P, typename T, typename Acc>
 void combine_row_of_vectors(const CombineRow<T, Acc>& row) {
   using Vec = typename P::Vec;
-  along<P, 2>(row.length, [&](int64_t p, auto unroll, auto lanes) {
-#pragma GCC unroll 2
+  along<P, kTogether<P>>(row.length, [&](int64_t p, auto unroll, auto lanes) {
+    uint64_t passed = 0;
+#pragma GCC unroll 4
     for (int u = 0; u < decltype(unroll)::value; ++u) {
       const int64_t q = p + u * P::kLanes;
       auto at = [&](const RowFactor<Acc>& f, int k) {
@@ -95,9 +103,10 @@ void combine_row_of_vectors(const CombineRow<T, Acc>& row) {
         }
       }
       if (row.relu) sum = sum.relu();
-      if (row.mask != nullptr) store_bits(row.mask + q / 8, sum.rounded().passed(), lanes);
+      if (row.mask != nullptr) passed |= static_cast<uint64_t>(sum.rounded().passed()) << (u * P::kLanes);
       if (row.out != nullptr) store(sum, row.out + q, lanes, row.stream);
     }
+    if (row.mask != nullptr) store_bits(row.mask + p / 8, passed, unroll, lanes);
   });
 }
 
