@@ -14,7 +14,8 @@ namespace rkfast {
 inline namespace CPU_CAPABILITY {
 
 // Rows that are processed before the next ones are touched: they stay in the first-level cache from one step to the next.
-inline int64_t tile_rows(const Shape& s) { return std::max<int64_t>(1, 4096 / std::max<int64_t>(s.length, 1)); }
+constexpr int64_t kTile = 4096;
+inline int64_t tile_rows(const Shape& s) { return std::max<int64_t>(1, kTile / std::max<int64_t>(s.length, 1)); }
 
 // Sums along columns: in Acc over few rows, then in double.
 constexpr int64_t kBlock = 64;

@@ -32,7 +32,7 @@ std::vector<Tensor> summed(const Tensor& x, const Optional& weight, const Option
   a.terms[a.n - 1] = normalised;
   a.shape = shape_of(rows, norm.by_sample());
   a.shape.reverse = !mean;
-  const int64_t join = join_rows(a.shape, operands.all_dense(), mask);
+  const int64_t join = join_rows(a.shape, operands.all_dense());
   a.out.inner *= join;
   for (int j = 0; j < a.n; ++j) a.terms[j].inner *= join;
 
@@ -97,7 +97,7 @@ BnRkSumBackward::BnRkSumBackward(const Tensor& grad, const Tensor& x, const Opti
   if (need_x) a_.outputs[a_.n_outputs++] = by_rows ? Operand{nullptr, 0, channels} : operands_.output(dx_);
   for (const Tensor& d : dterms_) a_.outputs[a_.n_outputs++] = operands_.output(d);
   a_.shape = shape_of(rows_, norm_.by_sample());
-  const int64_t join = by_rows ? 1 : join_rows(a_.shape, operands_.all_dense(), relu);
+  const int64_t join = by_rows ? 1 : join_rows(a_.shape, operands_.all_dense());
   input.inner *= join;
   a_.grad.inner *= join;
   for (int k = 0; k < a_.n_outputs; ++k) a_.outputs[k].inner *= join;

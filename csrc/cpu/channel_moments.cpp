@@ -64,7 +64,7 @@ std::pair<Tensor, Tensor> channel_moments(const Tensor& x, bool channels_last) {
 
 std::pair<Tensor, Tensor> own_moments(const Tensor& x, Operand operand, const Rows& rows, bool dense) {
   MomentsOf a{shape_of(rows, false), dtype_of(x), operand, {}};
-  a.x.inner *= join_rows(a.shape, dense, false);
+  a.x.inner *= join_rows(a.shape, dense);
   Partials partials(a.shape, 2);
   a.moments = partials.moments();
   if (x.numel() > 0) moments_of(a);

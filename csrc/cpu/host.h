@@ -67,11 +67,10 @@ inline Shape shape_of(const Rows& r, bool by_sample) {
 }
 
 // Joins dense channels_last rows of few channels, so that registers are full; returns how many go into one.
-inline int64_t join_rows(Shape& s, bool dense, bool mask) {
-  // Mask bits of neighbouring rows are neighbours only where a row fills its bytes.
-  if (!s.channels_last || !dense || (mask && s.length % 8 != 0)) return 1;
+inline int64_t join_rows(Shape& s, bool dense) {
+  if (!s.channels_last || !dense) return 1;
   int64_t join = 1;
-  while (s.length * join < 512 && s.inner % (2 * join) == 0 && s.inner > 0) join *= 2;
+  while (s.length * join < kJoined && s.inner % (2 * join) == 0 && s.inner > 0) join *= 2;
   s.length *= join;
   s.last = s.length;
   s.inner /= join;

@@ -7,6 +7,7 @@
 
 namespace rkfast {
 
+constexpr int64_t kJoined = 512;  // elements from which on rows are not joined
 constexpr int kMaxTerms = 17;  // 16 and, in bn_rk_sum, the normalised one
 constexpr int64_t kPad = 32;   // vectors per channel are padded to whole registers of every type
 

@@ -64,7 +64,7 @@ std::vector<Tensor> rk_sum(const std::vector<Tensor>& terms, const std::vector<d
     flatten(a.out, a.shape);
     for (int j = 0; j < a.n; ++j) flatten(a.terms[j], a.shape);
   } else {
-    const int64_t join = join_rows(a.shape, operands.all_dense(), mask);
+    const int64_t join = join_rows(a.shape, operands.all_dense());
     a.out.inner *= join;
     for (int j = 0; j < a.n; ++j) a.terms[j].inner *= join;
   }
@@ -116,7 +116,7 @@ std::vector<Tensor> rk_sum_backward(const Tensor& grad, const Optional& mask, co
     flatten(a.grad, a.shape);
     for (int k = 0; k < a.n_outputs; ++k) flatten(a.outputs[k], a.shape);
   } else {
-    const int64_t join = join_rows(a.shape, operands.all_dense(), mask.has_value());
+    const int64_t join = join_rows(a.shape, operands.all_dense());
     a.grad.inner *= join;
     for (int j = 0; j < a.n_summed; ++j) a.summed[j].inner *= join;
     for (int k = 0; k < a.n_outputs; ++k) a.outputs[k].inner *= join;

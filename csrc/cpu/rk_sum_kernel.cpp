@@ -110,6 +110,69 @@ void combine_row_of_vectors(const CombineRow<T, Acc>& row) {
   });
 }
 
+// The bits of a mask, where rows are joined that do not fill their bytes: in memory each row begins with a byte, while
+// the loops want those of joined rows without gaps.
+class MaskRows {
+ public:
+  explicit MaskRows(const Shape& s)
+      : rows_(s.replicas), words_(s.length / rows_ / 32), tail_(static_cast<int>(s.length / rows_ % 32)),
+        pitch_(rows_ * ((s.length / rows_ + 7) / 8)), joined_((s.length + 7) / 8) {}
+
+  int64_t pitch() const { return pitch_; }    // of joined rows in memory
+  int64_t joined() const { return joined_; }  // without gaps
+  bool have_gaps() const { return rows_ > 1 && tail_ % 8 != 0; }
+
+  // One joined row; `to` has room for four bytes more.
+  void join(const uint8_t* from, uint8_t* to) const {
+    uint64_t bits = 0;
+    int have = 0;  // fewer than 32
+    auto append = [&](uint32_t some, int n) {
+      bits |= static_cast<uint64_t>(some) << have;
+      if ((have += n) < 32) return;
+      std::memcpy(to, &bits, 4);
+      to += 4, bits >>= 32, have -= 32;
+    };
+    for (int64_t r = 0; r < rows_; ++r) {
+      for (int64_t w = 0; w < words_; ++w, from += 4) {
+        uint32_t some;
+        std::memcpy(&some, from, 4);
+        append(some, 32);
+      }
+      for (int left = tail_; left > 0; left -= 8) append(*from++ & ((1u << std::min(left, 8)) - 1), std::min(left, 8));
+    }
+    std::memcpy(to, &bits, 4);
+  }
+
+  // The way back; four bytes behind the joined row are read.
+  void split(const uint8_t* from, uint8_t* to) const {
+    uint64_t bits = 0;
+    int have = 0;
+    auto next = [&](int n) {
+      if (have < n) {
+        uint32_t more;
+        std::memcpy(&more, from, 4);
+        bits |= static_cast<uint64_t>(more) << have;
+        from += 4, have += 32;
+      }
+      const auto some = static_cast<uint32_t>(bits & ((uint64_t(1) << n) - 1));
+      bits >>= n, have -= n;
+      return some;
+    };
+    for (int64_t r = 0; r < rows_; ++r) {
+      for (int64_t w = 0; w < words_; ++w, to += 4) {
+        const uint32_t some = next(32);
+        std::memcpy(to, &some, 4);
+      }
+      for (int left = tail_; left > 0; left -= 8) *to++ = static_cast<uint8_t>(next(std::min(left, 8)));
+    }
+  }
+
+ private:
+  int64_t rows_, words_;
+  int tail_;
+  int64_t pitch_, joined_;
+};
+
 // Rows of out = act(sum_j factor_j * (term_j - center_j) + shift), all terms of a few registers at a time.
 template <typename T>
 class CombineRows {
@@ -117,7 +180,7 @@ class CombineRows {
   using Acc = typename P::Acc;
 
  public:
-  explicit CombineRows(const Combine& a) : a_(a), s_(a.shape), mask_pitch_((s_.length + 7) / 8) {
+  explicit CombineRows(const Combine& a) : a_(a), s_(a.shape), bits_(s_) {
     const bool last = a.n > 0 && a.factors[a.n - 1].vector != nullptr;
     bool others = false;
     for (int j = 0; j + 1 < a.n; ++j) others |= a.factors[j].vector != nullptr;
@@ -136,12 +199,14 @@ class CombineRows {
 
   // The mask of the rows begins at `mask` where it is not the call's own.
   void run(int64_t o, int64_t begin, int64_t end, uint8_t* mask = nullptr) const {
-    if (mask == nullptr && a_.mask != nullptr) mask = a_.mask + (o * s_.inner + begin) * mask_pitch_;
+    if (mask == nullptr && a_.mask != nullptr) mask = a_.mask + (o * s_.inner + begin) * bits_.pitch();
+    uint8_t joined[kJoined / 4 + 4];
+    const bool split = mask != nullptr && bits_.have_gaps();
     CombineRow<T, Acc> r{};
     r.n = a_.n;
     r.relu = a_.relu;
     r.centered = a_.center != nullptr;
-    for (int64_t i = begin; i < end; ++i, mask += mask ? mask_pitch_ : 0) {
+    for (int64_t i = begin; i < end; ++i, mask += mask ? bits_.pitch() : 0) {
       for (int j = 0; j < a_.n; ++j) {
         r.terms[j] = row<const T>(a_.terms[j], o, i);
         r.factors[j] = RowFactor<Acc>(a_.factors[j], s_, o, i);
@@ -150,9 +215,10 @@ class CombineRows {
       if (r.centered) r.center = RowFactor<Acc>({a_.center, 0, 0}, s_, o, i);
       r.out = a_.out.data ? row<T>(a_.out, o, i) : nullptr;
       r.stream = a_.stream && on_line(r.out);
-      r.mask = mask;
+      r.mask = split ? joined : mask;
       r.length = row_length(s_, i);
       row_(r);
+      if (split) bits_.split(joined, mask);
     }
   }
 
@@ -162,7 +228,7 @@ class CombineRows {
 
   const Combine& a_;
   const Shape& s_;
-  int64_t mask_pitch_;
+  const MaskRows bits_;
   void (*row_)(const CombineRow<T, Acc>&);
 };
 
@@ -204,18 +270,23 @@ class BackwardRows {
 
  public:
   BackwardRows(const Backward& a, int64_t u, int64_t o)
-      : a_(a), s_(a.shape), u_(u), o_(o), mask_pitch_((s_.length + 7) / 8), padded_(s_.padded()) {
+      : a_(a), s_(a.shape), bits_(s_), u_(u), o_(o), mask_pitch_(bits_.joined()), padded_(s_.padded()) {
     if (a_.sums == nullptr || !s_.channels_last) return;
     scratch_.resize((1 + a_.n_summed) * padded_);
     for (int k = 0; k <= a_.n_summed; ++k) std::fill_n(sums(k), padded_, 0.0);
   }
 
   void run(int64_t begin, int64_t end) {
+    uint8_t joined[kTile / 8 + kBlock + 4];
     const int64_t tile = s_.channels_last ? std::min(tile_rows(s_), kBlock) : tile_rows(s_);
     for (int64_t i = begin; i < end; i += tile) {
       const int64_t stop = std::min(i + tile, end);
-      uint8_t* mask = a_.mask ? a_.mask + (o_ * s_.inner + i) * mask_pitch_ : nullptr;
+      uint8_t* mask = a_.mask ? a_.mask + (o_ * s_.inner + i) * bits_.pitch() : nullptr;
       if (a_.sign != nullptr) CombineRows<T>(*a_.sign).run(o_, i, stop, mask);
+      if (mask != nullptr && bits_.have_gaps()) {
+        for (int64_t k = i; k < stop; ++k) bits_.join(mask + (k - i) * bits_.pitch(), joined + (k - i) * bits_.joined());
+        mask = joined;
+      }
       if (mask != nullptr) {
         run_tile<true>(i, stop, mask);
       } else {
@@ -411,6 +482,7 @@ class BackwardRows {
 
   const Backward& a_;
   const Shape& s_;
+  const MaskRows bits_;
   const int64_t u_, o_, mask_pitch_, padded_;
   int64_t block_ = 0;  // rows in the parts that are not in the sums yet
   Aligned<Acc> scratch_;

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 import rkfast
 from rkfast import dispatch, native, ops
 from rkfast.ops import layout
-from rkfast.ops.rk_sum import shared, shared_sum
+from rkfast.ops.rk_sum import reference, shared, shared_sum
 from tests.ops.tester import Inputs, OpTester, lay
 
 
@@ -164,6 +164,25 @@ def test_bad_input_is_named() -> None:
     for kind, words, ts, coeffs, options in cases:
         with pytest.raises(kind, match=words):
             ops.rk_sum(ts, coeffs, **options)
+
+
+@pytest.mark.parametrize("positions", ((1, 1, 2), (2, 5, 4), (4, 8, 8)))
+def test_bits_of_rows_that_do_not_fill_their_bytes(positions: tuple[int, int, int], target: tuple[str, str]) -> None:
+    backend, device = target
+    n, h, w = positions
+    channels = (*range(1, 41), 47, 130, 255) if target != ("triton", "cpu") else (3, 5, 36)
+    for c in channels:
+        torch.manual_seed(c)
+        x, grad = (torch.randn(n, c, h, w, device=device).to(memory_format=torch.channels_last) for _ in range(2))
+        channels_last = layout.is_channels_last(x)
+        with dispatch.use(backend):
+            _, mask = torch.ops.rkfast.rk_sum([x], [1.0], [None], None, channels_last, True, False, True)
+            args = [2.0], [None], [], [], [], True, channels_last
+            dx, shift = torch.ops.rkfast.rk_sum_backward(grad, mask, *args)
+        assert torch.equal(mask, reference.pack(x > 0, channels_last))
+        kept = grad * (x > 0)
+        assert torch.equal(dx, 2 * kept)
+        torch.testing.assert_close(shift, kept.sum((0, 2, 3)))
 
 
 def test_opcheck(target: tuple[str, str]) -> None:
