@@ -67,7 +67,8 @@ def test_command_in_a_checkout_writes_everything_at_both_malloc_settings(tmp_pat
 def test_results_say_where_they_come_from_and_keep_their_schema(tmp_path: Path) -> None:
     document = measured(tmp_path, "rk_sum", "--filter", "n=4+steps")
     assert set(document) == {
-        "schema", "machine", "versions", "commit", "dirty", "date", "load", "size", "malloc", "gate", "rows",
+        "schema", "machine", "versions", "commit", "dirty", "date", "load", "size", "malloc", "cold", "gate",
+        "rows",
     }  # fmt: skip
     assert document["schema"] == 1
     assert document["machine"]["cpu"]
