@@ -232,30 +232,24 @@ def served() -> dict[str, int]: ...
 def last(op: str) -> tuple[list[int], dtype, bool] | None: ...
 def forget(op: str) -> None: ...
 def rk_sum_call(
-    terms: object,
-    coeffs: object,
-    steps: object,
-    shift: Tensor | None,
-    relu: bool,
-    return_moments: bool,
-    deferred: bool,
+    terms: object, coeffs: object, steps: object, shift: object, relu: object, return_moments: object, deferred: bool
 ) -> Tensor | list[Tensor] | None: ...
 def bn_rk_sum_call(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
+    x: object,
+    weight: object,
+    bias: object,
+    running_mean: object,
+    running_var: object,
     terms: object,
     coeffs: object,
-    step: Tensor | None,
-    relu: bool,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    num_batches_tracked: Tensor | None,
-    moments: tuple[Tensor, Tensor, int] | None,
-    return_moments: bool,
+    step: object,
+    relu: object,
+    training: object,
+    momentum: object,
+    eps: object,
+    num_batches_tracked: object,
+    moments: object,
+    return_moments: object,
 ) -> Tensor | list[Tensor] | None: ...
 def residual_block_recorded(
     x: Tensor,

@@ -124,7 +124,7 @@ class Op:
         own = None if _extension is None else _extension.last(self.name)
         if own is not None:
             sizes, dtype, by_name = own
-            lead = torch.empty(0, dtype=dtype)
+            lead = torch.empty(0, dtype=dtype, device="cpu")
             others = (
                 [] if by_name else [i for i in self.implementations if i.backend in BACKENDS[: BACKENDS.index("cpu")]]
             )
@@ -284,8 +284,8 @@ def extension() -> Any:
 def _allow() -> None:
     """Tell the C++ extension whether it may."""
     if _extension is not None:
-        explicit = forced()
-        _extension.allow(explicit in (None, "cpu"), explicit is not None)
+        asked = _forced[-1][0] if _forced else _environment
+        _extension.allow(asked in ("auto", "cpu"), asked != "auto")
 
 
 def served() -> Counter[tuple[str, str]]:

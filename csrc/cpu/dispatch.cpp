@@ -1,6 +1,8 @@
 #include "cpu/dispatch.h"
 
 #include <atomic>
+#include <map>
+#include <string>
 
 namespace rkfast {
 namespace {
@@ -21,16 +23,19 @@ bool has_kernel(at::ScalarType dtype) {
 
 Op::Op(const char* name) { ops()[name] = this; }
 
-bool Op::serves(const Tensor& lead) {
-  const Allowed now = allowed;
-  if (now == Allowed::no || !lead.is_cpu() || lead.numel() == 0 || !has_kernel(lead.scalar_type())) return false;
+bool Op::may(const Tensor& lead) const {
+  // Symbolic sizes that are asked for become constants.
+  return allowed != Allowed::no && lead.is_cpu() && !lead.unsafeGetTensorImpl()->has_symbolic_sizes_strides() && lead.numel() > 0 &&
+      has_kernel(lead.scalar_type());
+}
+
+void Op::note(const Tensor& lead) {
   const std::lock_guard<std::mutex> lock(mutex_);
   ++served_;
   is_last_ = true;
-  explicit_ = now == Allowed::by_name;
+  explicit_ = allowed == Allowed::by_name;
   sizes_.assign(lead.sizes().begin(), lead.sizes().end());
   dtype_ = lead.scalar_type();
-  return true;
 }
 
 void define_dispatch(py::module_& m) {

@@ -3,9 +3,8 @@
 
 #include <torch/csrc/utils/pybind.h>
 
-#include <map>
 #include <mutex>
-#include <string>
+#include <vector>
 
 #include "cpu/host.h"
 
@@ -17,8 +16,10 @@ class Op {
   explicit Op(const char* name);
   Op(const Op&) = delete;
 
-  // Whether the C++ kernel may serve a call that this tensor leads, which is then counted.
-  bool serves(const Tensor& lead);
+  // Whether the C++ kernel may serve a call that this tensor leads.
+  bool may(const Tensor& lead) const;
+  // It did.
+  void note(const Tensor& lead);
 
  private:
   friend void define_dispatch(py::module_& m);

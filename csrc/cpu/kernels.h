@@ -60,7 +60,7 @@ struct Combine {
   Factor shift{nullptr, 0, 0};
   bool relu = false;
   Operand out;              // none: only the mask is written
-  uint8_t* mask = nullptr;  // [rows][(length + 7) / 8]
+  uint8_t* mask = nullptr;  // [rows * replicas][(length / replicas + 7) / 8]
   Moments moments;
   bool stream = false;  // out is written past the caches; not with moments, which read it back
 };

@@ -33,10 +33,10 @@ Tensor like(const Tensor& d, const Tensor& v) { return d.to(v.scalar_type()); }
   throw std::move(kept);
 }
 
-// Names as in rkfast.dispatch.
-Op rk_sum_op("rk_sum"), rk_sum_backward_op("rk_sum_backward");
-Op bn_rk_sum_op("bn_rk_sum"), bn_rk_sum_backward_op("bn_rk_sum_backward"), update_op("update_running_stats");
-Op residual_block_backward_op("residual_block_backward");
+// Names as in rkfast.dispatch. Never destroyed: at exit a thread may still be in a backward.
+Op &rk_sum_op = *new Op("rk_sum"), &rk_sum_backward_op = *new Op("rk_sum_backward");
+Op &bn_rk_sum_op = *new Op("bn_rk_sum"), &bn_rk_sum_backward_op = *new Op("bn_rk_sum_backward");
+Op &update_op = *new Op("update_running_stats"), &residual_block_backward_op = *new Op("residual_block_backward");
 
 // What Python's node of the op would know of the call.
 template <typename... Args>
@@ -94,7 +94,11 @@ class Node : public torch::autograd::Node {
     Needed needed(num_outputs());
     for (size_t i = 0; i < needed.size(); ++i) needed[i] = task_should_compute_output(i);
     const bool plain = !c10::GradMode::is_enabled() && (survey({grad}, {}, {}, 0, {}) & kPlain);
-    return plain && (!computes(kept, needed) || op().serves(grad)) ? gradients(grad, kept, needed) : asked(grad, kept, needed);
+    const bool counts = computes(kept, needed);
+    if (!plain || (counts && !op().may(grad))) return asked(grad, kept, needed);
+    variable_list result = gradients(grad, kept, needed);
+    if (counts) op().note(grad);
+    return result;
   }
 
   variable_list asked(const Tensor& grad, const variable_list& kept, const Needed& needed) const {
@@ -150,15 +154,16 @@ class Products {
 class RkSumNode : public Node {
  public:
   RkSumNode(const std::vector<Tensor>& terms, const variable_list& steps, const Tensor& shift, const variable_list& kept,
-            std::vector<double> coeffs, std::vector<int64_t> step_at, bool channels_last, bool relu, bool moments)
+            std::vector<double> coeffs, std::vector<int64_t> step_at, bool channels_last)
       : Node(joined(terms, steps, variable_list{shift}), kept), coeffs_(std::move(coeffs)), step_at_(std::move(step_at)),
-        has_shift_(shift.defined()), channels_last_(channels_last), relu_(relu), moments_(moments) {}
+        has_shift_(shift.defined()), channels_last_(channels_last) {}
   std::string name() const override { return "RkSumBackward"; }
 
  private:
   Op& op() const override { return rk_sum_backward_op; }
+  // ReLU and moments are the forward's.
   py::object call() const override {
-    return python_call("rk_sum", coeffs_, coeffs_, step_at_, has_shift_, channels_last_, relu_, moments_, true);
+    return python_call("rk_sum", coeffs_, coeffs_, step_at_, has_shift_, channels_last_, false, false, true);
   }
   // Kept: mask, steps, and the terms of those that need a gradient; nothing without a mask and steps.
   bool computes(const variable_list& kept, const Needed& needed) const override {
@@ -204,21 +209,21 @@ class RkSumNode : public Node {
 
   const std::vector<double> coeffs_;
   const std::vector<int64_t> step_at_;
-  const bool has_shift_, channels_last_, relu_, moments_;
+  const bool has_shift_, channels_last_;
 };
 
 class BnRkSumNode : public Node {
  public:
   BnRkSumNode(const variable_list& inputs, const variable_list& kept, std::vector<double> coeffs, bool channels_last,
-              bool relu, bool batch_stats, double eps, bool moments)
+              bool relu, bool batch_stats, double eps)
       : Node(inputs, kept), coeffs_(std::move(coeffs)), channels_last_(channels_last), relu_(relu),
-        batch_stats_(batch_stats), moments_(moments), eps_(eps) {}
+        batch_stats_(batch_stats), eps_(eps) {}
   std::string name() const override { return "BnRkSumBackward"; }
 
  private:
   Op& op() const override { return bn_rk_sum_backward_op; }
   py::object call() const override {
-    return python_call("bn_rk_sum", coeffs_, channels_last_, relu_, batch_stats_, eps_, moments_, "", true);
+    return python_call("bn_rk_sum", coeffs_, channels_last_, relu_, batch_stats_, eps_, false, "", true);
   }
   // Inputs: x, weight, bias, step, terms. Kept: x, weight, bias, mean, var, step, mask.
   bool computes(const variable_list& kept, const Needed& needed) const override {
@@ -253,7 +258,7 @@ class BnRkSumNode : public Node {
   }
 
   const std::vector<double> coeffs_;
-  const bool channels_last_, relu_, batch_stats_, moments_;
+  const bool channels_last_, relu_, batch_stats_;
   const double eps_;
 };
 
@@ -338,20 +343,32 @@ bool read_optional(PyObject* o, Optional& t) {
   return THPVariable_Check(o) && read_tensor(o, t.emplace());
 }
 bool read_number(PyObject* o, double& d) {
-  if (!PyFloat_CheckExact(o)) return false;
-  d = PyFloat_AS_DOUBLE(o);
-  return true;
+  if (!PyFloat_Check(o) && !PyLong_CheckExact(o)) return false;
+  d = PyFloat_AsDouble(o);
+  if (!PyErr_Occurred()) return true;
+  PyErr_Clear();  // too large an integer
+  return false;
+}
+bool read_flag(PyObject* o, bool& flag) {
+  flag = o == Py_True;
+  return flag || o == Py_False;
 }
 
-// What an op's public function returns but for the type of the moments, [out, mean, var] with them; None where it is Python's
-// to serve: other tensors than plain ones on a CPU, bad input, another backend.
+// What an op's public function returns but for the type of the moments: [out, mean, var] with them.
 py::object returned(const std::vector<Tensor>& made, bool moments) {
   if (!moments) return py::cast(made[0]);
   return py::cast(std::vector<Tensor>{made[0], *(made.end() - 2), made.back()});
 }
 
-py::object rk_sum_call(const py::object& given, const py::object& given_coeffs, const py::object& given_steps, const Optional& shift,
-                       bool relu, bool moments, bool deferred) {
+// Arguments are read here and not by the binding: a TypeError of it could not be told from one that a hook of saved tensors
+// raises when all is done. None where a call is Python's to serve: other tensors than plain ones on a CPU, bad input, another
+// backend.
+py::object rk_sum_call(const py::object& given, const py::object& given_coeffs, const py::object& given_steps,
+                       const py::object& given_shift, const py::object& given_relu, const py::object& return_moments, bool deferred) {
+  Optional shift;
+  bool relu, moments;
+  if (!read_optional(given_shift.ptr(), shift) || !read_flag(given_relu.ptr(), relu) || !read_flag(return_moments.ptr(), moments))
+    return py::none();
   const auto listed = items<Tensor>(given, read_tensor);
   auto coeffs = items<double>(given_coeffs, read_number);
   if (!listed || !coeffs || listed->empty() || listed->size() >= kMaxTerms || coeffs->size() != listed->size())
@@ -359,8 +376,9 @@ py::object rk_sum_call(const py::object& given, const py::object& given_coeffs, 
   const std::vector<Tensor>& terms = *listed;
   auto steps = given_steps.is_none() ? std::vector<Optional>(terms.size()) : items<Optional>(given_steps, read_optional);
   if (!steps || steps->size() != terms.size()) return py::none();
+  if (!rk_sum_op.may(terms[0])) return py::none();
   const int64_t seen = survey({terms.begin(), terms.end()}, {shift}, *steps, 0, {});
-  if (!(seen & kPlain) || !rk_sum_op.serves(terms[0])) return py::none();
+  if (!(seen & kPlain)) return py::none();
   const bool needs_grad = seen & kNeedsGrad, channels_last = seen & kChannelsLast;
 
   std::vector<Tensor> made;
@@ -368,6 +386,7 @@ py::object rk_sum_call(const py::object& given, const py::object& given_coeffs, 
     py::gil_scoped_release release;
     made = rk_sum(terms, *coeffs, *steps, shift, channels_last, relu, moments, relu && needs_grad, {});
   }
+  rk_sum_op.note(terms[0]);
   if (!needs_grad) return returned(made, moments);
   variable_list factors, kept;
   std::vector<int64_t> step_at;
@@ -382,35 +401,55 @@ py::object rk_sum_call(const py::object& given, const py::object& given_coeffs, 
     for (int64_t i : step_at) kept.push_back((*steps)[i]->requires_grad() ? terms[i] : Tensor());
   }
   if (deferred) std::fill(coeffs->begin(), coeffs->end(), 1.0);
-  attach<RkSumNode>(made[0], terms, factors, tensor(shift), kept, std::move(*coeffs), std::move(step_at), channels_last, relu, moments);
+  attach<RkSumNode>(made[0], terms, factors, tensor(shift), kept, std::move(*coeffs), std::move(step_at), channels_last);
   return returned(made, moments);
 }
 
-py::object bn_rk_sum_call(const Tensor& x, const Optional& weight, const Optional& bias, const Optional& running_mean,
-                          const Optional& running_var, const py::object& given, const py::object& given_coeffs, const Optional& step,
-                          bool relu, bool training, std::optional<double> momentum, double eps, const Optional& counter,
-                          const std::optional<std::tuple<Tensor, Tensor, py::int_>>& moments, bool return_moments) {
+py::object bn_rk_sum_call(const py::object& given_x, const py::object& given_weight, const py::object& given_bias,
+                          const py::object& given_mean, const py::object& given_var, const py::object& given,
+                          const py::object& given_coeffs, const py::object& given_step, const py::object& given_relu,
+                          const py::object& given_training, const py::object& given_momentum, const py::object& given_eps,
+                          const py::object& num_batches_tracked, const py::object& moments, const py::object& given_return) {
+  Tensor x;
+  Optional weight, bias, running_mean, running_var, step, counter;
+  bool relu, training, return_moments;
+  double eps;
+  std::optional<double> momentum;
+  const std::pair<const py::object&, Optional&> optionals[] = {{given_weight, weight},    {given_bias, bias}, {given_mean, running_mean},
+                                                               {given_var, running_var},  {given_step, step},
+                                                               {num_batches_tracked, counter}};
+  for (const auto& [from, to] : optionals)
+    if (!read_optional(from.ptr(), to)) return py::none();
+  if (!read_tensor(given_x.ptr(), x) || !read_flag(given_relu.ptr(), relu) || !read_flag(given_training.ptr(), training) ||
+      !read_flag(given_return.ptr(), return_moments) || !read_number(given_eps.ptr(), eps) ||
+      !(given_momentum.is_none() || read_number(given_momentum.ptr(), momentum.emplace())))
+    return py::none();
   const auto listed = items<Tensor>(given, read_tensor);
   const auto coeffs = items<double>(given_coeffs, read_number);
   if (!listed || !coeffs || listed->size() >= kMaxTerms || coeffs->size() != listed->size()) return py::none();
   const std::vector<Tensor>& terms = *listed;
-  const bool tracked = training && running_mean, known = training && moments;
+  const bool tracked = training && running_mean, known = training && !moments.is_none();
   if (!(eps > 0) || running_mean.has_value() != running_var.has_value() || (!training && !running_mean)) return py::none();
   if (tracked && !momentum && !counter) return py::none();
 
   std::vector<Optional> tensors{x}, vectors;
   tensors.insert(tensors.end(), terms.begin(), terms.end());
   Optional mean, var;
+  py::object known_count;
   if (known) {
-    std::tie(mean, var) = std::tuple(std::get<0>(*moments), std::get<1>(*moments));
+    if (!PyTuple_Check(moments.ptr()) || PyTuple_GET_SIZE(moments.ptr()) != 3) return py::none();
+    PyObject* const* const three = PySequence_Fast_ITEMS(moments.ptr());
+    if (!read_optional(three[0], mean) || !read_optional(three[1], var) || !mean || !var) return py::none();
+    known_count = py::reinterpret_borrow<py::object>(three[2]);
     vectors = {mean, var};
   }
   vectors.insert(vectors.end(), {weight, bias, running_mean, running_var});
+  if (!bn_rk_sum_op.may(x)) return py::none();
   const int64_t seen = survey(tensors, vectors, {step}, 2, counter);
-  if (!(seen & kPlain) || x.numel() == 0) return py::none();
+  if (!(seen & kPlain)) return py::none();
   const int64_t count = x.numel() / x.size(1);
-  if (training && (count == 1 || (known && !std::get<2>(*moments).equal(py::int_(count))))) return py::none();
-  if ((tracked && !update_op.serves(*running_mean)) || !bn_rk_sum_op.serves(x)) return py::none();
+  if (training && count == 1) return py::none();
+  if (known && !(PyLong_CheckExact(known_count.ptr()) && known_count.equal(py::int_(count)))) return py::none();
   const bool needs_grad = seen & kNeedsGrad, channels_last = seen & kChannelsLast;
   if (!training) mean = running_mean, var = running_var;
 
@@ -421,16 +460,17 @@ py::object bn_rk_sum_call(const Tensor& x, const Optional& weight, const Optiona
     py::gil_scoped_release release;
     made = bn_rk_sum(x, weight, bias, mean, var, terms, *coeffs, step, channels_last, relu, eps, return_moments, mask, {});
     if (!mean) used_mean = made[1 + mask], used_var = made[2 + mask];
-    // Before the node is made: activation checkpointing stops what it computes again at the last tensor that is kept.
-    if (tracked) {
+    if (tracked) {  // before the node is made, as in residual_block_recorded
       const std::vector<Tensor> counters = counter ? std::vector<Tensor>{*counter} : std::vector<Tensor>{};
       update_running_stats(used_mean, used_var, count, {*running_mean}, {*running_var}, counters, momentum);
     }
   }
+  bn_rk_sum_op.note(x);
+  if (tracked) update_op.note(used_mean);
   if (!needs_grad) return returned(made, return_moments);
   const variable_list kept{x, tensor(weight), tensor(bias), used_mean, used_var, tensor(step), mask ? made[1] : Tensor()};
   attach<BnRkSumNode>(made[0], joined(variable_list{x, tensor(weight), tensor(bias), tensor(step)}, terms), kept, *coeffs,
-                      channels_last, relu, training, eps, return_moments);
+                      channels_last, relu, training, eps);
   return returned(made, return_moments);
 }
 
@@ -446,6 +486,7 @@ Tensor residual_block_recorded(const Tensor& x, const Optional& shortcut, const 
   {
     py::gil_scoped_release release;
     made = residual_block(x, shortcut, convs, norms, step, strides, eps, channels_last, true);
+    // Before the node is made: activation checkpointing stops what it computes again at the last tensor that is kept.
     auto own = made.begin() + 2 + count;
     for (size_t i = 0; i < count; ++i) {
       move(moved[i], norms[4 * i + 2] ? *norms[4 * i + 2] : own[0], norms[4 * i + 2] ? *norms[4 * i + 3] : own[1]);
@@ -469,13 +510,11 @@ Tensor residual_block_recorded(const Tensor& x, const Optional& shortcut, const 
 
 void define_nodes(py::module_& m) {
   using py::arg;
-  // A number is a float: Python's checks make one of others.
-  m.def("rk_sum_call", &rk_sum_call, arg("terms"), arg("coeffs"), arg("steps"), arg("shift"), arg("relu").noconvert(),
-        arg("return_moments").noconvert(), arg("deferred"));
+  m.def("rk_sum_call", &rk_sum_call, arg("terms"), arg("coeffs"), arg("steps"), arg("shift"), arg("relu"), arg("return_moments"),
+        arg("deferred"));
   m.def("bn_rk_sum_call", &bn_rk_sum_call, arg("x"), arg("weight"), arg("bias"), arg("running_mean"), arg("running_var"),
-        arg("terms"), arg("coeffs"), arg("step"), arg("relu").noconvert(), arg("training").noconvert(),
-        arg("momentum").noconvert(), arg("eps").noconvert(), arg("num_batches_tracked"), arg("moments"),
-        arg("return_moments").noconvert());
+        arg("terms"), arg("coeffs"), arg("step"), arg("relu"), arg("training"), arg("momentum"), arg("eps"),
+        arg("num_batches_tracked"), arg("moments"), arg("return_moments"));
   m.def("residual_block_recorded", &residual_block_recorded, arg("x"), arg("shortcut"), arg("convs"), arg("norms"),
         arg("step"), arg("strides"), arg("eps"), arg("channels_last"), arg("moved"));
 }

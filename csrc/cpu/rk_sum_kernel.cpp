@@ -200,7 +200,7 @@ class CombineRows {
   // The mask of the rows begins at `mask` where it is not the call's own.
   void run(int64_t o, int64_t begin, int64_t end, uint8_t* mask = nullptr) const {
     if (mask == nullptr && a_.mask != nullptr) mask = a_.mask + (o * s_.inner + begin) * bits_.pitch();
-    uint8_t joined[kJoined / 4 + 4];
+    uint8_t joined[kJoined / 4 + 4];  // a joined row is shorter than 2 * kJoined
     const bool split = mask != nullptr && bits_.have_gaps();
     CombineRow<T, Acc> r{};
     r.n = a_.n;
@@ -277,7 +277,7 @@ class BackwardRows {
   }
 
   void run(int64_t begin, int64_t end) {
-    uint8_t joined[kTile / 8 + kBlock + 4];
+    uint8_t joined[kTile / 8 + kBlock + 4];  // of at most kBlock joined rows, each of whole bytes
     const int64_t tile = s_.channels_last ? std::min(tile_rows(s_), kBlock) : tile_rows(s_);
     for (int64_t i = begin; i < end; i += tile) {
       const int64_t stop = std::min(i + tile, end);

@@ -70,15 +70,10 @@ def _asked(question: str, *args: object) -> int:
 def whole_call(op: str, *args: object) -> Any:
     """What an op gives for PLAIN arguments on a CPU, computed, counted and recorded by autograd in one call of C++
     (csrc/cpu/nodes.cpp): a tensor, or [out, mean, var] where moments are asked for. None for all other calls."""
-    if torch.compiler.is_dynamo_compiling():
+    if torch.compiler.is_dynamo_compiling():  # under other tracers a mode is on, which C++ sees
         return None
     extension = dispatch.extension()
-    if extension is None:
-        return None
-    try:
-        return getattr(extension, op)(*args)
-    except TypeError:
-        return None
+    return None if extension is None else getattr(extension, op)(*args)
 
 
 def recorded(op: dispatch.Op, lead: Tensor) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import gc
 import sys
@@ -150,6 +151,8 @@ def test_explain_tells_of_the_last_call_whoever_served_it() -> None:
             run()
         assert rkfast.explain(op).splitlines() == told
         assert dispatch.served() - before == {(op, backend or "cpu"): 1}
+    with torch.device("meta"):
+        assert rkfast.explain(op).splitlines()[0] == told[0]
     with _Watched():  # through the dispatcher
         run()
     assert rkfast.explain(op).splitlines()[0] == by_name
@@ -160,8 +163,36 @@ def test_numbers_that_are_no_floats_count_as_what_they_are() -> None:
     expected = rk_sum([x, x], [1.0, 2.0])
     for coeffs in ([1, 2], [True, 2.0], np.array([1.0, 2.0]), torch.tensor([1.0, 2.0]), (1.0, np.float32(2))):
         assert torch.equal(rk_sum([x, x], coeffs), expected)  # type: ignore[arg-type]
+    assert _is_own(rk_sum([x, x], [1, np.float64(2)]))
     with pytest.raises(TypeError, match=r"coeffs: .*`steps`"):
         rk_sum([x, x], [1.0, torch.ones((), requires_grad=True)])  # type: ignore[list-item]
+
+
+def test_what_only_resembles_an_argument_is_refused() -> None:
+    x = _leaf(2, 16, 4, 4)
+    with pytest.raises(TypeError, match=r"^relu: "):
+        rk_sum([x], [1.0], relu=np.True_)  # type: ignore[arg-type]
+    norm: dict[str, Any] = {"training": True, "momentum": 0.1, "eps": 1e-5}
+    zeros = torch.zeros(16)
+    for name, value in {
+        "training": np.True_, "eps": True, "momentum": True, "moments": collections.deque((zeros, zeros, 32)),
+    }.items():  # fmt: skip
+        with pytest.raises(TypeError, match=f"^{name}: "):
+            bn_rk_sum(x, None, None, None, None, **{**norm, name: value})
+
+
+def test_statistics_move_once_where_a_hook_raises_a_type_error() -> None:
+    bn, x = nn.BatchNorm2d(16), _leaf(2, 16, 4, 4)
+
+    def pack(_: object) -> None:
+        raise TypeError("not this one")
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), pytest.raises(TypeError, match="not this one"):
+        bn_rk_sum(
+            x, bn.weight, bn.bias, bn.running_mean, bn.running_var, num_batches_tracked=bn.num_batches_tracked,
+            training=True, momentum=0.1, eps=1e-5,
+        )  # fmt: skip
+    assert bn.num_batches_tracked == 1
 
 
 def test_a_mode_sees_the_backward(call: Call) -> None:
