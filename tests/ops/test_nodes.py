@@ -149,10 +149,9 @@ def test_explain_tells_of_the_last_call_whoever_served_it() -> None:
         before = dispatch.served()
         with contextlib.nullcontext() if backend is None else rkfast.use(backend):
             run()
-        assert rkfast.explain(op).splitlines() == told
+        with torch.device("meta"):
+            assert rkfast.explain(op).splitlines() == told
         assert dispatch.served() - before == {(op, backend or "cpu"): 1}
-    with torch.device("meta"):
-        assert rkfast.explain(op).splitlines()[0] == told[0]
     with _Watched():  # through the dispatcher
         run()
     assert rkfast.explain(op).splitlines()[0] == by_name
