@@ -317,6 +317,9 @@ class _Run:
                     start = time.perf_counter()
             rows = log.rows if log is not None else []
         finally:
+            # DistributedDataParallel must not be the last that holds the process group: it would end it holding
+            # Python's lock, which a thread of Gloo's may be waiting for to end its last sum.
+            del self.stepped
             if log is not None:
                 log.close()
         assert self.best is not None

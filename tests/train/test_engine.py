@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
+import gc
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -362,10 +365,22 @@ def network(model: str, made: dict[str, Any]) -> Recipe:
     return dataclasses.replace(SHARED, model=model, options=made)
 
 
+@contextlib.contextmanager
+def unwrapped(device: torch.device) -> Iterator[tuple[int, int]]:
+    """The processes' group, which nothing of a training may hold when it is left."""
+    with PROCESSES(device) as found:
+        yield found
+        assert not any(isinstance(kept, nn.parallel.DistributedDataParallel) for kept in gc.get_objects())
+
+
+PROCESSES = engine._processes
+
+
 def worker(rank: int, folder: Path) -> None:
     """Everything that two processes do here, as it takes them long to start."""
     torch.set_num_threads(1)
     engine.load = tiny.load  # type: ignore[assignment]
+    engine._processes = unwrapped
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
         for name, (model, made, options) in SYNCED.items():
