@@ -221,8 +221,16 @@ class Convolutions {
         for (int64_t k = from; k < to; ++k) put(last + 9 * k * channels, -channels, k, 1);
       });
     } else if (gradient) {
-      const Tensor taps = w.flip({2, 3}).permute({2, 3, 0, 1}).contiguous();
-      put(taps.const_data_ptr<float>(), size, 0, outputs);
+      const Tensor dense = w.contiguous();
+      at::parallel_for(0, outputs, 8, [&](int64_t from, int64_t to) {
+        Floats taps(9 * channels);
+        for (int64_t k = from; k < to; ++k) {
+          const float* of = dense.const_data_ptr<float>() + 9 * k * channels;
+          for (int64_t tap = 0; tap < 9; ++tap)
+            for (int64_t c = 0; c < channels; ++c) taps[(8 - tap) * channels + c] = of[9 * c + tap];
+          put(taps.data(), channels, k, 1);
+        }
+      });
     } else if (outputs_last(w)) {
       at::parallel_for(0, channels, 16, [&](int64_t from, int64_t to) {
         put(w.const_data_ptr<float>() + from * outputs, size, from, to - from);
@@ -277,8 +285,10 @@ class Convolutions {
   }
   // The same by ATen.
   Tensor convolve(const Tensor& w, int64_t channels, T* normalised) const {
-    return at::conv2d(nhwc(normalised, channels), w, {}, 1, w.size(2) / 2).contiguous(at::MemoryFormat::ChannelsLast);
+    const Tensor x = laid(nhwc(normalised, channels), in_rows(w));
+    return at::conv2d(x, w, {}, 1, w.size(2) / 2).contiguous(at::MemoryFormat::ChannelsLast);
   }
+  bool in_rows(const Tensor& w) const { return !follows(w, rows_ * (w.size(0) + w.size(1))); }
   template <typename Load>
   T* materialise(int64_t channels, const Load& load) {
     T* out = materialised(normalised_, channels);
@@ -304,8 +314,9 @@ class Convolutions {
   std::pair<Tensor, Tensor> convolve_backward(const T* grad, int64_t growth, const Load& load, int64_t channels, const Tensor& w,
                                               bool need_data = true, bool need_weight = true) {
     const int64_t pad = w.size(2) / 2;
-    auto [dact, dw, dbias] = at::convolution_backward(nhwc(const_cast<T*>(grad), growth), nhwc(materialise(channels, load), channels), w,
-                                                      std::nullopt, {1, 1}, {pad, pad}, {1, 1}, false, {0, 0}, 1,
+    const Tensor d = laid(nhwc(const_cast<T*>(grad), growth), in_rows(w));
+    const Tensor act = laid(nhwc(materialise(channels, load), channels), in_rows(w));
+    auto [dact, dw, dbias] = at::convolution_backward(d, act, w, std::nullopt, {1, 1}, {pad, pad}, {1, 1}, false, {0, 0}, 1,
                                                       {need_data, need_weight, false});
     return {need_data ? dact.contiguous(at::MemoryFormat::ChannelsLast) : Tensor(), need_weight ? lying_like(dw, w) : Tensor()};
   }
@@ -318,9 +329,8 @@ class Convolutions {
   template <typename Load>
   Tensor weight_gradient_by_tiles(const float* grad, const Load& load, const Tensor& w) {
     const int64_t outputs = w.size(0), channels = w.size(1);
-    const bool taps_first = w.is_contiguous(at::MemoryFormat::ChannelsLast);  // [outputs][9][channels]
-    const Tensor taps = taps_first ? at::empty_like(w) : at::empty({3, 3, outputs, channels}, w.options().memory_format(std::nullopt));
-    const Taps out{taps.data_ptr<float>(), taps_first ? 9 * channels : channels, taps_first ? channels : outputs * channels};
+    const Tensor taps = at::empty(w.sizes(), w.options().memory_format(at::MemoryFormat::ChannelsLast));
+    const Taps out{taps.data_ptr<float>(), 9 * channels, channels};
     const Bands bands(n_, h_, w_, channels + outputs);  // which do not depend on the threads, as its parts must not
     if (narrow(channels, outputs)) {
       WeightGradient(bands, channels, outputs).by_rows(by_rows(load, channels), {grad, outputs}, out);
@@ -330,7 +340,17 @@ class Convolutions {
     } else {
       WeightGradient(bands, channels, outputs).by_parts(by_rows(load, channels), {grad, outputs}, out);
     }
-    return taps_first ? taps : lying_like(taps.permute({2, 3, 0, 1}), w);
+    if (!w.is_contiguous()) return lying_like(taps, w);
+    const Tensor dw = at::empty_like(w);
+    at::parallel_for(0, outputs, 8, [&](int64_t from, int64_t to) {
+      for (int64_t k = from; k < to; ++k) {
+        const float* of = taps.const_data_ptr<float>() + 9 * k * channels;
+        float* d = dw.data_ptr<float>() + 9 * k * channels;
+        for (int64_t c = 0; c < channels; ++c)
+          for (int64_t tap = 0; tap < 9; ++tap) d[9 * c + tap] = of[tap * channels + c];
+      }
+    });
+    return dw;
   }
   Tensor reused(Tensor& kept, int64_t channels) const {
     materialised(kept, channels);

@@ -263,6 +263,12 @@ inline Tensor laid(const Tensor& t, bool channels_last) {
   return t.strides() == at::IntArrayRef(strides) ? t : at::empty_strided(t.sizes(), strides, t.options()).copy_(t);
 }
 
+// Whether what PyTorch's convolution reads and writes, so many elements, had best lie contiguous as a larger weight does: in
+// channels_last the weight would be copied, at each call and for each gradient.
+inline bool follows(const Tensor& w, int64_t elements) {
+  return elements < w.numel() && w.is_contiguous() && !w.is_contiguous(at::MemoryFormat::ChannelsLast);
+}
+
 // A gradient that nobody else holds, laid out as what it is of: a copy where it is not yet.
 inline Tensor lying_like(const Tensor& gradient, const Tensor& w) {
   bool same = w.is_non_overlapping_and_dense();

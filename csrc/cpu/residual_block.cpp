@@ -45,7 +45,9 @@ Tensor pixels(const Tensor& x, int64_t stride) { return stride == 1 ? x : x.slic
 std::vector<Tensor> strided(const Tensor& act, const Tensor& weight, int64_t stride, bool channels_last, bool moments) {
   if (stride == 1 || weight.size(2) == 1)
     return conv(laid(pixels(act, stride), channels_last), weight, {}, {}, channels_last, false, moments);
-  const Tensor out = laid(at::conv2d(laid(act, channels_last), weight, {}, stride, weight.size(2) / 2), channels_last);
+  const int64_t made = act.numel() / (act.size(1) * stride * stride) * weight.size(0);  // but for what is cut off
+  const bool in_rows = channels_last && !follows(weight, act.numel() + made);
+  const Tensor out = laid(at::conv2d(laid(act, in_rows), weight, {}, stride, weight.size(2) / 2), channels_last);
   if (!moments) return {out};
   const auto [mean, var] = channel_moments(out, channels_last);
   return {out, mean, var};
@@ -55,8 +57,9 @@ std::vector<Tensor> strided(const Tensor& act, const Tensor& weight, int64_t str
 std::pair<Tensor, Tensor> strided_backward(const Tensor& grad, const Tensor& act, const Tensor& weight, int64_t stride,
                                            bool channels_last, bool need_act, bool need_weight) {
   const int64_t pad = weight.size(2) / 2;
+  const bool in_rows = channels_last && !follows(weight, act.numel() + grad.numel());
   auto [dact, dweight, dbias] =
-      at::convolution_backward(grad, laid(act, channels_last), weight, std::nullopt, {stride, stride}, {pad, pad}, {1, 1}, false,
+      at::convolution_backward(laid(grad, in_rows), laid(act, in_rows), weight, std::nullopt, {stride, stride}, {pad, pad}, {1, 1}, false,
                                {0, 0}, 1, {need_act, need_weight, false});
   return {need_act ? laid(dact, channels_last) : Tensor(), need_weight ? lying_like(dweight, weight) : Tensor()};
 }

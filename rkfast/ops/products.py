@@ -96,7 +96,7 @@ def _device_name(device: torch.device) -> str:
 
 def _precision() -> str:
     """Of float32 products: that of the convolution they stand for."""
-    return "ieee" if torch.backends.cudnn.conv.fp32_precision == "ieee" else "tf32"  # type: ignore[attr-defined]
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -167,9 +167,10 @@ def _columns(block, begin0, size0, begin1, size1, BLOCK: tl.constexpr, UNIT: tl.
 
 @triton.jit
 def _fold(mean, var, weight, bias, eps, channel, column, exists, OWN: tl.constexpr):
-    """(mean, rstd, scale, shift) with BN(x) = scale * (x - mean) + shift; None where there is no BN."""
-    if mean is None:
-        return None, None, None, None
+    """(mean, rstd, scale, shift) with BN(x) = scale * (x - mean) + shift; zeros where there is no BN."""
+    if mean is None:  # Triton 3.6 returns no None
+        zero = tl.zeros((1,), tl.float32)
+        return zero, zero, zero, zero
     else:
         at = column if OWN else channel
         center = tl.load(mean + at, mask=exists, other=0.0)
@@ -200,9 +201,9 @@ def _read(x, at, there, center, scale, shift, UNIT: tl.constexpr):
 
 
 @triton.jit
-def _activation(x, at, there, center, scale, shift, UNIT: tl.constexpr):
+def _activation(x, mean, at, there, center, scale, shift, UNIT: tl.constexpr):
     """What a product reads: relu(BN(x)) of a tile as stored, or where there is no BN the tile."""
-    if center is None:
+    if mean is None:
         return tl.load(kernels.tile(x, at, UNIT), mask=there, other=0.0)
     else:
         return _read(x, at, there, center, scale, shift, UNIT)[0].to(x.dtype.element_ty)
@@ -211,16 +212,17 @@ def _activation(x, at, there, center, scale, shift, UNIT: tl.constexpr):
 @triton.jit
 def _fold_backward(mean, var, weight, bias, step, eps, dweight, dbias, count, n, exists):
     """(mean, scale, shift) of _fold, the factor of the gradient, and (slope, offset) of what the moments' dependence on
-    x adds: slope * (x - mean) + offset."""
+    x adds: slope * (x - mean) + offset. Zeros where there are none."""
+    zero = tl.zeros((1,), tl.float32)
     if mean is None:
-        return None, None, None, None, None, None
+        return zero, zero, zero, zero, zero, zero
     else:
         center, rstd, scale, shift = _fold(mean, var, weight, bias, eps, n, n, exists, True)
         factor = scale
         if step is not None:
             factor = scale * tl.load(step + n, mask=exists, other=0.0)[None, :]
         if dweight is None:
-            return center, scale, shift, factor, None, None
+            return center, scale, shift, factor, zero, zero
         else:
             left = -scale / count
             slope = left * (rstd * tl.load(dweight + n, mask=exists, other=0.0))[None, :]
@@ -229,22 +231,22 @@ def _fold_backward(mean, var, weight, bias, step, eps, dweight, dbias, count, n,
 
 @triton.jit
 def _product_gradient(
-    grad, mid, keep, keep_scale, start, at, there, center, scale, shift, factor, slope, offset,
+    grad, mid, mean, dweight, keep, keep_scale, start, at, there, center, scale, shift, factor, slope, offset,
     RELU: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """A tile of the gradient of the product, from that of what was made of it."""
     g = tl.load(kernels.tile(grad + start, at, UNIT), mask=there, other=0.0)
-    if center is None:
+    if mean is None:
         return g
     else:
         d = g.to(tl.float32)
         if RELU:
             act, v = _read(mid + start, at, there, center, scale, shift, UNIT)
             d = tl.where(act <= 0, 0.0, d)
-        elif slope is not None:
+        elif dweight is not None:
             v = tl.load(kernels.tile(mid + start, at, UNIT), mask=there, other=0.0).to(tl.float32)
         d = factor * d
-        if slope is not None:
+        if dweight is not None:
             d += slope * (v - center) + offset
         if keep is not None:
             d = tl.where(tl.load(keep + start + at, mask=there, other=0) != 0, d * keep_scale, 0.0)
@@ -300,7 +302,7 @@ def _product_kernel(
             center, rstd, scale, shift = _fold(mean, var, weight, bias, eps, channel, column, exists, OWN)
             at = row * (pitch * UNIT) + channel[None, :]
             there = row_exists & exists[None, :]
-            act = _activation(x + start * (pitch * UNIT), at, there, center, scale, shift, UNIT)
+            act = _activation(x + start * (pitch * UNIT), mean, at, there, center, scale, shift, UNIT)
             w = tl.load(
                 conv + (n[None, :] * read + column[:, None]), mask=exists[:, None] & n_exists[None, :], other=0.0
             )
@@ -392,7 +394,7 @@ def _data_gradient_kernel(
                     mean2, var2, weight2, bias2, step2, eps2, dweight2, dbias2, count, n, n_exists
                 )
                 d = _product_gradient(
-                    grad, mid, keep, keep_scale, start * width, row * width + n[None, :],
+                    grad, mid, mean2, dweight2, keep, keep_scale, start * width, row * width + n[None, :],
                     row_exists & n_exists[None, :], center2, scale2, shift2, factor2, slope2, offset2, RELU2, UNIT,
                 )  # fmt: skip
                 w = tl.load(
@@ -511,11 +513,13 @@ def _weight_gradient_kernel(
     for tile in tl.range(program * share, last, num_stages=STAGES):
         start, row, row_exists, _ = _rows(tile, rows, BLOCK_ROWS)
         d = _product_gradient(
-            grad, mid, keep, keep_scale, start * width, row * width + n[None, :], row_exists & n_exists[None, :],
-            center2, scale2, shift2, factor2, slope2, offset2, RELU2, UNIT,
+            grad, mid, mean2, dweight2, keep, keep_scale, start * width, row * width + n[None, :],
+            row_exists & n_exists[None, :], center2, scale2, shift2, factor2, slope2, offset2, RELU2, UNIT,
         )  # fmt: skip
         at = row * (pitch * UNIT) + channel[None, :]
-        act = _activation(x + start * (pitch * UNIT), at, row_exists & exists[None, :], center, scale, shift, UNIT)
+        act = _activation(
+            x + start * (pitch * UNIT), mean, at, row_exists & exists[None, :], center, scale, shift, UNIT
+        )
         product = tl.dot(tl.trans(d), act, product, input_precision=PRECISION)
     at = (program.to(tl.int64) * width + n[:, None]) * read + column[None, :]
     tl.store(products + at, product, mask=n_exists[:, None] & exists[None, :])

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from rkfast import native
 from rkfast.nn.chain import chain, fused_length
 from rkfast.nn.norm import activated, fusible, hooked, takes_relu
+from rkfast.ops import checks, layout
 from rkfast.swap.kind import Kind, stock_class
+
+LEAST_PIXELS, LEAST_SIDE = 1 << 14, 33
 
 
 class FusedSequential(Kind):
@@ -46,8 +52,8 @@ class FusedSequential(Kind):
 
 
 class FusedResNet(Kind):
-    """The stem of torchvision's and timm's ResNet, whose classes are known: a BatchNorm and ReLU as one op, and a pool
-    that keeps where its maxima were, and nothing else."""
+    """torchvision's and timm's ResNet, whose classes are known: BatchNorm and ReLU of the stem as one op, a pool that
+    keeps where its maxima were, and nothing else; and on a CPU images in channels_last, for the blocks behind."""
 
     title = "stem"
     NAMES = (
@@ -81,7 +87,7 @@ class FusedResNet(Kind):
         if found is None:
             return super()._forward_impl(x)  # type: ignore[misc]
         net: Any = self
-        x = net.layer4(net.layer3(net.layer2(net.layer1(chain(found, x)))))
+        x = self._features(found, x, stays=type(net.avgpool) is nn.AdaptiveAvgPool2d and not hooked(net.avgpool))
         return net.fc(torch.flatten(net.avgpool(x), 1))
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -89,5 +95,44 @@ class FusedResNet(Kind):
         found: Any = self.found(x)
         if found is None or self.grad_checkpointing:
             return super().forward_features(x)  # type: ignore[misc]
+        return self._features(found, x)
+
+    def _features(self, found: list[nn.Module], x: Tensor, *, stays: bool = False) -> Tensor:
+        """stays: the result may lie channels_last where x does not."""
         net: Any = self
-        return net.layer4(net.layer3(net.layer2(net.layer1(chain(found, x)))))
+        stages = [net.layer1, net.layer2, net.layer3, net.layer4]
+        turned = _is_turned(x) and _take_any_layout([*found, *stages])
+        y = chain(found, layout.conform(x, True) if turned else x)
+        for stage in stages:
+            y = stage(y)
+        return y.contiguous() if turned and not stays else y
+
+
+def _is_turned(x: Tensor) -> bool:
+    """Whether the blocks are faster on images in channels_last than on these as they are. They are not on a few pixels,
+    beside which the weights count, nor where one is left at the end, which lies in no layout."""
+    if (
+        x.dim() != 4
+        or x.dtype not in (torch.float32, torch.bfloat16)
+        or not x.is_cpu
+        or native.cpu_reason() is not None
+    ):
+        return False
+    images, _, height, width = x.shape
+    few = images * height * width < LEAST_PIXELS or min(height, width) < LEAST_SIDE
+    return not few and not layout.is_channels_last(x) and not checks.transformed((x,))
+
+
+def _take_any_layout(modules: Iterable[nn.Module | None]) -> bool:
+    """Whether nobody of these and of what is inside could have a say in how tensors lie: a ``view``, say, or a hook."""
+    for module in modules:
+        if module is None:
+            continue
+        if not _is_known(stock_class(module)) or hooked(module) or not _take_any_layout(module._modules.values()):
+            return False
+    return True
+
+
+@functools.cache
+def _is_known(cls: type[nn.Module]) -> bool:
+    return cls.__module__.startswith(("torch.nn.modules.", "torchvision.", "timm.", "rkfast."))

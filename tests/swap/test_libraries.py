@@ -106,6 +106,47 @@ def short(name: str, seed: int = 0) -> nn.Module:
     return settled(model)
 
 
+class Viewing(nn.Module):
+    """Takes contiguous tensors alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(len(x), -1).view(x.shape)
+
+
+@built
+@pytest.mark.parametrize("address", ("torchvision.resnet18", "timm.resnet18"))
+def test_contiguous_images_of_a_known_resnet(address: str) -> None:
+    """The blocks get large ones channels_last, but for networks in which somebody could mind."""
+    torch.manual_seed(0)
+    model: Any = settled(network(address))
+    large, small = images(96).repeat(2, 1, 1, 1), images(64)
+    with torch.no_grad():
+        expected = [model(x) for x in (large, small)]
+    rkfast.fuse(model)
+
+    def turned(x: Tensor) -> bool:
+        before = dispatch.served()
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), expected[x is small], rtol=1e-3, atol=1e-4)
+        return (dispatch.served() - before)[
+            "residual_block", "cpu"
+        ] == 8  # contiguous ones are evaluated by stock blocks
+
+    assert turned(large) and not turned(small)
+    if address.startswith("timm"):
+        assert model.forward_features(large).is_contiguous()
+    handle = model.layer3[0].bn1.register_forward_hook(lambda *_: None)
+    assert not turned(large)
+    handle.remove()
+    assert turned(large)
+    stage, model.layer4 = model.layer4, nn.Sequential(Viewing(), model.layer4)
+    assert not turned(large)
+    model.layer4 = stage
+    if address.startswith("torchvision"):
+        model.avgpool = nn.Sequential(Viewing(), model.avgpool)
+        assert turned(large)
+
+
 @pytest.mark.parametrize("name", SHORT)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_verifies(name: str, dtype: torch.dtype) -> None:
