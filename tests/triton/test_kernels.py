@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from tests.triton.apart import ROOT
 
@@ -25,3 +26,12 @@ def test_committed_page_is_what_is_launched_and_compiled() -> None:
     )  # fmt: skip
     told = process.stderr[-5000:]
     assert process.returncode == 0, f"{told}\nwrite it anew: python -m tests.triton.kernels > KERNELS.md"
+
+
+def test_products_are_as_exact_as_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from rkfast.ops import products
+
+    assert products._precision() == "tf32"
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    assert products._precision() == "ieee"
