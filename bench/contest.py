@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +18,7 @@ from rkfast import dispatch, measure
 
 from . import timing
 from .gate import Verdict
-from .workload import BOUNDARY, MODES, AnyCase
+from .workload import BOUNDARY, AnyCase
 
 COMPILE = {
     "compile": "default",
@@ -24,7 +26,9 @@ COMPILE = {
     "compile_max_autotune": "max-autotune-no-cudagraphs",
     "compile_cuda_graphs": "reduce-overhead",
 }
-COPIED = 1 << 26  # bytes, where a case does not say how many it moves: the copy then only tells how fast the machine is
+# Bytes, where a case does not say how many it moves: the copy then only tells how fast the memory is, and is too large
+# for the caches (an H200's hold 50 MB).
+COPIED = {"cpu": 1 << 26, "cuda": 1 << 31}
 
 
 @dataclass(frozen=True)
@@ -94,20 +98,34 @@ def backends(device: str) -> tuple[str, ...]:
     return tuple(b for b in ("cuda", "triton") if dispatch.backend_reason(b, device) is None) or ("auto",)
 
 
+def serving(asked: Sequence[str], op: str) -> tuple[str, ...]:
+    """The backends asked for that implement the op; where none does, what dispatch falls back to."""
+    able = {"auto", *(implementation.backend for implementation in dispatch.OPS[op].implementations)}
+    return tuple(backend for backend in asked if backend in able) or ("auto",)
+
+
+def said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def raised(error: Exception) -> Verdict:
+    return Verdict(math.nan, math.nan, said(error))
+
+
 class Copy(Contender):
     """``out.copy_(x)`` that moves as many bytes as each part of the case must."""
 
     has_footprint = False
 
     def __init__(self, case: AnyCase, device: str) -> None:
-        moved = case.bytes() or dict.fromkeys(MODES, COPIED)
+        moved = case.bytes() or dict.fromkeys(case.modes, COPIED[device])
 
         def pair(mode: str) -> tuple[Tensor, Tensor]:
             elements = max(moved[mode] // (2 * case.dtype.itemsize), 1)
             x = torch.randn(elements, device=device).to(case.dtype)
             return torch.empty_like(x), x
 
-        self.pairs = {mode: pair(mode) for mode in ("forward", "forward_grad", "backward")}
+        self.pairs = {mode: pair(mode) for mode in case.modes if mode != "both"}
 
     def forward(self) -> None:
         out, x = self.pairs["forward"]
@@ -132,16 +150,33 @@ def run(suite: Suite, case: AnyCase, contest: Contest) -> dict[str, Any]:
     device = contest.device
     report: dict[str, Any] = {"id": case.id, "threads": contest.threads, "gate": {}, "contenders": {}, "failed": {}}
     contenders: dict[str, Contender] = {}
-    field = suite.field(case, contest)
-    for name, verdict, ours in field.ours():
-        report["gate"][name] = verdict._asdict()
-        if verdict.failure is None:
-            _step(case, ours)
-            contenders[name] = ours
+
+    def lost(name: str, error: Exception) -> None:
+        """A contender that breaks down is left out, with the reason; the others are measured."""
+        contenders.pop(name, None)
+        report["contenders"].pop(name, None)
+        if name in report["gate"]:
+            report["gate"][name]["failure"] = said(error)
+        else:
+            report["failed"][name] = said(error)
+
+    try:
+        field = suite.field(case, contest)
+        for name, verdict, ours in field.ours():
+            report["gate"][name] = verdict._asdict()
+            if verdict.failure is None:
+                try:
+                    _step(case, ours)
+                    contenders[name] = ours
+                except Exception as error:
+                    lost(name, error)
+    except Exception as error:
+        report["gate"]["ours"] = raised(error)._asdict()
+        return report
     if not contenders:
         return report
-    ours_by = tuple(contenders)
-    for name, build in field.peers():
+    copying: tuple[str, Callable[[], Contender]] = ("copy", functools.partial(Copy, case, device))
+    for name, build in (*field.peers(), copying):
         start = time.perf_counter()
         try:
             with warnings.catch_warnings():
@@ -149,17 +184,30 @@ def run(suite: Suite, case: AnyCase, contest: Contest) -> dict[str, Any]:
                 contender = build()
             _step(case, contender)
         except Exception as error:
-            report["failed"][name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            lost(name, error)
         else:
             contenders[name] = contender
             contender.first_s = time.perf_counter() - start
-    contenders["copy"] = Copy(case, device)
-    for name, each in contenders.items():
-        for _ in range(2):
-            _step(case, each)
-        found = {"ms": {}, "faults": {}, "ours": name in ours_by, "first_s": each.first_s, "compiled": each.compiled}
-        report["contenders"][name] = found | _footprint(case, each, device)
-    _measure(case, contest, suite.rounds, contenders, report["contenders"])
+    for name, each in list(contenders.items()):
+        ours_too = name in report["gate"]
+        found = {"ms": {}, "faults": {}, "ours": ours_too, "first_s": each.first_s, "compiled": each.compiled}
+        try:
+            for _ in range(2):
+                _step(case, each)
+            report["contenders"][name] = found | _footprint(case, each, device)
+        except Exception as error:
+            lost(name, error)
+    while contenders.keys() & report["gate"].keys():
+        running: list[str] = []
+        try:
+            _measure(case, contest, suite.rounds, contenders, report["contenders"], running.append)
+        except Exception as error:
+            if not running:
+                raise
+            lost(running[-1], error)
+        else:
+            return report
+    report["contenders"] = {}
     return report
 
 
@@ -195,10 +243,12 @@ def _measure(
     rounds: tuple[int, int],
     contenders: dict[str, Contender],
     found: dict[str, dict[str, Any]],
+    running: Callable[[str], None],
 ) -> None:
     entered = contextlib.ExitStack()
 
     def entering(name: str) -> None:
+        running(name)
         entered.close()
         entered.enter_context(forced(contenders[name].backend))
 

@@ -9,23 +9,40 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 UNFINISHED = 75
+TESTED, WATCHED, MEASURED = 240, 120, 240  # seconds for tests, for an op under compute-sanitizer, for a benchmark
 SPARE = 15  # seconds kept back for what a slice does after its last measurement
 LEAST = 20  # seconds under which no slice is begun
 TRIES = 3  # a slice that no budget suffices for is given up
 NO_TESTS = 5  # pytest's exit status where none was selected
+# In order of value; each is watched by itself, so that one that takes too long costs no other.
+OPS = (
+    "rk_sum",
+    "bn_rk_sum",
+    "channel_moments",
+    "dense_block",
+    "bn_relu_conv",
+    "bn_relu_pool",
+    "conv",
+    "residual_block",
+)
+SHARES = 8  # of the tests outside tests/cuda, over ten thousand; each share is a fair sample
+SHARE = "RKFAST_SHARE"
 
 FACTS = """
 import json, torch
@@ -51,6 +68,7 @@ class Slice(NamedTuple):
     environment: dict[str, str] = {}
     fine: tuple[int, ...] = (0,)  # exit statuses that are success
     budgeted: bool = False  # the command takes --budget and exits 75 where it did not suffice
+    cap: float = math.inf  # seconds, at which it is ended for good; a budgeted one begins no case after it
 
 
 def slices(out: Path, dry_run: bool, arch: str | None) -> list[Slice]:
@@ -58,40 +76,65 @@ def slices(out: Path, dry_run: bool, arch: str | None) -> list[Slice]:
     python = sys.executable
     device = "cpu" if dry_run else "cuda"
     collect = ["--collect-only"] if dry_run else ["--maxfail=20"]
+    if importlib.util.find_spec("xdist") is not None and not dry_run:
+        collect += ["-n", "8"]
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *collect, "-m", "gpu"]
     sanitizer = shutil.which("compute-sanitizer")
-    sanitize = [python, "bench/sanitize.py", "--device", device]
-
-    def watched(tool: str) -> list[str]:
-        if dry_run:
-            return sanitize
-        if sanitizer is None:
-            return [python, "-c", "raise SystemExit('compute-sanitizer was not found; put it on the PATH')"]
-        return [sanitizer, "--tool", tool, "--error-exitcode", "9", *sanitize]
-
-    def measured(suite: str, *more: str) -> list[str]:
-        tiny = ["--size", "tiny", "--peers", "eager", "--seconds", "0.01", "--threads", "1", "--malloc", "current"]
-        return [
-            python, "bench/run.py", suite, "--device", device, "--resume",
-            "--json", str(out / "results.json"), "--markdown", str(out / "results.md"),
-            "--baselines", str(out / "baselines.json"), *(tiny if dry_run else []), *more,
-        ]  # fmt: skip
 
     # Without PyTorch's caching allocator each tensor is an allocation of its own, whose ends memcheck knows.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+
+    def watched(tool: str) -> list[Slice]:
+        sanitize = [python, "bench/sanitize.py", "--device", device]
+        if dry_run:
+            return [Slice(tool, sanitize, uncached, cap=WATCHED)]
+        if sanitizer is None:
+            missing = "raise SystemExit('compute-sanitizer was not found; put it on the PATH')"
+            return [Slice(tool, [python, "-c", missing])]
+        # Libraries provoke errors of the API on purpose, and handle them.
+        under = [sanitizer, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9"]
+        return [Slice(f"{tool}-{op}", [*under, *sanitize, op], uncached, cap=WATCHED) for op in OPS]
+
+    def measured(name: str, what: Sequence[str], *more: str, to: str = "results") -> Slice:
+        tiny = ["--size", "tiny", "--peers", "eager", "--seconds", "0.01", "--threads", "1", "--malloc", "current"]
+        command = [
+            python, "bench/run.py", *what, "--device", device, "--resume",
+            "--json", str(out / f"{to}.json"), "--markdown", str(out / f"{to}.md"), *more, *(tiny if dry_run else []),
+        ]  # fmt: skip
+        return Slice(name, command, budgeted=True, cap=MEASURED)
+
+    kept = ("--baselines", str(out / "baselines.json"))
+    tuned = ("--peers", "eager,compile_max_autotune")  # takes minutes to compile, hence last and in files of its own
+
     build = [python, "setup.py", "build_ext", "--inplace"]
     required = {"RKFAST_CUDA": "1", **({"TORCH_CUDA_ARCH_LIST": arch} if arch else {})}
     return [
         Slice("build", [python, "setup.py", "--version"] if dry_run else build, {} if dry_run else required),
-        Slice("tests", [*pytest, "tests/cuda"]),
-        Slice("memcheck", watched("memcheck"), uncached),
-        Slice("bench-main", measured("ops", "--main"), budgeted=True),
-        Slice("bench-models", measured("models"), budgeted=True),
-        # Without a GPU no test of an op asks for one.
-        Slice("more-tests", [*pytest, "tests", "--ignore=tests/cuda"], fine=(0, NO_TESTS) if dry_run else (0,)),
-        Slice("racecheck", watched("racecheck"), uncached),
-        Slice("bench", measured("ops"), budgeted=True),
+        Slice("tests", [*pytest, "tests/cuda"], cap=TESTED),
+        measured("bench-densenet", ["models", "densenet", "tsc"], *kept),
+        measured("bench-main", ["ops"], "--main", *kept),
+        *(each for tool in ("memcheck", "racecheck", "initcheck") for each in watched(tool)),
+        measured("bench-models", ["models"], *kept),
+        measured("bench", ["ops"], *kept),
+        *([] if dry_run else [measured("autotune-models", ["models"], *tuned, to="autotune")]),
+        *([] if dry_run else [measured("autotune-main", ["ops"], "--main", *tuned, to="autotune")]),
+        *(
+            Slice(
+                f"more-tests-{share}",
+                [*pytest, "-p", "bench.gpu", "tests", "--ignore=tests/cuda"],
+                {SHARE: str(share)},
+                (0, NO_TESTS) if dry_run else (0,),  # without a GPU no test of an op asks for one
+                cap=TESTED,
+            )
+            for share in range(1 if dry_run else SHARES)
+        ),
     ]
+
+
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """As a plugin of pytest: leave the share of the tests that SHARE says, the same in every process."""
+    share = int(os.environ[SHARE])
+    items[:] = [item for item in items if zlib.crc32(item.nodeid.encode()) % SHARES == share]
 
 
 class Session:
@@ -104,7 +147,7 @@ class Session:
         state = json.loads(self.file.read_text()) if self.file.is_file() else {}
         if state.get("key") != key:
             state = {"key": key, "slices": {}}
-            for name in ("results.json", "results.md"):
+            for name in ("results.json", "results.md", "autotune.json", "autotune.md"):
                 (out / name).unlink(missing_ok=True)
         self.done: dict[str, dict[str, Any]] = state["slices"]
         self.key = key
@@ -117,29 +160,37 @@ class Session:
         return self.done.get(name, {}).get("status", "left")
 
     def left(self, planned: Sequence[Slice]) -> list[Slice]:
-        return [s for s in planned if self.status(s.name) in ("left", "unfinished")]
+        """Those that outran a session come behind the others, whom they would otherwise keep from their turn."""
+        left = [s for s in planned if self.status(s.name) in ("left", "unfinished")]
+        return sorted(left, key=lambda s: self.done.get(s.name, {}).get("outran", 0))
 
     def run(self, planned: Slice, seconds: float) -> None:
-        """Run one slice for at most ``seconds`` and note how it went."""
+        """Run one slice for at most ``seconds``, or its cap, and note how it went."""
         before = self.done.get(planned.name, {})
         tries = before.get("tries", 0) + 1
+        given_up = tries >= TRIES or seconds >= planned.cap
         command = list(planned.command)
         if planned.budgeted:
-            command += ["--budget", str(max(seconds - SPARE, 1))]
+            command += ["--budget", str(max(min(seconds, planned.cap) - SPARE, 1))]
+        else:
+            seconds = min(seconds, planned.cap)
         start = time.monotonic()
         code, output = execute(command, planned.environment, seconds)
         spent = round(time.monotonic() - start, 1)
+        if code is None:
+            output += f"\nended after {spent} s"
         with (self.out / "log.txt").open("a") as log:
             log.write(f"$ {' '.join(command)}\n{output}\n[{planned.name}: exit {code} after {spent} s]\n\n")
         if code in planned.fine:
             status = "done"
         elif code is None or (planned.budgeted and code == UNFINISHED):
-            status = "unfinished" if planned.budgeted or tries < TRIES else "failed"
+            status = "unfinished" if planned.budgeted or not given_up else "failed"
         else:
             status = "failed"
         self.done[planned.name] = {
             "status": status,
             "tries": tries,
+            "outran": before.get("outran", 0) + (planned.budgeted and code is None),
             "seconds": round(before.get("seconds", 0) + spent, 1),
             "end": output[-2500:],
         }
@@ -180,7 +231,8 @@ def summarise(session: Session, planned: Sequence[Slice]) -> str:
         lines.append(f"- {each.name}: {session.status(each.name)}{seconds}")
     failed = [s.name for s in planned if session.status(s.name) == "failed"]
     lines += [f"\n{name} failed; its last words:\n{session.done[name]['end']}" for name in failed]
-    lines += figures(session.out / "results.json")
+    for name in ("results.json", "autotune.json"):
+        lines += figures(session.out / name)
     left = [s.name for s in session.left(planned)]
     lines.append(f"left to do: {', '.join(left)}; run this again with the same --out" if left else "nothing is left")
     return "\n".join(lines)

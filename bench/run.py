@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ MALLOC = {
         "MALLOC_TOP_PAD_": str(1 << 26),
     },
 }
+COMMIT = "RKFAST_COMMIT"  # where git does not come along: `git describe --always --abbrev=40 --exclude '*' --dirty`
 DRIFT = 0.1  # a kept baseline holds while the copy beside it stays this close to what it was then
 
 
@@ -67,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--list", action="store_true", help="print the ids of the cases and stop")
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     add("--backend", action="append", choices=["auto", *dispatch.BACKENDS], help="of ours; may be repeated")
-    add("--peers", default=None, help=f"comma-separated, {peers}; by default all but those that tune on CPU")
+    add("--peers", default=None, help=f"comma-separated, {peers}; by default those that do not tune for long")
     add("--threads", type=int, action="append", help="may be repeated; by default all cores, and 1 for the main cases")
     add("--seconds", type=float, default=None, help="per case and loop (default 1, quick 0.5)")
     add(
@@ -90,7 +91,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.job is not None:
-        _work(json.loads(args.job.read_text()))
+        for _ in _work(json.loads(args.job.read_text())):
+            pass
         return 0
     try:
         _check(args)
@@ -116,23 +118,45 @@ def run(args: argparse.Namespace) -> int:
             finished = {(g["id"], g["threads"]) for g in document["gate"]}
             wanted = [c for c in wanted if (c.id, threads) not in finished]
             reports: dict[str, dict[str, Any]] = {c.id: {} for c in wanted}
+            left = {c.id: c for c in wanted}
             jobs = [
                 _job(args, [c.id for c in wanted], threads, s, deadline, Path(folder) / f"{s}-{threads}")
                 for s in settings
             ]
-            broken |= not _measured(jobs, reports)
-            for case in wanted:
-                if len(reports[case.id]) < len(settings):
-                    unfinished = True
-                    continue
-                document["gate"].extend(report.gates(case, reports[case.id], args.device))
-                document["rows"].extend(report.rows(case, reports[case.id], args.device))
-    document["load"][1] = machine.load()
+            finish = functools.partial(_finish, args, document, left, reports)
+            broken |= not _measured(jobs, reports, finish)
+            finish()
+            unfinished |= bool(left)
     own = args.suite not in SUITES
     if own and args.max_batch:
         document["max_batch"] = address.largest(args)
-    table = (page if own else report).markdown(document)
-    print(table)
+    print(_write(args, document))
+    if args.plot is not None:
+        args.plot.parent.mkdir(parents=True, exist_ok=True)
+        (page if own else report).plot(args.plot, document)
+    if args.html is not None:
+        args.html.parent.mkdir(parents=True, exist_ok=True)
+        args.html.write_text(page.html(document))
+    if broken:
+        return 1
+    return UNFINISHED if unfinished else int(any(g["failure"] for g in document["gate"]))
+
+
+def _finish(
+    args: argparse.Namespace, document: dict[str, Any], left: dict[str, AnyCase], reports: dict[str, dict[str, Any]]
+) -> None:
+    """Take what was measured at every malloc setting into the files, where no later case can lose it."""
+    for id in [id for id in left if len(reports[id]) == len(_settings(args))]:
+        case = left.pop(id)
+        document["gate"].extend(report.gates(case, reports[id], args.device))
+        document["rows"].extend(report.rows(case, reports[id], args.device))
+    _write(args, document)
+
+
+def _write(args: argparse.Namespace, document: dict[str, Any]) -> str:
+    """The files that are cheap to write; the table."""
+    document["load"][1] = machine.load()
+    table = (report if args.suite in SUITES else page).markdown(document)
     if args.json is not None:
         report.write_json(args.json, document)
     if args.csv is not None:
@@ -140,15 +164,7 @@ def run(args: argparse.Namespace) -> int:
     if args.markdown is not None:
         args.markdown.parent.mkdir(parents=True, exist_ok=True)
         args.markdown.write_text(table)
-    if args.plot is not None:
-        args.plot.parent.mkdir(parents=True, exist_ok=True)
-        (page if own else report).plot(args.plot, document)
-    if args.html is not None:
-        args.html.parent.mkdir(parents=True, exist_ok=True)
-        args.html.write_text(page.html(document))
-    if broken or any(g["failure"] for g in document["gate"]):
-        return 1
-    return UNFINISHED if unfinished else 0
+    return table
 
 
 def suite_of(args: argparse.Namespace) -> contest.Suite:
@@ -198,9 +214,13 @@ def select(args: argparse.Namespace) -> list[AnyCase]:
 
 def _document(args: argparse.Namespace) -> dict[str, Any]:
     own = {} if args.suite in SUITES else {"network": address.described(args)}
+    described = machine.describe(args.device)
+    if described["dirty"] is None and COMMIT in os.environ:
+        said = os.environ[COMMIT]
+        described |= {"commit": said.removesuffix("-dirty"), "dirty": said.endswith("-dirty")}
     return {
         "schema": report.SCHEMA,
-        **machine.describe(args.device),
+        **described,
         "load": [machine.load(), None],
         "size": args.size,
         **own,
@@ -254,23 +274,31 @@ def _job(
     }
 
 
-def _measured(jobs: list[dict[str, Any]], reports: dict[str, dict[str, Any]]) -> bool:
-    """Do jobs, in this process or by turns in processes with the malloc settings they ask for; collect the reports."""
+def _measured(
+    jobs: list[dict[str, Any]], reports: dict[str, dict[str, Any]], done: Callable[[], None] = lambda: None
+) -> bool:
+    """Do jobs, in this process or by turns in processes with the malloc settings they ask for; collect the reports.
+    ``done`` is called after each case that this process has measured."""
+
+    def take(job: dict[str, Any], found: dict[str, Any]) -> None:
+        reports[found["id"]][job["setting"]] = found
+
     jobs = [job for job in jobs if job["ids"]]
     apart = [job for job in jobs if job["setting"] != "current"]
     for job in jobs:
         if job not in apart:
-            _work(job)
+            for found in _work(job):
+                take(job, found)
+                done()
     statuses = turns.run([functools.partial(_start, job) for job in apart])
     for job, status in zip(apart, statuses, strict=True):
         if status:
             what = f"the process that measured at malloc setting {job['setting']!r}"
             print(f"rkfast bench: {what} exited {status}", file=sys.stderr)
-    for job in jobs:
+    for job in apart:
         out = Path(job["out"])
         for line in out.read_text().splitlines() if out.exists() else ():
-            found = json.loads(line)
-            reports[found["id"]][job["setting"]] = found
+            take(job, json.loads(line))
     return not any(statuses)
 
 
@@ -286,8 +314,8 @@ def _start(job: dict[str, Any], ends: tuple[int, int]) -> subprocess.Popen[bytes
     return subprocess.Popen(command, env=environment, pass_fds=ends)
 
 
-def _work(job: dict[str, Any]) -> None:
-    """Measure the cases of a job, each result written as soon as it is there."""
+def _work(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Measure the cases of a job, each result written, and given, as soon as it is there."""
     asked = job["contest"]
     settings = Contest(**{**asked, "backends": tuple(asked["backends"]), "peers": tuple(asked["peers"])})
     if job["turns"] is not None:
@@ -305,6 +333,19 @@ def _work(job: dict[str, Any]) -> None:
             found = baselines.measure(suite, case, settings)
             out.write(json.dumps(found) + "\n")
             out.flush()
+            yield found
+            if settings.device == "cuda" and _context_lost():
+                print("rkfast bench: the CUDA context is lost; --resume goes on behind this case", file=sys.stderr)
+                return
+
+
+def _context_lost() -> bool:
+    """Whether a kernel has broken down, after which no other runs in this process."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _named(job: dict[str, Any]) -> Iterator[AnyCase]:
@@ -339,7 +380,7 @@ class Baselines:
         found = contest.run(suite, case, replace(settings, peers=peers))
         if not found["contenders"]:
             return found
-        if kept and _drifted(kept["copy"], found["contenders"]["copy"]):
+        if kept and _drifted(kept.get("copy"), found["contenders"].get("copy")):
             kept = {}
             found = contest.run(suite, case, settings)
         for peer, samples in kept.items():
@@ -358,7 +399,9 @@ class Baselines:
         report.write_json(self.path, self.all)
 
 
-def _drifted(then: dict[str, Any], now: dict[str, Any]) -> bool:
+def _drifted(then: dict[str, Any] | None, now: dict[str, Any] | None) -> bool:
+    if then is None or now is None:
+        return True
     mode = next(iter(now["ms"]))
     before, after = (statistics.median(c["ms"][mode]) for c in (then, now))
     return abs(after / before - 1) > DRIFT

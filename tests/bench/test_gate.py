@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rkfast.bench import gate, run
+from rkfast.bench import gate, run, sanitize
 from rkfast.bench.ops import OPS, rk_sum
 from rkfast.bench.ops.rk_sum import RkSum
 from rkfast.bench.workload import DTYPES, Case, arranged
@@ -53,6 +54,19 @@ WRONG: dict[str, tuple[Callable[[Tensor, torch.dtype], Tensor], str]] = {
     "shape": (lambda out, dtype: out[:1].expand_as(out)[:, :, :, :-1], "outputs"),
     "gradient": (lambda out, dtype: _Scale.apply(out, 1 + 16 * torch.finfo(dtype).eps), "gradients"),
 }
+
+
+def test_sanitize_forces_only_what_an_op_implements_and_outlives_what_raises(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sanitize.contest, "backends", lambda device: ("cuda", "reference"))
+    monkeypatch.setattr(sys, "argv", ["sanitize.py", "--device", "cpu", "conv"])
+    assert sanitize.main() == 0
+    monkeypatch.setattr(sys, "argv", ["sanitize.py", "--device", "cpu", "channel_moments"])
+    assert sanitize.main() == 1
+    said = capsys.readouterr().out
+    assert "on cuda: RuntimeError: rkfast.channel_moments" in said
+    assert "on reference" not in said
 
 
 @pytest.mark.parametrize("dtype", DTYPES["cpu"], ids=str)

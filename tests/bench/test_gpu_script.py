@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -40,7 +42,8 @@ def test_dry_run_takes_the_whole_road_and_then_has_nothing_left(tmp_path: Path) 
     assert said.rstrip().endswith("nothing is left")
     state = json.loads((tmp_path / "state.json").read_text())["slices"]
     assert list(state) == [
-        *("build", "tests", "memcheck", "bench-main", "bench-models", "more-tests", "racecheck", "bench")
+        *("build", "tests", "bench-densenet", "bench-main", "memcheck", "racecheck", "initcheck", "bench-models"),
+        *("bench", "more-tests-0"),
     ]
     assert {each["status"] for each in state.values()} == {"done"}
     results = json.loads((tmp_path / "results.json").read_text())
@@ -106,6 +109,34 @@ def test_a_slice_that_outruns_its_time_is_ended_and_given_up_after_some_tries(tm
     assert time.monotonic() - start < 30  # its children are ended with it
 
 
+def test_a_slice_ends_for_good_at_its_cap_and_a_benchmark_begins_no_case_after_it(tmp_path: Path) -> None:
+    session = gpu.Session(tmp_path, KEY)
+    session.run(shell("endless", "sleep 20", cap=0.2), 100)
+    assert session.status("endless") == "failed"
+    session.run(shell("bench", f'echo "$@" > {tmp_path}/args; exit {gpu.UNFINISHED}', budgeted=True, cap=50), 100)
+    assert (tmp_path / "args").read_text().split() == ["--budget", str(50 - gpu.SPARE)]
+
+
+def test_a_benchmark_that_outran_the_session_comes_behind_the_others(tmp_path: Path) -> None:
+    planned = [shell("long", "sleep 20", budgeted=True), shell("short", "exit 0")]
+    session = gpu.Session(tmp_path, KEY)
+    assert [s.name for s in session.left(planned)] == ["long", "short"]
+    session.run(planned[0], 0.2)
+    assert [s.name for s in gpu.Session(tmp_path, KEY).left(planned)] == ["short", "long"]
+
+
+def test_shares_of_the_tests_are_all_of_them() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        shares = []
+        for share in range(gpu.SHARES):
+            patch.setenv(gpu.SHARE, str(share))
+            items = [argparse.Namespace(nodeid=f"tests/test_{i}.py") for i in range(100)]
+            gpu.pytest_collection_modifyitems(items)
+            shares.append({item.nodeid for item in items})
+    assert all(shares)
+    assert sum(map(len, shares)) == len(set.union(*shares)) == 100
+
+
 def test_a_benchmark_out_of_budget_is_taken_up_again_as_often_as_it_takes(tmp_path: Path) -> None:
     slow = shell("slow", f'echo "$@" > {tmp_path}/args; exit {gpu.UNFINISHED}', budgeted=True)
     session = gpu.Session(tmp_path, KEY)
@@ -120,22 +151,37 @@ def test_on_a_gpu_it_builds_watches_and_measures(tmp_path: Path, monkeypatch: py
     planned = {s.name: s for s in gpu.slices(tmp_path, dry_run=False, arch="9.0")}
     assert planned["build"].command[1:] == ["setup.py", "build_ext", "--inplace"]
     assert planned["build"].environment == {"RKFAST_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
-    for tool in ("memcheck", "racecheck"):
-        assert planned[tool].command[:3] == ["/usr/bin/compute-sanitizer", "--tool", tool]
-    for name in ("tests", "more-tests"):
+    assert set(gpu.OPS) == set(OPS)
+    for tool, op in itertools.product(("memcheck", "racecheck", "initcheck"), OPS):
+        command = planned[f"{tool}-{op}"].command
+        assert command[:5] == ["/usr/bin/compute-sanitizer", "--tool", tool, "--report-api-errors", "no"]
+        assert command[-1] == op
+    assert all(s.cap < 600 for s in planned.values() if s.name != "build")
+    order = list(planned)
+    valuable = ["build", "tests", "bench-densenet", "bench-main", "memcheck-rk_sum", "bench", "autotune-main"]
+    assert order[:4] == valuable[:4]
+    assert sorted(valuable, key=order.index) == valuable
+    assert order[-gpu.SHARES :] == [f"more-tests-{share}" for share in range(gpu.SHARES)]
+    for name in ("tests", "more-tests-0"):
         assert "-m gpu" in " ".join(planned[name].command)
+        assert ("-n 8" in " ".join(planned[name].command)) == (importlib.util.find_spec("xdist") is not None)
         assert "--collect-only" not in planned[name].command
-    for name in ("bench-main", "bench-models", "bench"):
+    benchmarks = [name for name in planned if name.startswith(("bench", "autotune"))]
+    for name in benchmarks:
         assert planned[name].budgeted
         assert "tiny" not in planned[name].command
     from rkfast.bench import run
 
-    for name in ("bench-main", "bench-models", "bench"):  # the arguments are ones that bench/run.py takes
+    for name in benchmarks:  # the arguments are ones that bench/run.py takes
         parser = argparse.ArgumentParser()
         run.add_arguments(parser)
         args = parser.parse_args(planned[name].command[2:])
         assert args.device == "cuda"
         assert args.resume
+        assert (args.peers is not None) == name.startswith("autotune")
+        assert args.json.stem == ("autotune" if args.peers else "results")
+        if args.suite == "ops" or args.names:
+            run._check(args)
 
 
 def test_compute_sanitizer_missing_fails_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

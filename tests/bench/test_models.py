@@ -110,6 +110,23 @@ def test_a_wrong_network_has_no_figure_and_fails_the_run(
     assert "| erknet" not in table
 
 
+def test_a_network_that_raises_fails_the_run_and_not_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = models.Networks._contender
+
+    def broken(self: models.Networks, variant: models.Variant, *rest: Any) -> models.Steps:
+        if variant.name == "folded":
+            raise RuntimeError("broken")
+        return right(self, variant, *rest)
+
+    monkeypatch.setattr(models.Networks, "_contender", broken)
+    document = measured(tmp_path, "erknet", "--filter", "inference", status=1)
+    assert document["rows"]
+    assert [g["failure"] for g in document["gate"] if "folded" in g["backend"]] == ["RuntimeError: broken"]
+    assert [g["failure"] for g in document["gate"] if "folded" not in g["backend"]] == [None]
+
+
 @pytest.mark.parametrize("times", (1, models.REDRAWN, 1 + models.REDRAWN))
 def test_gradients_are_wrong_where_they_are_on_every_batch(times: int, monkeypatch: pytest.MonkeyPatch) -> None:
     right, made = models.Networks._contender, 0

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rkfast.bench import contest, run
+from rkfast.bench import contest, gate, models, ops, run
 from rkfast.bench.workload import MODES
 from tests.package.process import ROOT, environment, python
 
@@ -119,6 +120,105 @@ def test_a_spent_budget_leaves_cases_that_resume_takes_up(tmp_path: Path, capsys
     assert sorted(row["dtype"] for row in whole["rows"]) == ["bfloat16", "float32"]
 
 
+def test_a_case_that_is_ended_costs_none_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, ended = contest.run, []
+
+    def run_or_end(suite: contest.Suite, case: Any, settings: contest.Contest) -> dict[str, Any]:
+        if ended:
+            raise KeyboardInterrupt  # as little caught as a signal that kills
+        ended.append(case.id)
+        return real(suite, case, settings)
+
+    monkeypatch.setattr(contest, "run", run_or_end)
+    with pytest.raises(KeyboardInterrupt):
+        measured(tmp_path, "channel_moments", "--markdown", str(tmp_path / "found.md"))
+    document = json.loads((tmp_path / "found.json").read_text())
+    assert [g["id"] for g in document["gate"]] == ended
+    assert len(document["rows"]) == 1
+    assert (tmp_path / "found.md").read_text().count("\n| channel_moments") == 1
+
+
+def test_a_wrong_case_leaves_the_others_to_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops.gate, "check", lambda *_: gate.Verdict(1, 0, "wrong"))
+    real = run.time.time
+    cases: list[str] = []
+    monkeypatch.setattr(run, "_progress", lambda job, i, case: cases.append(case.id))
+    monkeypatch.setattr(run.time, "time", lambda: real() + 1000 * len(cases))  # one case, and the budget is spent
+    measured(tmp_path, "channel_moments", "--budget", "500", status=run.UNFINISHED)
+    monkeypatch.undo()
+    document = measured(tmp_path, "channel_moments", "--resume", status=1)
+    assert [bool(g["failure"]) for g in document["gate"]] == [True, False]
+
+
+@pytest.mark.parametrize(("name", "at"), [("eager", 2), ("eager", 7), ("ours", 2), ("ours", 7), ("copy", 1)])
+def test_a_contender_that_breaks_down_is_left_out(
+    name: str, at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = contest.Copy if name == "copy" else ops.Call
+    right, counts = kind.forward, dict[int, int]()
+
+    def break_down(self: Any) -> Any:
+        if name == "copy" or (self.function.__name__ == "ours") == (name == "ours"):
+            counts[id(self)] = counts.get(id(self), 0) + 1
+            if counts[id(self)] >= at:
+                raise RuntimeError("broken\nat length")
+        return right(self)
+
+    monkeypatch.setattr(kind, "forward", break_down)
+    document = measured(tmp_path, "channel_moments", "--filter", "float32", status=int(name == "ours"))
+    (verdict,) = document["gate"]
+    if name == "ours":
+        assert verdict["failure"] == "RuntimeError: broken"
+        assert document["rows"] == []
+    else:
+        assert verdict["failed_peers"] == {name: "RuntimeError: broken"}
+        assert [("eager" in row["peers"]) for row in document["rows"]] == [name == "copy"]
+
+
+def test_a_case_that_raises_is_wrong_and_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("too large")
+
+    for where, what in ((ops.gate, "check"), (contest.dispatch, "use"), (ops, "arranged")):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, what, out_of_memory)
+            document = measured(tmp_path, "channel_moments", "--backend", "reference", status=1)
+        assert [g["failure"] for g in document["gate"]] == ["OutOfMemoryError: too large"] * 2
+
+
+def test_only_backends_that_implement_an_op_are_forced() -> None:
+    assert contest.serving(("cuda", "triton"), "rk_sum") == ("cuda", "triton")
+    assert contest.serving(("cuda", "triton"), "dense_block") == ("triton",)
+    assert contest.serving(("cuda",), "dense_block") == ("auto",)
+    assert contest.serving(("auto",), "dense_block") == ("auto",)
+
+
+def test_an_op_without_the_backend_asked_for_is_measured_on_another(tmp_path: Path) -> None:
+    rows = measured(tmp_path, "conv", "--backend", "cuda", "--backend", "reference")["rows"]
+    assert {row["backend"] for row in rows} == {"reference"}
+
+
+def test_drift_is_told_by_a_copy_beyond_the_caches() -> None:
+    (case, *_) = models.cases("densenet", "tiny", "cuda")
+    with FakeTensorMode():
+        pairs = contest.Copy(case, "cuda").pairs
+    assert set(pairs) == set(case.modes) - {"both"}
+    assert all(t.nbytes >= 1 << 30 for pair in pairs.values() for t in pair)
+
+
+@pytest.mark.parametrize(("said", "dirty"), [("abc123", False), ("abc123-dirty", True)])
+def test_the_commit_is_told_where_git_is_absent(
+    said: str, dirty: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(run.COMMIT, said)
+    own = measured(tmp_path, "channel_moments", "--filter", "float32")
+    monkeypatch.setattr(run.machine, "commit", lambda: {"commit": None, "dirty": None})
+    document = measured(tmp_path, "channel_moments", "--filter", "float32")
+    assert (document["commit"], document["dirty"]) == ("abc123", dirty)
+    if (ROOT / ".git").exists():
+        assert own["commit"] != "abc123"
+
+
 def test_resume_starts_anew_where_the_code_is_another(tmp_path: Path) -> None:
     document = measured(tmp_path, "channel_moments", "--filter", "float32")
     (tmp_path / "found.json").write_text(json.dumps({**document, "commit": "another"}))
@@ -163,8 +263,9 @@ def test_compiled_pytorch_is_a_peer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suite", run.SUITES.values(), ids=run.SUITES)
 def test_peers_that_are_no_matter_of_patience_are_usual(suite: contest.Suite) -> None:
     assert {"eager", "eager_channels_last", "compile"} <= set(suite.peers["cpu"])
-    assert {"compile_max_autotune", "compile_cuda_graphs"} <= set(suite.peers["cuda"]) - set(suite.peers["cpu"])
-    assert set(suite.known_peers) == {*suite.peers["cpu"], *suite.peers["cuda"]}
+    assert "compile_cuda_graphs" in set(suite.peers["cuda"]) - set(suite.peers["cpu"])
+    assert set(suite.known_peers) == {*suite.peers["cpu"], *suite.peers["cuda"], "compile_max_autotune"}
+    assert "compile_max_autotune" not in {*suite.peers["cpu"], *suite.peers["cuda"]}
 
 
 @pytest.mark.parametrize(("load", "quotable"), [(0.1, True), (3.9, False)])
