@@ -40,6 +40,13 @@ def backend(request: Any) -> Any:
         yield request.param
 
 
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's convolutions, and our products beside them, are float32's own and repeat to the bit."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
 class Problem:
     """An op with its leaves: ``forward(leaves)`` is the fused call, ``eager(leaves)`` what a user would write."""
 
@@ -189,6 +196,7 @@ def test_graph_capture(backend: str, momentum: float | None) -> None:
     assert running[2] == 4
 
 
+@pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize(
     ("name", "options"),
     (
@@ -249,6 +257,7 @@ def batch() -> Tensor:
     return torch.randn(4, 3, 16, 16, device=DEVICE).contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("autocast", [False, True])
 def test_graphed_training(autocast: bool) -> None:
     """Forward and backward replay as they run, statistics move once a step, and nothing moves at the capture."""
@@ -280,6 +289,7 @@ def test_graphed_inference(folded: bool) -> None:
             torch.testing.assert_close(graph(x), model(x))
 
 
+@pytest.mark.usefixtures("exact")
 def test_graphed_step() -> None:
     losses = []
     for captured in (False, True):
