@@ -30,8 +30,6 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="OP", help="all by default")
     args = parser.parse_args()
     device = args.device
-    # Which convolutions of eager PyTorch take tf32 is cuDNN's choice, and the budget is twice their error.
-    torch.backends.cudnn.allow_tf32 = False
     wrong = 0
     for op in args.names or OPS:
         for backend in contest.serving(contest.backends(device), op):
@@ -61,4 +59,6 @@ def _passes(case: Case, device: str, backend: str) -> bool:
 
 
 if __name__ == "__main__":
+    # Which convolutions of eager PyTorch take tf32 is cuDNN's choice, and the budget is twice their error.
+    torch.backends.cudnn.allow_tf32 = False
     sys.exit(main())
