@@ -128,9 +128,8 @@ def test_contiguous_images_of_a_known_resnet(address: str) -> None:
         before = dispatch.served()
         with torch.no_grad():
             torch.testing.assert_close(model(x), expected[x is small], rtol=1e-3, atol=1e-4)
-        return (dispatch.served() - before)[
-            "residual_block", "cpu"
-        ] == 8  # contiguous ones are evaluated by stock blocks
+        served = dispatch.served() - before
+        return served["residual_block", "cpu"] == 8  # contiguous ones are evaluated by stock blocks
 
     assert turned(large) and not turned(small)
     if address.startswith("timm"):

@@ -365,15 +365,15 @@ def network(model: str, made: dict[str, Any]) -> Recipe:
     return dataclasses.replace(SHARED, model=model, options=made)
 
 
+PROCESSES = engine._processes
+
+
 @contextlib.contextmanager
 def unwrapped(device: torch.device) -> Iterator[tuple[int, int]]:
     """The processes' group, which nothing of a training may hold when it is left."""
     with PROCESSES(device) as found:
         yield found
         assert not any(isinstance(kept, nn.parallel.DistributedDataParallel) for kept in gc.get_objects())
-
-
-PROCESSES = engine._processes
 
 
 def worker(rank: int, folder: Path) -> None:
