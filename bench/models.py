@@ -44,6 +44,7 @@ class Variant(NamedTuple):
     name: str
     make: Callable[[nn.Module], nn.Module]
     compiled: bool = False
+    graphed: bool = False
 
 
 class NetworkCase:
@@ -177,6 +178,11 @@ class Steps(Contender):
         self.call = torch.compile(_alone(self.model), mode=mode, dynamic=False)
         self.compiled = True
 
+    def graph(self) -> None:
+        with self.case.autocast(self.images.device.type):
+            self.call = rkfast.graphed(self.model, self.images)
+        self.has_footprint = False  # a graph keeps its memory from step to step
+
     def forward(self) -> Any:
         with torch.no_grad(), self.case.autocast(self.images.device.type):
             return self.call(self.images)
@@ -222,10 +228,11 @@ class Networks:
         self.images, self.labels = self.batches[0]
         self.references: dict[int, tuple[gate.Results, gate.Results]] = {}  # by batch: eager's and those in fp64
         self.rough = ROUGHLY
+        self.graphs = contest.device == "cuda"
 
     def ours(self) -> Iterator[tuple[str, gate.Verdict, Contender]]:
         for backend in self.contest.backends:
-            for variant in self.case.variants():
+            for variant in self._variants():
                 try:
                     contender, served = self._started(variant, backend)
                     with forced(backend):
@@ -236,6 +243,15 @@ class Networks:
                 self.rough = max(ROUGHLY, 2 * verdict.eager)
                 yield ", ".join(filter(None, (served, variant.name))) or "stock", verdict, contender
         self.references.clear()
+
+    def _variants(self) -> list[Variant]:
+        """Those of the case, and on a GPU the fastest of them in CUDA graphs."""
+        variants = list(self.case.variants())
+        if self.graphs:
+            fastest = variants[0 if self.case.training else -1]
+            name = ", ".join(filter(None, (fastest.name, "graphed")))
+            variants.append(fastest._replace(name=name, graphed=True))
+        return variants
 
     def _started(self, variant: Variant, backend: str) -> tuple[Steps, str]:
         """A contender that has run its first step, and the backends that served it."""
@@ -253,6 +269,8 @@ class Networks:
         contender = Steps(self.case, _arranged(model, last), dense(images, last), labels, backend)
         if variant.compiled:
             contender.compile("default")
+        if variant.graphed:
+            contender.graph()
         return contender
 
     def _verdict(self, variant: Variant) -> gate.Verdict:
@@ -374,7 +392,8 @@ def _onnxruntime(networks: Networks) -> Callable[[], Any]:
     return lambda: session.run(None, given)[0]
 
 
-ERK, IRK = (("growth_rate", 36),), (("growth_rate", 80),)
+ERK, IRK, IRK_WIDE = ((("growth_rate", k),) for k in (36, 80, 150))
+IMAGENET = (("growth_rate", 32), ("m", (2, 4, 8, 20)), ("stem", "imagenet"), ("num_classes", 1000))
 
 
 def ho_resnet(method: str, batch: int) -> Network:
@@ -392,13 +411,21 @@ FULL: dict[str, dict[str, list[Network]]] = {
         "irknet": [Network("irknet-5x1_5x1_5x1-ab", 32, (7, 16, 32), 16, IRK)],
         "ho_resnet": [ho_resnet("rk4", 8), ho_resnet("rk8", 8)],
         "tsc": [Network("tsc_resnet50", 224, (4,), 4), Network("tsc_resnet-56", 32, (16,), 16)],
+        "resnet": [Network("resnet50", 224, (4,), 4)],
     },
     "cuda": {
         "densenet": [Network("densenet121", 224, (256,), 256)],
-        "erknet": [Network("erknet-7x1_7x1_7x1", 32, (64,), 64, ERK)],
-        "irknet": [Network("irknet-5x1_5x1_5x1-ab", 32, (64,), 64, IRK)],
+        "erknet": [
+            Network("erknet-7x1_7x1_7x1", 32, (64,), 64, ERK),
+            Network("erknet-3x1_3x1_4x1_2x1-b", 224, (256,), 256, IMAGENET),
+        ],
+        "irknet": [
+            Network("irknet-5x1_5x1_5x1-ab", 32, (64,), 64, IRK),
+            Network("irknet-5x1_5x1_5x1-ab", 32, (64,), 64, IRK_WIDE, "irknet-5x1_5x1_5x1-ab-k150"),
+        ],
         "ho_resnet": [ho_resnet("rk4", 128), ho_resnet("rk8", 128)],
         "tsc": [Network("tsc_resnet50", 224, (256,), 256), Network("tsc_resnet-110", 32, (64,), 64)],
+        "resnet": [Network("resnet50", 224, (256,), 256)],
     },
 }
 TINY = {
@@ -407,6 +434,7 @@ TINY = {
     "irknet": Network("irknet-2x1_2x1-ab", 8, (2,), 2, (("growth_rate", 6),)),
     "ho_resnet": Network("ho_resnet-10", 8, (2,), 2, (("width", 8),), memory=("speed",)),
     "tsc": Network("tsc_resnet-8", 12, (2,), 2),
+    "resnet": Network("resnet-8", 12, (2,), 2),
 }
 
 

@@ -64,6 +64,13 @@ def cases(size: str, device: str) -> Iterator[Case]:
         yield Case(BnReluConv(), TINY, torch.float32, main=True)
         yield Case(BnReluConv(1), TINY, torch.float32)
         return
+    if device == "cuda":
+        for channels, side in ((128, 56), (256, 28)):
+            yield Case(BnReluConv(1), (256, channels, side, side), torch.bfloat16, main=True)
+        if size == "full":
+            yield Case(BnReluConv(1), (256, 512, 14, 14), torch.bfloat16)
+            yield Case(BnReluConv(), (256, 128, 28, 28), torch.bfloat16)
+        return
     yield Case(BnReluConv(), (8, 64, 32, 32), torch.float32, main=True)
     yield Case(BnReluConv(), (4, 128, 56, 56), torch.float32, main=True)
     if size == "full":

@@ -59,6 +59,11 @@ def cases(size: str, device: str) -> Iterator[Case]:
         yield Case(Conv(), TINY, torch.float32, main=True)
         yield Case(Conv(1), TINY, torch.float32)
         return
+    if device == "cuda":
+        yield Case(Conv(), (128, 64, 32, 32), torch.bfloat16, main=True)
+        if size == "full":
+            yield Case(Conv(1), (256, 64, 56, 56), torch.bfloat16)
+        return
     yield Case(Conv(), (8, 64, 32, 32), torch.float32, main=True)
     yield Case(Conv(), (4, 128, 28, 28), torch.float32, main=True)
     if size == "full":

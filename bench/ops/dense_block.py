@@ -113,6 +113,13 @@ def cases(size: str, device: str) -> Iterator[Case]:
         yield Case(DenseBlock(2), TINY, torch.float32, main=True)
         yield Case(DenseBlock(2, neck=True), TINY, torch.float32)
         return
+    if device == "cuda":  # ERKNet's step, and DenseNet-121's blocks
+        yield Case(DenseBlock(7), (64, 36, 32, 32), torch.bfloat16, main=True)
+        yield Case(DenseBlock(3, 2, neck=True), (256, 64, 56, 56), torch.bfloat16, main=True)
+        if size == "full":
+            yield Case(DenseBlock(3, 4, neck=True), (256, 128, 28, 28), torch.bfloat16)
+            yield Case(DenseBlock(3, 8, neck=True), (256, 256, 14, 14), torch.bfloat16)
+        return
     yield Case(DenseBlock(7), (16, 36, 32, 32), torch.float32, main=True)
     yield Case(DenseBlock(3, 2, neck=True), (4, 64, 56, 56), torch.float32, main=True)
     if size == "full":

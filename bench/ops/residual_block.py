@@ -79,6 +79,13 @@ def cases(size: str, device: str) -> Iterator[Case]:
         yield Case(ResidualBlock(), TINY, torch.float32, main=True)
         yield Case(ResidualBlock(neck=True), TINY, torch.float32)
         return
+    if device == "cuda":
+        yield Case(ResidualBlock(), (64, 16, 32, 32), torch.bfloat16, main=True)
+        yield Case(ResidualBlock(neck=True), (256, 256, 56, 56), torch.bfloat16, main=True)
+        if size == "full":
+            yield Case(ResidualBlock(), (128, 64, 32, 32), torch.bfloat16)
+            yield Case(ResidualBlock(neck=True), (256, 1024, 14, 14), torch.bfloat16)
+        return
     yield Case(ResidualBlock(), (16, 16, 32, 32), torch.float32, main=True)
     yield Case(ResidualBlock(neck=True), (4, 256, 56, 56), torch.float32, main=True)
     if size == "full":

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import rkfast
 from rkfast import cli
 from rkfast.bench import models, run
 from rkfast.bench.contest import Contest
@@ -202,17 +203,54 @@ def test_sizes() -> None:
         size: python(script, "models", "--list", "--device", "cpu", "--size", size).split()
         for size in ("quick", "full")
     }
-    assert len(listed["quick"]) == 14
+    assert len(listed["quick"]) == 16
     assert set(listed["quick"]) < set(listed["full"])
     assert [name for name in listed["full"] if name in listed["quick"]] == listed["quick"]
     assert "densenet121/4x3x224x224/train" in listed["quick"]
     assert "irknet-5x1_5x1_5x1-ab/32x3x32x32/inference" in listed["full"]
-    assert "'resnet' is no family of models; there are densenet, erknet, irknet, ho_resnet, tsc" in python(
-        script, "models", "resnet", status=2
+    assert "'vgg' is no family of models; there are densenet, erknet, irknet, ho_resnet, tsc, resnet" in python(
+        script, "models", "vgg", status=2
     )
 
 
 def test_command_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "models", "erknet", "--list", "--device", "cuda"]) == 0
     listed = capsys.readouterr().out.split()
-    assert listed == [f"erknet-7x1_7x1_7x1/64x3x32x32/bfloat16/{mode}" for mode in ("train", "inference")]
+    shapes = ("7x1_7x1_7x1/64x3x32x32", "3x1_3x1_4x1_2x1-b/256x3x224x224")
+    assert listed == [f"erknet-{shape}/bfloat16/{mode}" for shape in shapes for mode in ("train", "inference")]
+
+
+def test_the_networks_of_a_gpu_are_made() -> None:
+    every = [case for family in models.FULL["cuda"] for case in models.cases(family, "full", "cuda")]
+    assert len({case.id for case in every}) == len(every)
+    with torch.device("meta"):
+        for case in every:
+            case.create(fused=True)
+
+
+@pytest.mark.parametrize("case", ("train", "inference"))
+def test_on_a_gpu_the_fastest_of_ours_is_graphed_too(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured = []
+
+    def graphed(model: nn.Module, sample: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        captured.append((model, sample.shape))
+        return lambda images: model(images)
+
+    every = models.Networks._variants
+
+    def as_on_a_gpu(networks: models.Networks) -> list[models.Variant]:
+        networks.graphs = True
+        return every(networks)
+
+    monkeypatch.setattr(rkfast, "graphed", graphed)
+    monkeypatch.setattr(models.Networks, "_variants", as_on_a_gpu)
+    rows = measured(tmp_path, "erknet", "--filter", case)["rows"]
+    graphs = [row for row in rows if row["backend"].endswith("graphed")]
+    assert {row["mode"] for row in graphs} == {row["mode"] for row in rows}
+    assert {"folded" in row["backend"] for row in graphs} == {case == "inference"}
+    assert all("memory" not in row["backend"] and row["peak_bytes"] is None for row in graphs)
+    assert len(captured) >= 2  # the contender, and what the gate compares
+    assert {shape for _, shape in captured} == {(2, 3, 8, 8)}
+    assert {model.training for model, _ in captured} == {case == "train"}
