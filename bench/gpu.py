@@ -1,8 +1,9 @@
-"""What ``bench/gpu.sh`` runs: build, tests, compute-sanitizer and benchmarks, the most valuable unfinished one first.
+"""What ``bench/gpu.sh`` runs: build, tests, benchmarks, trainings, a profile and compute-sanitizer, the most valuable
+unfinished one first.
 
-State, log, baselines and results stand in one folder; whoever runs it again with that folder continues. Sources that
-changed start everything but the peers' baselines anew. Exit status: 0 when all is done and right, 1 when something
-failed, 75 when something is left to do.
+State, log, baselines, results and ``goals.md``, what is asked beside what was measured, stand in one folder; whoever
+runs it again with that folder continues. Sources that changed start everything but the peers' baselines anew. Exit
+status: 0 when all is done and right, 1 when something failed, 75 when something is left to do.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 UNFINISHED = 75
 TESTED, WATCHED, MEASURED = 240, 120, 240  # seconds for tests, for an op under compute-sanitizer, for a benchmark
+TRAINED, PROFILED = 110, 110  # seconds that trainings and a profile are asked to take
+STARTED = 60  # seconds that such a slice may take besides
 SPARE = 15  # seconds kept back for what a slice does after its last measurement
-LEAST = 20  # seconds under which no slice is begun
+LEAST = 20  # seconds under which no slice is begun, but for those that need more
 TRIES = 3  # a slice that no budget suffices for is given up
 NO_TESTS = 5  # pytest's exit status where none was selected
 # In order of value; each is watched by itself, so that one that takes too long costs no other.
@@ -41,6 +44,7 @@ OPS = (
     "conv",
     "residual_block",
 )
+LOOKED_AT = ("slowest", "curve")  # slices with results of their own
 SHARES = 8  # of the tests outside tests/cuda, over ten thousand; each share is a fair sample
 SHARE = "RKFAST_SHARE"
 
@@ -69,6 +73,7 @@ class Slice(NamedTuple):
     fine: tuple[int, ...] = (0,)  # exit statuses that are success
     budgeted: bool = False  # the command takes --budget and exits 75 where it did not suffice
     cap: float = math.inf  # seconds, at which it is ended for good; a budgeted one begins no case after it
+    least: float = LEAST  # seconds, under which it is not begun
 
 
 def slices(out: Path, dry_run: bool, arch: str | None) -> list[Slice]:
@@ -103,6 +108,14 @@ def slices(out: Path, dry_run: bool, arch: str | None) -> list[Slice]:
         ]  # fmt: skip
         return Slice(name, command, budgeted=True, cap=MEASURED)
 
+    def looked_at(name: str, seconds: float, *tiny: str) -> Slice:
+        command = [
+            python, f"bench/{name}.py", "--device", device, "--seconds", str(seconds),
+            "--json", str(out / f"{name}.json"), "--markdown", str(out / f"{name}.md"),
+            *(("--size", "tiny", *tiny) if dry_run else ()),
+        ]  # fmt: skip
+        return Slice(name, command, cap=seconds + STARTED, least=LEAST if dry_run else seconds)
+
     kept = ("--baselines", str(out / "baselines.json"))
     tuned = ("--peers", "eager,compile_max_autotune")  # takes minutes to compile, hence last and in files of its own
 
@@ -113,8 +126,11 @@ def slices(out: Path, dry_run: bool, arch: str | None) -> list[Slice]:
         Slice("tests", [*pytest, "tests/cuda"], cap=TESTED),
         measured("bench-densenet", ["models", "densenet", "tsc"], *kept),
         measured("bench-main", ["ops"], "--main", *kept),
-        *(each for tool in ("memcheck", "racecheck", "initcheck") for each in watched(tool)),
+        looked_at("slowest", PROFILED),
+        looked_at("curve", TRAINED, "--steps", "60"),
+        *watched("memcheck"),
         measured("bench-models", ["models"], *kept),
+        *(each for tool in ("racecheck", "initcheck") for each in watched(tool)),
         measured("bench", ["ops"], *kept),
         *([] if dry_run else [measured("autotune-models", ["models"], *tuned, to="autotune")]),
         *([] if dry_run else [measured("autotune-main", ["ops"], "--main", *tuned, to="autotune")]),
@@ -147,8 +163,9 @@ class Session:
         state = json.loads(self.file.read_text()) if self.file.is_file() else {}
         if state.get("key") != key:
             state = {"key": key, "slices": {}}
-            for name in ("results.json", "results.md", "autotune.json", "autotune.md"):
-                (out / name).unlink(missing_ok=True)
+            for name in ("results", "autotune", "goals", *LOOKED_AT):
+                for file in (f"{name}.json", f"{name}.md"):
+                    (out / file).unlink(missing_ok=True)
         self.done: dict[str, dict[str, Any]] = state["slices"]
         self.key = key
         self._write()
@@ -233,6 +250,9 @@ def summarise(session: Session, planned: Sequence[Slice]) -> str:
     lines += [f"\n{name} failed; its last words:\n{session.done[name]['end']}" for name in failed]
     for name in ("results.json", "autotune.json"):
         lines += figures(session.out / name)
+    for name in (*LOOKED_AT, "goals"):
+        file = session.out / f"{name}.md"
+        lines += ["", file.read_text()] if file.is_file() else []
     left = [s.name for s in session.left(planned)]
     lines.append(f"left to do: {', '.join(left)}; run this again with the same --out" if left else "nothing is left")
     return "\n".join(lines)
@@ -286,12 +306,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             del session.done[name]
     for each in session.left(planned):
         remaining = deadline - time.monotonic()
-        if remaining < LEAST:
-            break
+        if remaining < each.least:
+            continue
         print(f"{each.name} ...", file=sys.stderr, flush=True)
         session.run(each, remaining)
         if each.name == "build" and session.status("build") != "done":
             break  # the rest would say the same in more words
+    if (out / "results.json").is_file():
+        _, table = execute([sys.executable, "bench/goals.py", str(out / "results.json")], {}, SPARE)
+        (out / "goals.md").write_text(table)
     print(summarise(session, planned))
     if any(session.status(s.name) == "failed" for s in planned):
         return 1

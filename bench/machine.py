@@ -16,6 +16,8 @@ import torch
 import rkfast
 from rkfast import native
 
+COMMIT = "RKFAST_COMMIT"  # where git does not come along: `git describe --always --abbrev=40 --exclude '*' --dirty`
+
 
 def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -45,6 +47,9 @@ def commit() -> dict[str, Any]:
         if head is not None:
             changed = _output("git", "status", "--porcelain", "--", "csrc", "rkfast", "bench", "setup.py", cwd=home)
             return {"commit": head, "dirty": changed != ""}
+    if COMMIT in os.environ:
+        said = os.environ[COMMIT]
+        return {"commit": said.removesuffix("-dirty"), "dirty": said.endswith("-dirty")}
     return {"commit": native.build().get("commit"), "dirty": None}
 
 

@@ -397,7 +397,7 @@ IMAGENET = (("growth_rate", 32), ("m", (2, 4, 8, 20)), ("stem", "imagenet"), ("n
 
 
 def ho_resnet(method: str, batch: int) -> Network:
-    return Network("ho_resnet-58", 32, (batch,), batch, (("method", method),), f"ho_resnet-58-{method}", ("speed",))
+    return Network("ho_resnet-58", 32, (batch,), batch, (("method", method),), f"ho_resnet-58-{method}")
 
 
 FULL: dict[str, dict[str, list[Network]]] = {

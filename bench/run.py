@@ -51,7 +51,6 @@ MALLOC = {
         "MALLOC_TOP_PAD_": str(1 << 26),
     },
 }
-COMMIT = "RKFAST_COMMIT"  # where git does not come along: `git describe --always --abbrev=40 --exclude '*' --dirty`
 DRIFT = 0.1  # a kept baseline holds while the copy beside it stays this close to what it was then
 
 
@@ -214,13 +213,9 @@ def select(args: argparse.Namespace) -> list[AnyCase]:
 
 def _document(args: argparse.Namespace) -> dict[str, Any]:
     own = {} if args.suite in SUITES else {"network": address.described(args)}
-    described = machine.describe(args.device)
-    if described["dirty"] is None and COMMIT in os.environ:
-        said = os.environ[COMMIT]
-        described |= {"commit": said.removesuffix("-dirty"), "dirty": said.endswith("-dirty")}
     return {
         "schema": report.SCHEMA,
-        **described,
+        **machine.describe(args.device),
         "load": [machine.load(), None],
         "size": args.size,
         **own,

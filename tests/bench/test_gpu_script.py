@@ -42,8 +42,8 @@ def test_dry_run_takes_the_whole_road_and_then_has_nothing_left(tmp_path: Path) 
     assert said.rstrip().endswith("nothing is left")
     state = json.loads((tmp_path / "state.json").read_text())["slices"]
     assert list(state) == [
-        *("build", "tests", "bench-densenet", "bench-main", "memcheck", "racecheck", "initcheck", "bench-models"),
-        *("bench", "more-tests-0"),
+        *("build", "tests", "bench-densenet", "bench-main", "slowest", "curve", "memcheck", "bench-models"),
+        *("racecheck", "initcheck", "bench", "more-tests-0"),
     ]
     assert {each["status"] for each in state.values()} == {"done"}
     results = json.loads((tmp_path / "results.json").read_text())
@@ -52,6 +52,11 @@ def test_dry_run_takes_the_whole_road_and_then_has_nothing_left(tmp_path: Path) 
     assert not any(verdict["failure"] for verdict in results["gate"])
     assert (tmp_path / "results.md").read_text().count("\n| ") == len(results["rows"]) + 1
     assert "rk_sum n=14 2x3x5x3 float32 channels_last" in said
+    for name in gpu.LOOKED_AT:
+        assert json.loads((tmp_path / f"{name}.json").read_text())["networks"]
+        assert (tmp_path / f"{name}.md").read_text() in said
+    goals = (tmp_path / "goals.md").read_text()
+    assert "| densenet121: training step, × eager | 2.40 | 1.80 |  |  | not measured |" in goals and goals in said
     assert "0 wrong" in (tmp_path / "log.txt").read_text()
     (baselines,) = json.loads((tmp_path / "baselines.json").read_text()).values()
     assert len(baselines) == len({verdict["id"] for verdict in results["gate"]})
@@ -89,11 +94,11 @@ def test_changed_sources_start_anew_and_keep_the_baselines(tmp_path: Path) -> No
     planned = [shell("good", "exit 0")]
     session = gpu.Session(tmp_path, KEY)
     session.run(planned[0], 10)
-    for name in ("results.json", "baselines.json"):
+    for name in ("results.json", "baselines.json", "curve.md"):
         (tmp_path / name).write_text("{}")
     changed = gpu.Session(tmp_path, {**KEY, "sources": "b"})
     assert changed.left(planned) == planned
-    assert not (tmp_path / "results.json").exists()
+    assert not (tmp_path / "results.json").exists() and not (tmp_path / "curve.md").exists()
     assert (tmp_path / "baselines.json").exists()
 
 
@@ -123,6 +128,15 @@ def test_a_benchmark_that_outran_the_session_comes_behind_the_others(tmp_path: P
     assert [s.name for s in session.left(planned)] == ["long", "short"]
     session.run(planned[0], 0.2)
     assert [s.name for s in gpu.Session(tmp_path, KEY).left(planned)] == ["short", "long"]
+
+
+def test_no_slice_is_begun_that_the_budget_cannot_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planned = [shell("long", "exit 0", least=1000), shell("short", "exit 0", least=1)]
+    monkeypatch.setattr(gpu, "slices", lambda *_: planned)
+    assert gpu.main(["--dry-run", "--out", str(tmp_path), "--budget", "60"]) == gpu.UNFINISHED
+    assert "- long: left\n- short: done" in capsys.readouterr().out
 
 
 def test_shares_of_the_tests_are_all_of_them() -> None:
@@ -158,9 +172,13 @@ def test_on_a_gpu_it_builds_watches_and_measures(tmp_path: Path, monkeypatch: py
         assert command[-1] == op
     assert all(s.cap < 600 for s in planned.values() if s.name != "build")
     order = list(planned)
-    valuable = ["build", "tests", "bench-densenet", "bench-main", "memcheck-rk_sum", "bench", "autotune-main"]
-    assert order[:4] == valuable[:4]
+    valuable = ["build", "tests", "bench-densenet", "bench-main", *gpu.LOOKED_AT, "memcheck-rk_sum", "bench-models"]
+    valuable += ["racecheck-rk_sum", "bench", "autotune-main"]
+    assert order[:6] == valuable[:6]
     assert sorted(valuable, key=order.index) == valuable
+    for name in gpu.LOOKED_AT:
+        assert planned[name].least < planned[name].cap < 200
+        assert "tiny" not in planned[name].command
     assert order[-gpu.SHARES :] == [f"more-tests-{share}" for share in range(gpu.SHARES)]
     for name in ("tests", "more-tests-0"):
         assert "-m gpu" in " ".join(planned[name].command)

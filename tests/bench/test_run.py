@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rkfast.bench import contest, gate, models, ops, run
+import rkfast
+from rkfast.bench import contest, gate, machine, models, ops, run
 from rkfast.bench.workload import MODES
 from tests.package.process import ROOT, environment, python
 
@@ -210,13 +211,12 @@ def test_drift_is_told_by_a_copy_beyond_the_caches() -> None:
 def test_the_commit_is_told_where_git_is_absent(
     said: str, dirty: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(run.COMMIT, said)
-    own = measured(tmp_path, "channel_moments", "--filter", "float32")
-    monkeypatch.setattr(run.machine, "commit", lambda: {"commit": None, "dirty": None})
+    monkeypatch.setenv(machine.COMMIT, said)
+    if (ROOT / ".git").exists():
+        assert machine.commit()["commit"] != "abc123"
+    monkeypatch.setattr(rkfast, "__file__", str(tmp_path / "rkfast" / "__init__.py"))
     document = measured(tmp_path, "channel_moments", "--filter", "float32")
     assert (document["commit"], document["dirty"]) == ("abc123", dirty)
-    if (ROOT / ".git").exists():
-        assert own["commit"] != "abc123"
 
 
 def test_resume_starts_anew_where_the_code_is_another(tmp_path: Path) -> None:
