@@ -11,12 +11,13 @@ compiler may load UNIT at once: from a slot of a buffer, too, which seldom begin
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import Context, ContextVar
 from typing import Any, NamedTuple
 
@@ -77,8 +78,24 @@ def compile_ahead(key: Any, call: Callable[..., Any], *args: Any) -> None:
 def _compile(lead: Tensor, call: Callable[..., Any], args: list[Any]) -> None:
     _ahead.set(lead.device)
     pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
-    with torch.cuda.device_of(lead), pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+    with torch.cuda.device_of(lead), pool, triton.AsyncCompileMode(_Launchable(pool), ignore_errors=True):
         call(*args)
+
+
+class _Launchable(NamedTuple):
+    """The pool, which also makes what launches a kernel: Triton 3.6 compiles that in C, else at the first launch."""
+
+    pool: ThreadPoolExecutor
+
+    def submit(self, compiled: Callable[[], Any]) -> Future[Any]:
+        return self.pool.submit(_with_launcher, compiled)
+
+
+def _with_launcher(compiled: Callable[[], Any]) -> Any:
+    kernel = compiled()
+    with contextlib.suppress(Exception):  # it raises where the kernel is launched
+        triton.runtime.driver.active.launcher_cls(kernel.src, kernel.metadata)
+    return kernel
 
 
 def _meta(t: Any) -> Any:

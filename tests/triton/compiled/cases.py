@@ -115,12 +115,19 @@ def test_layers_do_not_compile_again() -> None:
 
 @pytest.mark.parametrize("name", ("densenet121", "resnet50"))
 def test_a_first_step_compiles_by_all_cores(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What blocks launch, forward and backward, before the first of it is launched."""
+    """What blocks launch, forward and backward, before the first of it is launched; also what Triton launches it by."""
     made_in: dict[str, set[bool]] = defaultdict(set)  # by kernel, whether by the thread that launches
+    launcher_in: dict[str, set[bool]] = defaultdict(set)
 
     def made(*, metadata: dict[str, Any], **_: Any) -> None:
         made_in[metadata["name"]].add(threading.current_thread() is threading.main_thread())
 
+    def launcher(src: Any, metadata: Any) -> None:
+        assert src.fn.fn.__name__ == metadata.name
+        launcher_in[metadata.name].add(threading.current_thread() is threading.main_thread())
+        raise RuntimeError("no C compiler")  # is told where the kernel is launched, if that asks for one again
+
+    monkeypatch.setattr(compiler.Driver, "launcher_cls", staticmethod(launcher), raising=False)
     monkeypatch.setattr(kernels, "_compiled", set())
     monkeypatch.setattr(triton.knobs.compilation, "listener", made)
     for jitted in (f for f in vars(products).values() if isinstance(f, JITFunction)):
@@ -129,6 +136,7 @@ def test_a_first_step_compiles_by_all_cores(name: str, monkeypatch: pytest.Monke
     with compiler.compiling_for(90), steps.running(steps.Counted(network.batch)):
         steps.step(network, steps.made(network, training=True))()
     assert all(made_in[kernel] == {False} for kernel in PRODUCTS), dict(made_in)
+    assert all(launcher_in[kernel] == {False} for kernel in PRODUCTS), dict(launcher_in)
 
 
 @pytest.mark.parametrize("cc", TARGETS)
