@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 UNFINISHED = 75
 TESTED, WATCHED, MEASURED = 240, 120, 240  # seconds for tests, for an op under compute-sanitizer, for a benchmark
-TRAINED, PROFILED = 110, 110  # seconds that trainings and a profile are asked to take
+TRAINED, PROFILED, PROBED = 110, 110, 30  # seconds that trainings, a profile and a probe are asked to take
 STARTED = 60  # seconds that such a slice may take besides
 SPARE = 15  # seconds kept back for what a slice does after its last measurement
 LEAST = 20  # seconds under which no slice is begun, but for those that need more
@@ -44,7 +44,7 @@ OPS = (
     "conv",
     "residual_block",
 )
-LOOKED_AT = ("slowest", "curve")  # slices with results of their own
+LOOKED_AT = ("slowest", "curve", "probe")  # slices with results of their own
 SHARES = 8  # of the tests outside tests/cuda, over ten thousand; each share is a fair sample
 SHARE = "RKFAST_SHARE"
 
@@ -128,6 +128,7 @@ def slices(out: Path, dry_run: bool, arch: str | None) -> list[Slice]:
         measured("bench-main", ["ops"], "--main", *kept),
         looked_at("slowest", PROFILED),
         looked_at("curve", TRAINED, "--steps", "60"),
+        looked_at("probe", PROBED),
         *watched("memcheck"),
         measured("bench-models", ["models"], *kept),
         *(each for tool in ("racecheck", "initcheck") for each in watched(tool)),
