@@ -8,7 +8,8 @@
 
 namespace rkfast {
 
-// outer x inner x length elements: N x C x P contiguous, N x P x C channels_last.
+// outer x inner x length elements: N x C x P contiguous, N x P x C channels_last, and where P = 1: either is the same
+// memory, and the rows of the latter are longer.
 struct Rows {
   int64_t samples, channels, positions;
   bool channels_last;
@@ -16,6 +17,7 @@ struct Rows {
   Rows(const at::Tensor& x, bool channels_last)
       : samples(x.size(0)), channels(x.size(1)), positions(1), channels_last(channels_last) {
     for (int64_t d = 2; d < x.dim(); ++d) positions *= x.size(d);
+    if (positions == 1) this->channels_last = true;
   }
   int64_t outer() const { return samples; }
   int64_t inner() const { return channels_last ? positions : channels; }

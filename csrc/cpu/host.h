@@ -46,7 +46,7 @@ constexpr int64_t kUnit = 16384;  // elements per unit of work
 inline void set_unit(Shape& s) {
   // A unit is long enough for its sums to be worth merging, and there are not many of them to a channel.
   const int64_t fill = (kUnit + s.length - 1) / std::max<int64_t>(s.length, 1);
-  s.unit = s.channels_last ? std::max({fill, int64_t(64), (s.inner + 63) / 64}) : std::max<int64_t>(fill, 1);
+  s.unit = s.channels_last ? std::max({fill, int64_t(16), (s.inner + 63) / 64}) : std::max<int64_t>(fill, 1);
   s.unit = std::min(s.unit, s.inner);
 }
 

@@ -38,37 +38,34 @@ Dtype dtype_of(const Tensor& x) {
 // One call on tensors like x: below autograd and autocast, on x's device and stream; keeps what the kernels read alive.
 class Call {
  public:
-  Call(const Tensor& x, bool channels_last, bool masked = false)
+  Call(const Tensor& x, bool channels_last)
       : x_(x),
+        channels_last_(channels_last),
         rows_(x, channels_last),
-        walk_(x, channels_last),
         device_(x.device()),
-        wide_(moments_dtype(x.scalar_type())) {
-    // Rows of one element are better walked along the channels; a mask is kept by row, whatever its length.
-    if (walk_.positions == 1 && !masked) walk_.channels_last = true;
-  }
+        wide_(moments_dtype(x.scalar_type())) {}
 
   const Rows& rows() const { return rows_; }
   bool is_empty() const { return rows_.numel() == 0; }
   Dtype dtype() const { return dtype_of(x_); }
-  Shape shape() const { return {walk_.samples, walk_.channels, walk_.positions, walk_.channels_last}; }
+  Shape shape() const { return {rows_.samples, rows_.channels, rows_.positions, rows_.channels_last}; }
 
   Operand input(const Tensor& t, const char* name) {
     check_like(t, name);
     Pitch pitch;
-    kept_.push_back(conform(t, walk_, pitch));
+    kept_.push_back(conform(t, rows_, pitch));
     return {const_cast<void*>(kept_.back().const_data_ptr()), pitch.outer, pitch.inner};
   }
 
   Operand output(const Tensor& t) const {
     check_like(t, "out");
     Pitch pitch;
-    TORCH_CHECK_VALUE(find_pitch(t, walk_, pitch), "out: strides ", t.strides(),
+    TORCH_CHECK_VALUE(find_pitch(t, rows_, pitch), "out: strides ", t.strides(),
                       " are neither dense nor a channel slice");
     return {t.data_ptr(), pitch.outer, pitch.inner};
   }
 
-  Tensor empty_like() const { return empty_rows(x_, rows_.channels_last); }
+  Tensor empty_like() const { return empty_rows(x_, channels_last_); }
   Tensor empty_mask() const { return rkfast::empty_mask(x_, rows_); }
 
   // [C] or [N, C] of what is computed in; zero where nothing will be launched.
@@ -119,7 +116,8 @@ class Call {
   }
 
   const Tensor& x_;
-  Rows rows_, walk_;
+  bool channels_last_;  // as the results lie
+  Rows rows_;
   at::AutoDispatchBelowADInplaceOrView below_autograd_;
   c10::impl::ExcludeDispatchKeyGuard no_autocast_{c10::autocast_dispatch_keyset};
   c10::cuda::CUDAGuard device_;
@@ -157,7 +155,7 @@ Tensors rk_sum(const Tensors& terms, const std::vector<double>& coeffs, const st
                const Optional& shift, bool channels_last, bool relu, bool moments, bool mask, const Optional& out) {
   check_terms(terms.size(), coeffs.size(), 1);
   TORCH_CHECK_VALUE(steps.size() == terms.size(), "steps: ", steps.size(), " for ", terms.size(), " terms");
-  Call call(terms[0], channels_last, mask);
+  Call call(terms[0], channels_last);
   Tensors result = {out ? *out : call.empty_like()};
   WeightedSum sum;
   sum.relu = relu;
@@ -197,7 +195,7 @@ Tensors rk_sum_backward(const Tensor& grad, const Optional& mask, const std::vec
   check_terms(coeffs.size(), steps.size(), 0);
   check_terms(step_terms.size(), step_coeffs.size(), 0);
   TORCH_CHECK_VALUE(per_sample.size() == step_terms.size(), "per_sample: expected one entry per step term");
-  Call call(grad, channels_last, mask.has_value());
+  Call call(grad, channels_last);
   Tensors result;
   for (size_t i = 0; i < coeffs.size(); ++i)
     result.push_back(call.empty_like());
@@ -244,7 +242,7 @@ Tensors bn_rk_sum(const Tensor& x, const Optional& weight, const Optional& bias,
                   bool channels_last, bool relu, double eps, bool moments, bool mask, const Optional& out) {
   check_terms(terms.size(), coeffs.size(), 0);
   TORCH_CHECK_VALUE(mean.has_value() == var.has_value(), "mean, var: give both or neither");
-  Call call(x, channels_last, mask);
+  Call call(x, channels_last);
   Tensors result = {out ? *out : call.empty_like()};
   WeightedSum sum;
   sum.relu = relu;
@@ -280,7 +278,7 @@ Tensors bn_rk_sum_backward(const Tensor& grad, const Tensor& x, const Optional& 
                            const std::vector<double>& coeffs, bool channels_last, bool relu, bool batch_stats,
                            double eps, bool need_x, bool need_affine, bool need_step) {
   check_terms(coeffs.size(), coeffs.size(), 0);
-  Call call(x, channels_last, mask.has_value());
+  Call call(x, channels_last);
   NormBackward args;
   Tensors result, outputs;
   const auto vector = [&](bool per_sample) {

@@ -184,8 +184,7 @@ def view(tensors: Sequence[Tensor], channels_last: bool, per_channel: bool, mask
     """The longest rows that conforming ``tensors`` allow: where nothing is per channel, whole samples or everything."""
     n, c, *spatial = tensors[0].shape
     p = math.prod(spatial)
-    if p == 1 and not mask:
-        channels_last = True
+    channels_last = layout.by_channel(tensors[0], channels_last)
     pitches = tuple(layout.pitches(t, channels_last)[channels_last] for t in tensors)
     row, dense = (c, c) if channels_last else (p, c * p)
     begin = begin_of(tensors)

@@ -4,7 +4,7 @@ A tensor [N, C, *spatial] with P positions per sample is seen as ``outer x inner
 with stride 1:
 
 - contiguous: N x C x P, a row is one channel of one sample;
-- channels_last: N x P x C, a row is one position of one sample.
+- channels_last, and where P = 1: N x P x C, a row is one position of one sample.
 
 Rows are evenly spaced, so that a slice of the channels of a larger tensor (a slot) is served as it is.
 csrc/common/layout.h says the same to the C++ kernels.
@@ -77,11 +77,16 @@ def strides(shape: Sequence[int], channels_last: bool) -> tuple[int, ...]:
     return tuple(result)
 
 
+def by_channel(x: Tensor, channels_last: bool) -> bool:
+    """Whether rows run along the channels. With one position a channel either layout is the same memory."""
+    return channels_last or math.prod(x.shape[2:]) == 1
+
+
 def rows(x: Tensor, channels_last: bool) -> tuple[int, int, int]:
     """(outer, inner, length) of x in this layout."""
     n, c, *spatial = x.shape
     positions = math.prod(spatial)
-    return (n, positions, c) if channels_last else (n, c, positions)
+    return (n, positions, c) if by_channel(x, channels_last) else (n, c, positions)
 
 
 def count(x: Tensor) -> int:
@@ -93,11 +98,11 @@ def pitches(x: Tensor, channels_last: bool) -> tuple[int, int]:
     """Elements between neighbouring samples and between neighbouring rows of a conforming x."""
     n, c, *spatial = x.shape
     positions = math.prod(spatial)
-    if not channels_last:
-        return (x.stride(0) if n > 1 else c * positions), positions
     if positions == 1:
         row = x.stride(0) if n > 1 else c
         return row, row
+    if not channels_last:
+        return (x.stride(0) if n > 1 else c * positions), positions
     row = next(stride for size, stride in zip(reversed(spatial), reversed(x.stride()[2:]), strict=True) if size != 1)
     return positions * row, row
 
@@ -125,7 +130,7 @@ def overlaps(out: Tensor, x: Tensor, channels_last: bool) -> bool:
         if apart == 0:
             return False
         outer, row = pitches(out, channels_last)
-        span, width = (row, out.shape[1]) if channels_last else (outer, out.shape[1] * row)
+        span, width = (row, out.shape[1]) if by_channel(out, channels_last) else (outer, out.shape[1] * row)
         apart = abs(apart) % span
         return not (width <= apart <= span - width)
     return True

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import subprocess
 import sys
@@ -268,9 +269,9 @@ def test_opcheck(target: tuple[str, str]) -> None:
         pytest.skip("Triton's interpreter cannot be traced")
     v = [torch.rand(6, device=device) + 0.5 for _ in range(5)]
     gate = torch.randn(2, 6, device=device)
-    for channels_last in (False, True):
+    for channels_last, size in itertools.product((False, True), ((4, 5), (1, 1))):
         x, t, g = (
-            lay(torch.randn(2, 6, 4, 5), "channels_last" if channels_last else "slice", 0, device) for _ in range(3)
+            lay(torch.randn(2, 6, *size), "channels_last" if channels_last else "slice", 0, device) for _ in range(3)
         )
         mask = torch.randint(0, 256, layout.mask_shape(x, channels_last), dtype=torch.uint8, device=device)
         rest = ([t], [0.5], gate, channels_last, True, 1e-5, True)

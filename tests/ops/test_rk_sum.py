@@ -406,7 +406,7 @@ def test_what_is_no_plain_list_of_tensors() -> None:
 
 
 def test_slots_side_by_side_in_one_sample_and_across_samples() -> None:
-    for shape in ((1, 12, 3, 3), (1, 12, 1, 1), (1, 12)):
+    for shape in ((1, 12, 3, 3), (1, 12, 1, 1), (1, 12), (2, 12, 1, 1), (2, 12)):
         buffer = torch.randn(shape)
         want = 2 * buffer[:, 4:8]
         ops.rk_sum([buffer[:, 4:8]], [2.0], out=buffer[:, 0:4])
@@ -416,6 +416,20 @@ def test_slots_side_by_side_in_one_sample_and_across_samples() -> None:
     assert torch.equal(buffer[0:2], 2 * buffer[2:4])
     with pytest.raises(ValueError, match=r"^out: overlaps"):
         ops.rk_sum([buffer[1:3]], [2.0], out=buffer[0:2])
+
+
+def test_one_position_a_channel_is_rows_of_channels() -> None:
+    """In either layout, so that no row is one element long, nor a byte of the mask one bit."""
+    for shape in ((5, 12, 1, 1), (5, 12)):
+        x = torch.randn(shape)
+        for channels_last in (False, True):
+            assert layout.rows(x, channels_last) == (5, 1, 12)
+            assert layout.mask_shape(x, channels_last) == (5, 2)
+            found = torch.ops.rkfast.rk_sum([x], [1.0], [None], None, channels_last, True, False, True)
+            assert found[1].shape == (5, 2)
+    wide = torch.randn(5, 30, 1, 1)[:, 3:15]
+    assert layout.pitches(wide, False) == layout.pitches(wide, True) == (30, 30)
+    assert ops.rk_sum([x.view(5, 12, 1, 1)], [2.0]).stride() == (12, 1, 1, 1)
 
 
 def test_one_tensor_twice_under_compile() -> None:
