@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 UNFINISHED = 75
 TESTED, WATCHED, MEASURED = 240, 120, 240  # seconds for tests, for an op under compute-sanitizer, for a benchmark
 TRAINED, PROFILED, PROBED = 110, 110, 30  # seconds that trainings, a profile and a probe are asked to take
+COMPILED = 240  # seconds that a network may take for which torch.compile takes a minute or two, twice
 STARTED = 60  # seconds that such a slice may take besides
 SPARE = 15  # seconds kept back for what a slice does after its last measurement
 LEAST = 20  # seconds under which no slice is begun, but for those that need more
@@ -106,7 +107,8 @@ def slices(out: Path, dry_run: bool, arch: str | None) -> list[Slice]:
             python, "bench/run.py", *what, "--device", device, "--resume",
             "--json", str(out / f"{to}.json"), "--markdown", str(out / f"{to}.md"), *more, *(tiny if dry_run else []),
         ]  # fmt: skip
-        return Slice(name, command, budgeted=True, cap=MEASURED)
+        least = COMPILED if what[0] == "models" and not dry_run else LEAST
+        return Slice(name, command, budgeted=True, cap=MEASURED, least=least)
 
     def looked_at(name: str, seconds: float, *tiny: str) -> Slice:
         command = [

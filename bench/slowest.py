@@ -8,7 +8,6 @@ import csv
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from torch.autograd import DeviceType  # type: ignore[attr-defined]  # missing i
 
 from . import machine, report
 from .contest import Contest, said
+from .gpu import execute
 from .models import FULL, ModelCase, Networks, Steps, cases
 
 TOP = 10
@@ -78,8 +78,8 @@ def profiled(contender: Steps, device: str) -> list[dict[str, Any]]:
 def counted(family: str, size: str, kernels: Sequence[str], seconds: float) -> tuple[dict[str, Any], str | None]:
     """By kernel the median of each counter over its first launches in a step; or why there is none."""
     ncu = shutil.which("ncu")
-    if ncu is None:
-        return {}, "ncu was not found on the PATH"
+    if ncu is None or not kernels:
+        return {}, "ncu was not found on the PATH" if kernels else "there are no kernels"
     names = "|".join(re.escape(name) for name in kernels)
     command = [
         *(ncu, "--csv", "--page", "details", "--clock-control", "none", "--profile-from-start", "off"),
@@ -87,15 +87,12 @@ def counted(family: str, size: str, kernels: Sequence[str], seconds: float) -> t
         *(word for section in SECTIONS for word in ("--section", section)),
         *(sys.executable, str(Path(__file__).resolve()), family, "--size", size, "--device", "cuda", "--watched"),
     ]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=max(seconds, 1))
-    except subprocess.TimeoutExpired:
+    code, output = execute(command, {}, seconds)
+    if code is None:
         return {}, f"ncu took longer than {seconds:.0f} s"
-    lines = done.stdout.splitlines()
+    lines = [line for line in output.splitlines() if line.startswith('"')]  # among them are words of the program
     head = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
-    if head is None:
-        return {}, f"ncu: {(done.stdout + done.stderr)[-300:].strip()}"
-    return medians(lines[head:]), None
+    return ({}, f"ncu: {output[-300:].strip()}") if head is None else (medians(lines[head:]), None)
 
 
 def medians(lines: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -113,27 +110,17 @@ def medians(lines: Sequence[str]) -> dict[str, dict[str, float]]:
     }
 
 
-def measured(family: str, size: str, device: str, deadline: float) -> dict[str, Any]:
+def measured(family: str, size: str, device: str) -> dict[str, Any]:
     case = training(family, size, device)
     try:
-        return {"id": case.id, **_measured(case, family, size, device, deadline)}
+        networks, contender = started(case, device)
+        verdict = networks._verdict(next(case.variants()))
+        every = profiled(contender, device)
     except Exception as error:
         return {"id": case.id, "failure": said(error)}
-
-
-def _measured(case: ModelCase, family: str, size: str, device: str, deadline: float) -> dict[str, Any]:
-    networks, contender = started(case, device)
-    verdict = networks._verdict(next(case.variants()))
     if verdict.failure is not None:
-        return {"failure": verdict.failure}
-    every = profiled(contender, device)
-    found: dict[str, Any] = {"kernels": every[:TOP], "ms": sum(row["ms"] for row in every)}
-    del networks, contender
-    if device == "cuda":
-        torch.cuda.empty_cache()  # the process that ncu watches has a network of its own
-        ours = [row["kernel"] for row in every[:TOP] if re.fullmatch(r"\w+", row["kernel"])]  # not those of templates
-        found["counters"], found["no_counters"] = counted(family, size, ours, deadline - time.monotonic())
-    return found
+        return {"id": case.id, "failure": verdict.failure}
+    return {"id": case.id, "kernels": every[:TOP], "ms": sum(row["ms"] for row in every)}
 
 
 def watched(family: str, size: str, device: str) -> None:
@@ -194,8 +181,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     deadline = time.monotonic() + args.seconds
     document: dict[str, Any] = {**machine.describe(args.device), "load": [machine.load(), None]}
-    document["networks"] = [measured(family, args.size, args.device, deadline) for family in families]
+    document["networks"] = [measured(family, args.size, args.device) for family in families]
     document["load"][1] = machine.load()
+    if args.device == "cuda":
+        if args.json is not None:
+            report.write_json(args.json, document)  # whatever becomes of what follows
+        torch.cuda.empty_cache()  # the process that ncu watches has a network of its own
+        for i, (family, network) in enumerate(zip(families, document["networks"], strict=True)):
+            names = (row["kernel"] for row in network.get("kernels", ()))
+            plain = [name for name in names if re.fullmatch(r"\w+", name)]  # no templates
+            share = (deadline - time.monotonic()) / (len(families) - i)
+            network["counters"], network["no_counters"] = counted(family, args.size, plain, max(share, 1))
     report.leave(document, markdown(document), args.json, args.markdown)
     return int(any("failure" in network for network in document["networks"]))
 

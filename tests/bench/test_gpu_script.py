@@ -189,6 +189,9 @@ def test_on_a_gpu_it_builds_watches_and_measures(tmp_path: Path, monkeypatch: py
     for name in benchmarks:
         assert planned[name].budgeted
         assert "tiny" not in planned[name].command
+    assert {name for name in benchmarks if planned[name].least > gpu.LEAST} == {
+        *("bench-densenet", "bench-models", "autotune-models"),
+    }
     from rkfast.bench import run
 
     for name in benchmarks:  # the arguments are ones that bench/run.py takes

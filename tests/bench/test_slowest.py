@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ HEAD = '"ID","Process ID","Kernel Name","Section Name","Metric Name","Metric Uni
 SAID = (
     "==PROF== Connected to process 1",
     HEAD,
+    "UserWarning: of the program",
     '"0","1","_sum","GPU Speed Of Light Throughput","DRAM Throughput","%","91.5"',
     '"1","1","_sum","GPU Speed Of Light Throughput","DRAM Throughput","%","81.5"',
     '"1","1","_sum","GPU Speed Of Light Throughput","Duration","us","1,081.5"',
@@ -57,7 +59,7 @@ def test_a_wrong_network_has_no_figure(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_counters_by_kernel() -> None:
-    assert slowest.medians(SAID[1:]) == {
+    assert slowest.medians([line for line in SAID if line.startswith('"')]) == {
         "_sum": {"DRAM Throughput": 86.5},
         "_other": {"Achieved Occupancy": 1050.0},
     }
@@ -88,7 +90,38 @@ def test_nsight_compute_is_asked_for_those_kernels(tmp_path: Path, monkeypatch: 
 
     script("echo the driver is busy; exit 1")
     assert slowest.counted("densenet", "full", ["_sum"], 20) == ({}, "ncu: the driver is busy")
-    script("exec sleep 20")
+    start = time.monotonic()
+    script("sleep 20 & wait")  # what it watches holds the output open
     assert slowest.counted("densenet", "full", ["_sum"], 0.1) == ({}, "ncu took longer than 0 s")
+    assert time.monotonic() - start < 15
+    assert slowest.counted("densenet", "full", [], 20) == ({}, "there are no kernels")
     monkeypatch.setattr(slowest.shutil, "which", lambda name: None)
     assert slowest.counted("densenet", "full", ["_sum"], 20) == ({}, "ncu was not found on the PATH")
+
+
+def test_counters_behind_every_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    describe = slowest.machine.describe
+    monkeypatch.setattr(slowest.machine, "describe", lambda device: describe("cpu"))
+    happened: list[Any] = []
+    file = tmp_path / "found.json"
+
+    def measured(family: str, size: str, device: str) -> dict[str, Any]:
+        happened.append(family)
+        if family == "erknet":
+            return {"id": family, "failure": "RuntimeError: no memory"}
+        names = ("_sum", "void cutlass<1>(int)", "sm90_fprop")
+        return {"id": family, "ms": 1.0, "kernels": [dict(kernel=n, launches=1, ms=0.1, share=0.1) for n in names]}
+
+    def counted(family: str, size: str, kernels: list[str], seconds: float) -> tuple[dict[str, Any], str | None]:
+        assert len(json.loads(file.read_text())["networks"]) == 3
+        happened.append((family, kernels, 10 < seconds <= 30))
+        return {"_sum": {"Achieved Occupancy": 75.0}}, None
+
+    monkeypatch.setattr(slowest, "measured", measured)
+    monkeypatch.setattr(slowest, "counted", counted)
+    families = ["densenet", "erknet", "tsc"]
+    assert slowest.main([*families, "--device", "cuda", "--seconds", "30", "--json", str(file)]) == 1
+    names = ["_sum", "sm90_fprop"]
+    assert happened == [*families, ("densenet", names, False), ("erknet", [], True), ("tsc", names, True)]
+    networks = json.loads(file.read_text())["networks"]
+    assert networks[2]["counters"] == {"_sum": {"Achieved Occupancy": 75.0}}
