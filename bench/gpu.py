@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 UNFINISHED = 75
 TESTED, WATCHED, MEASURED = 240, 120, 240  # seconds for tests, for an op under compute-sanitizer, for a benchmark
-TRAINED, PROFILED, PROBED = 110, 110, 30  # seconds that trainings, a profile and a probe are asked to take
+TRAINED, PROFILED, TRIED, PROBED = 110, 110, 60, 30  # seconds that trainings and so on are asked to take
 COMPILED = 240  # seconds that a network may take for which torch.compile takes a minute or two, twice
 STARTED = 60  # seconds that such a slice may take besides
 SPARE = 15  # seconds kept back for what a slice does after its last measurement
@@ -45,7 +45,7 @@ OPS = (
     "conv",
     "residual_block",
 )
-LOOKED_AT = ("slowest", "curve", "probe")  # slices with results of their own
+LOOKED_AT = ("slowest", "cuts", "curve", "probe")  # slices with results of their own
 SHARES = 8  # of the tests outside tests/cuda, over ten thousand; each share is a fair sample
 SHARE = "RKFAST_SHARE"
 
@@ -110,13 +110,13 @@ def slices(out: Path, dry_run: bool, arch: str | None) -> list[Slice]:
         least = COMPILED if what[0] == "models" and not dry_run else LEAST
         return Slice(name, command, budgeted=True, cap=MEASURED, least=least)
 
-    def looked_at(name: str, seconds: float, *tiny: str) -> Slice:
+    def looked_at(name: str, seconds: float, *tiny: str, **environment: str) -> Slice:
         command = [
             python, f"bench/{name}.py", "--device", device, "--seconds", str(seconds),
             "--json", str(out / f"{name}.json"), "--markdown", str(out / f"{name}.md"),
             *(("--size", "tiny", *tiny) if dry_run else ()),
         ]  # fmt: skip
-        return Slice(name, command, cap=seconds + STARTED, least=LEAST if dry_run else seconds)
+        return Slice(name, command, environment, cap=seconds + STARTED, least=LEAST if dry_run else seconds)
 
     kept = ("--baselines", str(out / "baselines.json"))
     tuned = ("--peers", "eager,compile_max_autotune")  # takes minutes to compile, hence last and in files of its own
@@ -129,6 +129,7 @@ def slices(out: Path, dry_run: bool, arch: str | None) -> list[Slice]:
         measured("bench-densenet", ["models", "densenet", "tsc"], *kept),
         measured("bench-main", ["ops"], "--main", *kept),
         looked_at("slowest", PROFILED),
+        looked_at("cuts", 0.0 if dry_run else TRIED, **({"TRITON_INTERPRET": "1"} if dry_run else {})),
         looked_at("curve", TRAINED, "--steps", "60"),
         looked_at("probe", PROBED),
         *watched("memcheck"),

@@ -42,8 +42,8 @@ def test_dry_run_takes_the_whole_road_and_then_has_nothing_left(tmp_path: Path) 
     assert said.rstrip().endswith("nothing is left")
     state = json.loads((tmp_path / "state.json").read_text())["slices"]
     assert list(state) == [
-        *("build", "tests", "bench-densenet", "bench-main", "slowest", "curve", "probe", "memcheck"),
-        *("bench-models", "racecheck", "initcheck", "bench", "more-tests-0"),
+        *("build", "tests", "bench-densenet", "bench-main", "slowest", "cuts", "curve", "probe"),
+        *("memcheck", "bench-models", "racecheck", "initcheck", "bench", "more-tests-0"),
     ]
     assert {each["status"] for each in state.values()} == {"done"}
     results = json.loads((tmp_path / "results.json").read_text())
@@ -54,7 +54,7 @@ def test_dry_run_takes_the_whole_road_and_then_has_nothing_left(tmp_path: Path) 
     assert "rk_sum n=14 2x3x5x3 float32 channels_last" in said
     for name in gpu.LOOKED_AT:
         found = json.loads((tmp_path / f"{name}.json").read_text())
-        assert found["rows" if name == "probe" else "networks"]
+        assert found["rows" if name in ("cuts", "probe") else "networks"]
         assert (tmp_path / f"{name}.md").read_text() in said
     goals = (tmp_path / "goals.md").read_text()
     assert "| densenet121: training step, × eager | 2.40 | 1.80 |  |  | not measured |" in goals and goals in said
@@ -175,7 +175,7 @@ def test_on_a_gpu_it_builds_watches_and_measures(tmp_path: Path, monkeypatch: py
     order = list(planned)
     valuable = ["build", "tests", "bench-densenet", "bench-main", *gpu.LOOKED_AT, "memcheck-rk_sum", "bench-models"]
     valuable += ["racecheck-rk_sum", "bench", "autotune-main"]
-    assert order[:7] == valuable[:7]
+    assert order[:8] == valuable[:8]
     assert sorted(valuable, key=order.index) == valuable
     for name in gpu.LOOKED_AT:
         assert planned[name].least < planned[name].cap < 200
