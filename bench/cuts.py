@@ -101,7 +101,8 @@ KERNELS: dict[str, Callable[..., list[Tensor]]] = {
 
 
 def _norm(vectors: Sequence[Tensor]) -> products.Norm:
-    return products.Norm(*vectors[:4], EPS, False)
+    mean, var, weight, bias = vectors[:4]
+    return products.Norm(mean, var, weight, bias, EPS, False)
 
 
 def _incoming(grad: Tensor, mid: Tensor, vectors: Sequence[Tensor]) -> products.Incoming:

@@ -33,7 +33,7 @@ def test_the_fastest_that_serves_every_layer() -> None:
     rows = [
         {"kernel": kernel, "ms": {"a": 1.0, "b": 0.5, "c": 0.9, **extra, "copy": 0.1}}
         for kernel in cuts.CUTS
-        for extra in ({}, {"b": 4.0}, {"d": 0.1})
+        for extra in ({"d": 0.1}, {"b": 4.0}, {})
     ]
     best = cuts.chosen(rows)
     assert set(best) == set(cuts.CUTS)
@@ -49,7 +49,7 @@ def test_a_cut_that_is_wrong_or_breaks_has_no_figure(spoil: str, monkeypatch: py
             return [x]
         if spoil == "raises":
             raise RuntimeError("out of resource: shared memory\nreduce it")
-        return [x * 1.01 if spoil == "wrong" else x / 0]
+        return [x * (1.01 if spoil == "wrong" else float("nan"))]
 
     monkeypatch.setitem(cuts.KERNELS, "product", call)
     found = cuts.measured("product", cuts.LAYERS["tiny"][0], torch.float32, "cpu", 0.0)
