@@ -430,6 +430,12 @@ def test_one_position_a_channel_is_rows_of_channels() -> None:
     wide = torch.randn(5, 30, 1, 1)[:, 3:15]
     assert layout.pitches(wide, False) == layout.pitches(wide, True) == (30, 30)
     assert ops.rk_sum([x.view(5, 12, 1, 1)], [2.0]).stride() == (12, 1, 1, 1)
+    for shape in ((33, 1), (40, 1, 1, 1), (64, 2, 1, 1), (7, 3)):  # few channels: rows that are joined
+        x, h = torch.randn(shape, requires_grad=True), torch.randn(shape[1], requires_grad=True)
+        found = ops.rk_sum([x], [0.5], steps=[h], relu=True)
+        want = torch.relu(0.5 * h.view(1, -1, *[1] * (len(shape) - 2)) * x)
+        torch.testing.assert_close(found, want)
+        torch.testing.assert_close(torch.autograd.grad(found.sum(), (x, h)), torch.autograd.grad(want.sum(), (x, h)))
 
 
 def test_one_tensor_twice_under_compile() -> None:
