@@ -40,7 +40,7 @@ class ResidualBlock:
 
     def sizes(self, channels: int) -> list[tuple[int, int, int]]:
         """Inputs, outputs and kernel of each convolution."""
-        inner = max(channels // 4, 1)
+        inner = max(channels // 4, 2)  # a weight of one input has no gradient before a BatchNorm, but rounding errors
         basic = [(channels, channels, 3)] * 2
         return [(channels, inner, 1), (inner, inner, 3), (inner, channels, 1)] if self.neck else basic
 
