@@ -91,6 +91,7 @@ class FoldedConv(nn.Module):
     dilation: Any
     groups: int
     padding_mode: str
+    _shapes: tuple[torch.Size | None, torch.Size | None] = (None, None)  # of x: weight packed for, last seen
 
     def __init__(self, conv: nn.Conv2d, relu: bool = False) -> None:
         super().__init__()
@@ -149,11 +150,16 @@ class FoldedConv(nn.Module):
         return self.padding, self.stride, self.dilation, self.groups
 
     def _packed(self, x: Tensor) -> Tensor:
-        weight = self._weight
-        if not weight.is_mkldnn:
+        """The weight as oneDNN wants it for x. For another shape it would turn it anew at each call, which can take as
+        long as the convolution; so a shape that comes twice in a row gets a weight of its own."""
+        weight, shape = self._weight, x.shape
+        packed_for, last = self._shapes
+        if not weight.is_mkldnn or (shape == last and shape != packed_for):
             with torch.inference_mode(False):
-                weight = _ops().reorder(weight, *self._window(), list(x.shape))
+                weight = _ops().reorder(_dense(self) if weight.is_mkldnn else weight, *self._window(), list(shape))
             self._weight, self._is_packed = weight, True
+            packed_for = shape
+        self._shapes = packed_for, shape
         return weight
 
     def _served(self, x: Tensor) -> bool:

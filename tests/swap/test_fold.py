@@ -277,6 +277,36 @@ def test_of_convolutions() -> None:
     torch.testing.assert_close(copy.deepcopy(conv).bfloat16()(x.bfloat16()).float(), stock(x), rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_weight_is_packed_for_the_shape_at_hand(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN wants it otherwise for other images. A shape that comes once, as an epoch's last batch, moves nothing."""
+    conv = FoldedConv(nn.Conv2d(40, 96, 1).to(dtype), relu=True)
+    large, small = (torch.randn(n, 40, size, size, dtype=dtype) for n, size in ((4, 14), (1, 7)))
+    if not conv._served(large):
+        pytest.skip(f"oneDNN does not serve {dtype} here")
+    given, stock = conv.weight, conv.plain()
+    packed: list[int] = []
+    ops = folded_layers._ops()
+    reorder = ops.reorder
+    monkeypatch.setattr(ops, "reorder", lambda *args: packed.append(args[-1][0]) or reorder(*args))
+    for x, n in (
+        (large, 1),
+        (large, 1),
+        (small, 1),
+        (large, 1),
+        (small, 1),
+        (small, 2),
+        (small, 2),
+        (large, 2),
+        (large, 3),
+    ):
+        torch.testing.assert_close(conv(x), stock(x))
+        assert len(packed) == n
+        assert torch.equal(conv.weight, given)
+    assert packed == [4, 1, 4]
+    assert torch.equal(pickle.loads(pickle.dumps(conv))(small), conv(small))
+
+
 def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     x, model = torch.randn(2, 3, 12, 10), made("resnet")
     folded = rkfast.fold(model)
